@@ -1,0 +1,48 @@
+// What the compiled kernels offer to cpu_module.cpp and cuda_module.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "numeric.h"
+
+namespace efftune {
+
+struct PerturbArgs {
+    const void* w;
+    void* out;  // may be w
+    int64_t count;
+    Dtype dtype;
+    float a;
+    uint64_t seed;
+    uint32_t stream;
+    uint64_t offset;
+    bool sign, stochastic;
+};
+
+void perturb(const PerturbArgs& args, int threads);
+const char* perturb_cuda(const PerturbArgs& args, void* stream);  // nullptr, or what CUDA says
+
+struct DropoutArgs {
+    const void* x;
+    void* out;
+    int64_t count;
+    Dtype dtype;
+    uint32_t threshold;  // an element whose word is below it is dropped
+    float scale;
+    uint64_t seed;
+    uint32_t stream;
+};
+
+void dropout(const DropoutArgs& args, int threads);
+
+struct Int8Args {
+    const int8_t* codes;
+    const void* scales;
+    void* out;
+    int64_t rows, cols, group;
+    Dtype scale_dtype, dtype;
+};
+
+void int8_dequantize(const Int8Args& args, int threads);
+
+}  // namespace efftune

@@ -1,0 +1,56 @@
+// Compiles the header named by EFFTUNE_KERNELS once per instruction set, in the namespaces avx512, avx2 and baseline;
+// EFFTUNE_DISPATCH(f(x)) calls f of the best one that this processor runs. Include it outside every namespace.
+//
+// A wheel must run anywhere, so -march=native is out. target_clones does not reach the intrinsics in philox_lanes.h.
+// EFFTUNE_LANES is the number of 64-bit lanes; __AVX512F__ and the like do not follow the pragma, because g++ reads the
+// whole file before it obeys one. Compilers other than GCC on x86-64 get the baseline, with the same results.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "numeric.h"
+#include "philox.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,bmi,bmi2,fma,f16c,prefer-vector-width=512")
+#define EFFTUNE_LANES 8
+namespace efftune::avx512 {
+#include EFFTUNE_KERNELS
+}
+#undef EFFTUNE_LANES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,fma,f16c")
+#define EFFTUNE_LANES 4
+namespace efftune::avx2 {
+#include EFFTUNE_KERNELS
+}
+#undef EFFTUNE_LANES
+#pragma GCC pop_options
+
+#define EFFTUNE_DISPATCH(call) \
+    (efftune::isa() == 2 ? efftune::avx512::call : efftune::isa() == 1 ? efftune::avx2::call : efftune::baseline::call)
+
+namespace efftune {
+inline int isa() {
+    static const int best =
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+            ? 2
+        : __builtin_cpu_supports("avx2") ? 1
+                                         : 0;
+    return best;
+}
+}  // namespace efftune
+#else
+#define EFFTUNE_DISPATCH(call) efftune::baseline::call
+#endif
+
+namespace efftune::baseline {
+#include EFFTUNE_KERNELS
+}

@@ -1,0 +1,126 @@
+// w + a z(seed, stream, offset + i) on a GPU: each thread owns eight consecutive offsets, which is two Gaussian blocks,
+// one rounding block or a sixteenth of a sign block, and draws them in registers.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace efftune {
+namespace {
+
+constexpr int kEach = 8;
+
+__device__ float load(float x) { return x; }
+__device__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float load(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ T store(float x, uint32_t random, bool stochastic);
+
+template <>
+__device__ float store<float>(float x, uint32_t, bool) {
+    return x;
+}
+
+template <>
+__device__ __nv_bfloat16 store<__nv_bfloat16>(float x, uint32_t random, bool stochastic) {
+    return stochastic ? __ushort_as_bfloat16(BFloat16::store_stochastic(x, random)) : __float2bfloat16_rn(x);
+}
+
+template <>
+__device__ __half store<__half>(float x, uint32_t random, bool stochastic) {
+    return stochastic ? __ushort_as_half(Float16::store_stochastic(x, random)) : __float2half_rn(x);
+}
+
+__device__ void draw(float (&z)[kEach], const PerturbArgs& p, uint64_t offset) {
+    if (p.sign) {
+        const Words w = philox(p.seed, offset >> 7, p.stream, kSign);
+        const uint32_t which = (offset >> 5) & 3;
+        const uint32_t word = which == 0 ? w.w0 : which == 1 ? w.w1 : which == 2 ? w.w2 : w.w3;
+        for (int j = 0; j < kEach; ++j) z[j] = (word >> ((offset & 31) + j)) & 1 ? 1.0f : -1.0f;
+        return;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Words w = philox(p.seed, (offset >> 2) + half, p.stream, kGaussian);
+        const Pair first = box_muller(w.w0, w.w1), second = box_muller(w.w2, w.w3);
+        z[4 * half] = first.even, z[4 * half + 1] = first.odd;
+        z[4 * half + 2] = second.even, z[4 * half + 3] = second.odd;
+    }
+}
+
+template <class T, bool kStochastic>
+__global__ void perturb_kernel(PerturbArgs p, bool aligned) {
+    struct alignas(sizeof(T) * kEach < 16 ? sizeof(T) * kEach : 16) Pack {
+        T at[kEach];
+    };
+    const T* w = static_cast<const T*>(p.w);
+    T* out = static_cast<T*>(p.out);
+    const uint64_t first = p.offset / kEach;
+    const int64_t packs = static_cast<int64_t>((p.offset + p.count - 1) / kEach - first + 1);
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
+        const uint64_t offset = (first + pack) * kEach;
+        const int64_t i = static_cast<int64_t>(offset - p.offset);
+        float z[kEach];
+        draw(z, p, offset);
+        uint32_t bits[4] = {};
+        if (kStochastic) {
+            const Words r = philox(p.seed, offset >> 3, p.stream, kRounding);
+            bits[0] = r.w0, bits[1] = r.w1, bits[2] = r.w2, bits[3] = r.w3;
+        }
+        if (aligned && i >= 0 && i + kEach <= p.count) {
+            Pack x = *reinterpret_cast<const Pack*>(w + i);
+#pragma unroll
+            for (int j = 0; j < kEach; ++j) {
+                const uint32_t random = (bits[j >> 1] >> (16 * (j & 1))) & 0xFFFFu;
+                x.at[j] = store<T>(load(x.at[j]) + p.a * z[j], random, kStochastic);
+            }
+            *reinterpret_cast<Pack*>(out + i) = x;
+        } else {
+#pragma unroll
+            for (int j = 0; j < kEach; ++j) {
+                if (i + j < 0 || i + j >= p.count) continue;
+                const uint32_t random = (bits[j >> 1] >> (16 * (j & 1))) & 0xFFFFu;
+                out[i + j] = store<T>(load(w[i + j]) + p.a * z[j], random, kStochastic);
+            }
+        }
+    }
+}
+
+template <class T>
+void launch(const PerturbArgs& args, cudaStream_t stream) {
+    constexpr int kThreads = 256;
+    const int64_t blocks = (args.count / kEach + kThreads + 1) / kThreads;
+    const int grid = static_cast<int>(blocks < (1 << 20) ? blocks : 1 << 20);
+    const auto skew = static_cast<int64_t>(args.offset % kEach) * static_cast<int64_t>(sizeof(T));
+    const auto misaligned = [&](const void* p) { return (reinterpret_cast<uintptr_t>(p) - skew) % 16 != 0; };
+    const bool aligned = !misaligned(args.w) && !misaligned(args.out);
+    if (args.stochastic) {
+        perturb_kernel<T, true><<<grid, kThreads, 0, stream>>>(args, aligned);
+    } else {
+        perturb_kernel<T, false><<<grid, kThreads, 0, stream>>>(args, aligned);
+    }
+}
+
+}  // namespace
+
+const char* perturb_cuda(const PerturbArgs& args, void* stream) {
+    if (args.count <= 0) return nullptr;
+    const auto s = static_cast<cudaStream_t>(stream);
+    switch (args.dtype) {
+        case Dtype::kFloat32:
+            launch<float>(args, s);
+            break;
+        case Dtype::kBFloat16:
+            launch<__nv_bfloat16>(args, s);
+            break;
+        case Dtype::kFloat16:
+            launch<__half>(args, s);
+            break;
+    }
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace efftune

@@ -1,0 +1,126 @@
+"""The command line: `efftune train | methods | info | bench | export | merge`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from efftune.errors import EfftuneError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. The library's own errors are one sentence on stderr and exit code 1."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except EfftuneError as error:
+        print(f"efftune: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "datasets", "tokenizers", "tqdm", "matplotlib"):
+            raise
+        print(f"efftune: {error.name} is missing; install it with: pip install 'efftune[train]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nefftune: interrupted; efftune train --resume with the same --out continues the run.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    from efftune.train.config import add_options
+
+    top = argparse.ArgumentParser(prog="efftune", description="Memory-efficient fine-tuning on one GPU, or none.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="fine-tune a model; with no options, a small one in a few minutes")
+    add_options(train)
+    train.set_defaults(run=_train)
+
+    commands.add_parser("methods", help="what a recipe can be made of").set_defaults(run=_methods)
+    commands.add_parser("info", help="versions, and operator x backend: available, or why not").set_defaults(run=_info)
+
+    bench = commands.add_parser("bench", help="run the microbenchmarks of a checkout", add_help=False)
+    bench.add_argument("name", nargs="?", help="one of bench/*.py; without it they are listed")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark")
+    bench.set_defaults(run=_bench)
+
+    for name, run, text in (
+        ("export", _export, "write what a run trained, as its newest checkpoint has it (a PEFT adapter for LoRA)"),
+        ("merge", _merge, "write the whole trained model as a plain Hugging Face checkpoint"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", metavar="RUN", help="run directory")
+        command.add_argument("--out", required=True, help="folder to write; it must be empty or not exist")
+        command.set_defaults(run=run)
+    return top
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from efftune.train.config import given_options
+    from efftune.train.run import train
+
+    train(given_options(arguments))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from efftune.methods import available
+
+    for name, method in available().items():
+        settings = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(method))
+        first = (method.__doc__ or "").strip().splitlines()[0]
+        print(f"{name}({settings})\n    {first}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from efftune.info import report
+
+    print(report())
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import runpy
+    from pathlib import Path
+
+    import efftune
+
+    folder = Path(efftune.__file__).resolve().parents[1] / "bench"
+    scripts = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "harness"))
+    if not scripts:
+        raise EfftuneError("Benchmarks are not installed with the package; run this in a checkout (pip install -e .).")
+    if arguments.name in (None, "-h", "--help"):
+        print("efftune bench NAME [options], where NAME is one of: " + ", ".join(scripts))
+        return
+    if arguments.name not in scripts:
+        raise EfftuneError(f"There is no benchmark '{arguments.name}'; there is {', '.join(scripts)}.")
+    sys.path.insert(0, str(folder.parent))
+    sys.argv = [f"bench.{arguments.name}", *arguments.rest]
+    runpy.run_module(f"bench.{arguments.name}", run_name="__main__")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from efftune.train import run, rundir
+
+    out = rundir.choose(arguments.out, resume=False)
+    tuner, _ = run.finished(arguments.source)
+    with rundir.writing(out):
+        tuner.save(out)
+    print(f"{out} holds what {arguments.source} trained ({tuner.recipe}).")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from efftune.train import run, rundir
+    from efftune.train.models import quiet
+
+    out = rundir.choose(arguments.out, resume=False)
+    tuner, prepared = run.finished(arguments.source)
+    with rundir.writing(out), quiet():
+        tuner.merge().save_pretrained(out)
+        prepared.tokenizer.save_pretrained(out)
+    print(f"{out} holds the merged model; from_pretrained('{out}') loads it.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

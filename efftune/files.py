@@ -1,0 +1,57 @@
+"""Reading what others wrote: safetensors and JSON only, and one sentence for what is not that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from efftune.errors import EfftuneError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises EfftuneError when `path` is a pickle, or is not there and a pickle lies in its place."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(9)
+        # safetensors begins with the header's length in 8 bytes, which may look like anything, and then "{"
+        pickled = start[8:] != b"{" and (start[:1] == b"\x80" or start[:4] == b"PK\x03\x04")
+        found = path if pickled or path.suffix in PICKLES else None
+    else:
+        found = next((other for other in sorted(path.parent.glob("*")) if other.suffix in PICKLES), None)
+    if found:
+        raise EfftuneError(
+            f"{found} is a pickle, and reading a pickle can run any code that is in it: "
+            "only safetensors are read; convert it where you trust it (safetensors.torch.save_file)."
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises: EfftuneError if it is missing, damaged or a pickle."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    refuse_pickle(path)
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise EfftuneError(f"There is no {path}; give the folder that an adapter or a run was saved to.") from None
+    except SafetensorError as error:
+        raise EfftuneError(f"{path} is damaged ({error}); save or fetch it again.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises: EfftuneError if it is missing or not JSON."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise EfftuneError(f"There is no {path}; give the folder that an adapter or a run was saved to.") from None
+    except ValueError as error:
+        raise EfftuneError(f"{path} is not JSON ({error}); save or fetch it again.") from None
+    if not isinstance(value, dict):
+        raise EfftuneError(f"{path} holds no JSON object; save or fetch it again.")
+    return value

@@ -1,0 +1,44 @@
+"""`efftune info`: versions, builds, and which backend of which operator can run here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+import platform
+
+import torch
+
+import efftune.ops
+from efftune.ops._available import cpp_why_not, cuda_why_not, triton_why_not
+from efftune.ops._op import OPS
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "datasets", "peft")
+
+
+def report() -> str:
+    """Versions, devices, and operator x backend: available, or why not."""
+    for module in pkgutil.iter_modules(efftune.ops.__path__):
+        importlib.import_module(f"efftune.ops.{module.name}")
+    lines = [f"efftune {efftune.__version__}, Python {platform.python_version()}, {platform.machine()}"]
+    lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    gpu = torch.cuda.is_available()
+    lines.append(f"CPU threads {torch.get_num_threads()}; GPU {torch.cuda.get_device_name() if gpu else 'none'}")
+    device = torch.device("cuda" if gpu else "cpu")
+    probe = torch.empty(1, device=device)
+    questions = {"cpp": cpp_why_not(torch.empty(1)), "triton": triton_why_not(probe), "cuda": cuda_why_not(probe)}
+    lines += ["", "backends"]
+    for name, reason in questions.items():
+        lines.append(f"  {name:<10} {'available' if reason is None else 'no: ' + reason}")
+    lines += ["", f"{'operator':<18} {'backends, in order of preference'}"]
+    for name, op in sorted(OPS.items()):
+        backends = [f"{b.name} ({', '.join(b.devices)})" for b in op.backends]
+        lines.append(f"{name:<18} {', '.join([*backends, 'reference'])}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

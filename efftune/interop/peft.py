@@ -1,0 +1,162 @@
+"""PEFT's LoRA files, read and written without PEFT: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from efftune.errors import EfftuneError
+from efftune.files import read_json, read_tensors
+from efftune.linear import Linear, LoRA
+from efftune.methods._base import target_layers
+from efftune.methods.adapters.lora import LoraMethod
+
+PREFIX = "base_model.model."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+# What PEFT can do to a LoRA layer and this library's cannot: a file that uses it is refused, not half read.
+FOREIGN = (
+    "use_dora", "fan_in_fan_out", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters",
+    "exclude_modules", "layers_to_transform", "use_qalora", "alora_invocation_tokens", "lora_bias", "arrow_config",
+)  # fmt: skip
+
+
+def adapters(model: nn.Module) -> dict[str, Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and isinstance(m.delta, LoRA)}
+
+
+def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path) -> None:
+    """Writes the LoRA layers of `model`, and whole what else `trained` names, as PEFT writes an adapter.
+
+    Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); modules trained whole and biases keep their
+    path. Ranks and alphas that differ between layers go into rank_pattern and alpha_pattern.
+    """
+    from safetensors.torch import save_file
+
+    layers = adapters(model)
+    tensors, biases = {}, False
+    for name, layer in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    modules_to_save = set()
+    for name, parameter in trained.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent in layers:
+            if leaf == "bias":
+                tensors[f"{PREFIX}{parent}.base_layer.bias"] = parameter
+                biases = True
+        elif leaf == "bias" and f"{parent}.weight" not in trained:
+            tensors[PREFIX + name] = parameter
+            biases = True
+        else:
+            tensors[PREFIX + name] = parameter
+            modules_to_save.add(parent)
+    first = next(iter(layers.values())).delta
+    others = {n: m.delta for n, m in layers.items() if m.delta != first}
+    task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), None)
+    config = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "r": first.r,
+        "lora_alpha": alpha(first),
+        "lora_dropout": first.lora_dropout,
+        "use_rslora": first.use_rslora,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "bias": "none" if not biases else "lora_only" if _only_in(trained, layers) else "all",
+        "target_modules": endings(model, set(layers)),
+        "rank_pattern": {n: d.r for n, d in others.items() if d.r != first.r},
+        "alpha_pattern": {n: alpha(d) for n, d in others.items() if alpha(d) != alpha(first)},
+        "modules_to_save": sorted(modules_to_save) or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path / WEIGHTS, metadata={"format": "pt"})
+    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def alpha(delta: LoRA) -> float:
+    value = delta.r if delta.lora_alpha is None else delta.lora_alpha
+    return int(value) if value == int(value) else value
+
+
+def _only_in(trained: dict[str, nn.Parameter], layers: dict[str, Linear]) -> bool:
+    parents = [n.rpartition(".")[0] for n in trained if n.endswith(".bias") and n.removesuffix("bias") + "weight" not in trained]
+    return all(parent in layers for parent in parents)
+
+
+def endings(model: nn.Module, chosen: set[str]) -> list[str]:
+    """The last names of the chosen modules if these mean no other linear layer, else their full paths."""
+    short = {name.rpartition(".")[2] for name in chosen}
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Linear)}
+    meant = {name for name in linear if name.rpartition(".")[2] in short}
+    return sorted(short if meant == chosen else chosen)
+
+
+def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
+    """The recipe that the PEFT adapter in the folder `path` means for `model`: one LoRA method per rank and alpha.
+
+    Raises: EfftuneError if it is no LoRA adapter, or uses a setting that this library's LoRA does not have.
+    """
+    config = read_json(path / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise EfftuneError(f"{path / CONFIG} is a {config.get('peft_type')} adapter; only LORA can be read.")
+    used = [name for name in FOREIGN if config.get(name)]
+    if used:
+        raise EfftuneError(f"{path / CONFIG} uses {', '.join(used)}, which efftune's LoRA has not; merge it with PEFT.")
+    targets = config["target_modules"]
+    wholly = tuple(config.get("modules_to_save") or ())
+    common = LoraMethod(
+        r=config["r"],
+        lora_alpha=float(config["lora_alpha"]),
+        lora_dropout=config.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        bias=config.get("bias", "none"),
+        use_rslora=config.get("use_rslora", False),
+        modules_to_save=wholly,
+    )
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not ranks and not alphas:
+        return [common]
+    groups: dict[tuple[int, float], list[str]] = {}
+    for name in target_layers(common, model, common.target_modules):
+        key = _by_pattern(ranks, name, common.r), _by_pattern(alphas, name, common.lora_alpha)
+        groups.setdefault(key, []).append(name)
+    return [
+        replace(common, r=r, lora_alpha=float(a), target_modules=tuple(names), modules_to_save=wholly if i == 0 else ())
+        for i, ((r, a), names) in enumerate(groups.items())
+    ]
+
+
+def _by_pattern(patterns: dict, name: str, default):
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def load_adapter(model: nn.Module, path: Path) -> None:
+    """Copies the tensors of the PEFT adapter in the folder `path` into `model`, whose LoRA layers must be those it names.
+
+    Raises: EfftuneError, before anything is copied, if a tensor is missing, left over or of another shape.
+    """
+    targets = {}
+    for name, layer in adapters(model).items():
+        targets[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
+        targets[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
+    parameters = dict(model.named_parameters())
+    tensors = read_tensors(path / WEIGHTS)
+    for key in tensors:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if key not in targets and name in parameters:
+            targets[key] = parameters[name]
+    wrong = sorted(targets.keys() ^ tensors.keys())
+    wrong += [key for key in targets.keys() & tensors.keys() if targets[key].shape != tensors[key].shape]
+    if wrong:
+        raise EfftuneError(f"{path / WEIGHTS} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded.")
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            targets[key].copy_(tensor)

@@ -1,0 +1,62 @@
+"""Dense: W is an ordinary (N, K) tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efftune.linear.contracts import Base, Tensors
+from efftune.ops.lowrank_linear import lowrank_linear
+
+
+@dataclass(frozen=True)
+class Dense(Base):
+    """W as it is, in float32, bfloat16, float16 or float64. `weight` is the state_dict's name, as in nn.Linear.
+
+    Numerics: one product with f32 accumulation, rounded to x.dtype; a weight of another dtype than x (autocast) is rounded
+        to x.dtype first. With a low-rank term see `ops.lowrank_linear`.
+    """
+
+    names = ("weight",)
+    trains = True
+
+    def store(self, weight: Tensor) -> Tensors:
+        return (weight,)
+
+    def shape(self, w):
+        return tuple(w[0].shape)
+
+    def dtype(self, w):
+        return w[0].dtype
+
+    def linear(self, w, x, low_rank=None, bias=None, add=None):
+        return product(x, _as(w[0], x.dtype), low_rank, bias, add)
+
+    def linear_t(self, w, dy, low_rank=None, add=None):
+        if low_rank is not None:
+            low_rank = (low_rank[0], low_rank[1].t())
+        return product(dy, _as(w[0], dy.dtype).t(), low_rank, None, add)
+
+    def rows(self, w, a, b, dtype):
+        return w[0][a:b].to(dtype)
+
+    def weight_vjp(self, w, dw_rows, a, b):
+        return (dw_rows,)
+
+
+def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)  # under autocast
+
+
+def product(x: Tensor, weight: Tensor, low_rank, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """x·weightᵀ with the optional terms of `Base.linear`, for a weight at hand as a matrix of any strides."""
+    if low_rank is not None:
+        y = lowrank_linear(x, weight, *low_rank, bias)
+    elif add is not None and bias is None:
+        return add.addmm_(x, weight.t())
+    else:
+        y = F.linear(x, weight, bias)
+    return y if add is None else y.add_(add)

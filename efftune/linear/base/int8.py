@@ -1,0 +1,61 @@
+"""Int8: W as 8-bit integers with one scale per group of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from efftune.errors import EfftuneError
+from efftune.linear.base.dense import product
+from efftune.linear.contracts import Base, Tensors
+from efftune.ops.int8 import int8_dequantize, int8_quantize
+
+
+@dataclass(frozen=True)
+class Int8(Base):
+    """W ≈ codes · scales, codes (N, K) int8 in -127..127, scales (N, ⌈K/group⌉) in the dtype the weight had.
+
+    The error of an entry is at most half a scale, absmax(group)/254 (plus the rounding of the scale to its dtype).
+    1 + bytes(scale)/group bytes per weight: 1.03 for bfloat16 and group 64.
+
+    Numerics: each product unpacks W to x.dtype (rounded once), then multiplies as a dense one; forward and backward each
+        hold one unpacked W (N·K elements) for its duration. `.to(dtype)` rounds the scales, never the codes.
+    Raises: ValueError for a weight that is not finite or a group below 1.
+    """
+
+    group: int = 64
+
+    names = ("codes", "scales")
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise EfftuneError(f"int8 needs a group of at least 1 weight, not {self.group}; 64 is usual.")
+
+    def store(self, weight: Tensor) -> Tensors:
+        return int8_quantize(weight, self.group)
+
+    def shape(self, w):
+        return tuple(w[0].shape)
+
+    def dtype(self, w):
+        return w[1].dtype
+
+    def linear(self, w, x, low_rank=None, bias=None, add=None):
+        return product(x, int8_dequantize(*w, self.group, x.dtype), low_rank, bias, add)
+
+    def linear_t(self, w, dy, low_rank=None, add=None):
+        if low_rank is not None:
+            low_rank = (low_rank[0], low_rank[1].t())
+        return product(dy, int8_dequantize(*w, self.group, dy.dtype).t(), low_rank, None, add)
+
+    def rows(self, w, a, b, dtype):
+        return int8_dequantize(w[0][a:b], w[1][a:b], self.group, dtype)
+
+    def weight_vjp(self, w, dw_rows, a, b):
+        """d scale = Σ over the group of dW · code; the codes are integers and have none."""
+        n, k = dw_rows.shape
+        groups = w[1].shape[1]
+        products = F.pad(dw_rows.float() * w[0][a:b], (0, groups * self.group - k))
+        return None, products.view(n, groups, self.group).sum(-1).to(w[1].dtype)

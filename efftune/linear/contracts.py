@@ -1,0 +1,139 @@
+"""The three axes of a Linear, y = base(W)·x + delta(x) while backward keeps keep(x), and what each of them promises.
+
+A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors; its tensors travel beside it in flat
+tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved). Bases and keeps are leaves; the delta
+is the small program that calls them, forward and backward. So every delta works with every base and every keep, and a new
+kind is one file.
+
+Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flattens leading dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+
+
+class Need(NamedTuple):
+    """Which gradients somebody will ask for. Decided before autograd.Function.forward, where grad mode is always off."""
+
+    x: bool
+    bias: bool
+    w: tuple[bool, ...]
+    p: tuple[bool, ...]
+
+    def any(self) -> bool:
+        return self.x or self.bias or any(self.w) or any(self.p)
+
+
+def brief(settings, name: str) -> str:
+    """name(field=value, ...) of a dataclass, with the fields that differ from their defaults."""
+    fields = [(f.name, getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)]
+    return f"{name}({', '.join(f'{field}={value!r}' for field, value, default in fields if value != default)})"
+
+
+class Axis:
+    def __str__(self) -> str:
+        return brief(self, type(self).__name__)
+
+
+class Base(Axis):
+    """How the weight W (N, K) is stored."""
+
+    names: ClassVar[tuple[str, ...]]  # of the tensors in w, as they appear in the state_dict
+    trains: ClassVar[bool] = False  # whether gradient descent on the stored tensors means anything
+
+    def store(self, weight: Tensor) -> Tensors:
+        """weight (N, K), floating point -> w."""
+        raise NotImplementedError
+
+    def shape(self, w: Tensors) -> tuple[int, int]:
+        """(N, K)."""
+        raise NotImplementedError
+
+    def dtype(self, w: Tensors) -> torch.dtype:
+        """The floating-point dtype that W has when it is asked for."""
+        raise NotImplementedError
+
+    def linear(self, w: Tensors, x: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
+        """x·Wᵀ (+ h·Bᵀ for low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which is consumed) -> (M, N)."""
+        raise NotImplementedError
+
+    def linear_t(self, w: Tensors, dy: Tensor, low_rank=None, add=None) -> Tensor:
+        """dy·W (+ dh·A for low_rank = (dh (M, R), a (R, K))) (+ add (M, K), which is consumed) -> (M, K), the caller's own."""
+        raise NotImplementedError
+
+    def rows(self, w: Tensors, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """W[a:b] (b - a, K) in dtype."""
+        raise NotImplementedError
+
+    def weight_vjp(self, w: Tensors, dw_rows: Tensor, a: int, b: int) -> tuple[Tensor | None, ...]:
+        """dL/dW[a:b] -> the gradients of rows a..b of what is stored, one per tensor in w."""
+        raise NotImplementedError
+
+
+class Keep(Axis):
+    """What backward keeps of a tensor z (M, K) that a later weight gradient gᵀ·z needs."""
+
+    random: ClassVar[bool] = False  # draws; then `seed` is a 0-d int64 tensor on the CPU, else None
+
+    def save(self, z: Tensor, seed: Tensor | None) -> Tensors:
+        raise NotImplementedError
+
+    def weight_grad(self, g: Tensor, kept: Tensors) -> Tensor:
+        """g (M, S), a column slice of a gradient as well as a whole one -> gᵀ·z̃ (S, K), exact or unbiased."""
+        raise NotImplementedError
+
+
+class Delta(Axis):
+    """What is trained, and the order in which the layer's work is done."""
+
+    names: ClassVar[tuple[str, ...]] = ()  # of the tensors in p
+    trains: ClassVar[bool] = True
+    random: ClassVar[bool] = False  # draws in training mode (may be a property)
+
+    def init(self, base: Base, w: Tensors) -> Tensors:
+        """Fresh p for the layer, on w's device."""
+        return ()
+
+    def trainable(self, base: Base, w: Tensors) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Which tensors of w and of p are parameters that train."""
+        return (False,) * len(w), (True,) * len(self.names)
+
+    def needs_keep(self) -> bool:
+        """Whether some gradient of this delta needs what `keep` saves."""
+        return True
+
+    def eval(self) -> Delta:
+        """The same delta as it acts in evaluation mode."""
+        return self
+
+    def why_not(self, base: Base, keep: Keep, shape: tuple[int, int]) -> str | None:
+        """Why this delta cannot work over that base and keep on a layer of that (N, K), as a sentence with the remedy."""
+        return None
+
+    def forward(self, base, keep, x, bias, w, p, seed, need: Need) -> tuple[Tensor, Tensors]:
+        """-> y (M, N), saved. Saves only what the gradients in `need` take."""
+        raise NotImplementedError
+
+    def backward(self, base, keep, dy, w, p, saved, seed, need: Need):
+        """-> dx | None, gradients of w, gradients of p (None where not needed). The bias is the Function's business."""
+        raise NotImplementedError
+
+    def rows(self, p: Tensors, a: int, b: int) -> Tensor | None:
+        """ΔW[a:b] in float32, or None where what is trained is the stored weight itself."""
+        return None
+
+
+def check(base: Base, delta: Delta, keep: Keep, shape: tuple[int, int]) -> str | None:
+    """None, or why the three cannot be combined on a layer of (N, K), as a sentence with the remedy."""
+    from efftune.linear.keep.nothing import Nothing
+
+    if isinstance(keep, Nothing) and delta.needs_keep():
+        return f"{delta} needs the layer's input in backward and keep=Nothing() drops it; use keep=Exact()"
+    return delta.why_not(base, keep, shape)

@@ -1,0 +1,39 @@
+"""The one autograd Function: packs tensors, calls the delta, unpacks. It knows no kind of base, delta or keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efftune.linear.contracts import Base, Delta, Keep, Need
+
+
+class LinearFunction(torch.autograd.Function):
+    # Tensors come flat: one inside a tuple argument would lose its gradient.
+    @staticmethod
+    def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, num_w: int, seed, x, bias, *tensors):
+        base, delta, keep = axes
+        w, p = tensors[:num_w], tensors[num_w:]
+        y, saved = delta.forward(base, keep, as_matrix(x), bias, w, p, seed, need)
+        ctx.save_for_backward(seed, *tensors, *saved)
+        ctx.axes, ctx.need, ctx.num_w, ctx.num_tensors, ctx.shape = axes, need, num_w, len(tensors), x.shape
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("efftune.Linear has no second derivative; call backward without create_graph=True.")
+        base, delta, keep = ctx.axes
+        seed, *rest = ctx.saved_tensors
+        w, p, saved = rest[: ctx.num_w], rest[ctx.num_w : ctx.num_tensors], tuple(rest[ctx.num_tensors :])
+        # One copy of an expanded dy here instead of one in each of the products below.
+        dy = as_matrix(dy).contiguous()
+        dx, dws, dps = delta.backward(base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need)
+        if dx is not None and len(ctx.shape) != 2:
+            dx = dx.view(ctx.shape)
+        return None, None, None, None, dx, dy.sum(0) if ctx.need.bias else None, *dws, *dps
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., K) -> (M, K), a view where strides allow."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -1,0 +1,18 @@
+"""Nothing: backward keeps nothing of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efftune.linear.contracts import Keep
+
+
+@dataclass(frozen=True)
+class Nothing(Keep):
+    """Keeps no element of z, so only deltas that never ask for gᵀ·z work with it: NoDelta, and LoRA with A frozen."""
+
+    def save(self, z, seed):
+        return ()
+
+    def weight_grad(self, g, kept):
+        raise RuntimeError("keep=Nothing() has no input to take a weight gradient from.")

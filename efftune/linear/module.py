@@ -1,0 +1,134 @@
+"""efftune.Linear: one module, three axes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from efftune.errors import EfftuneError
+from efftune.linear.base.dense import Dense
+from efftune.linear.contracts import Base, Delta, Keep, Need, check
+from efftune.linear.delta.full import Full
+from efftune.linear.delta.none import NoDelta
+from efftune.linear.function import LinearFunction, as_matrix
+from efftune.linear.keep.exact import Exact
+from efftune.ops.draw_seed import draw_seed
+
+
+class Linear(nn.Module):
+    """y = x · base(W)ᵀ + delta(x) + bias, while backward keeps keep(x). Made by `Linear.from_linear`.
+
+    Args:
+        base: how W is stored, `Dense()` or `Int8(group=64)`.   w: the stored tensors, as `base.store(weight)` gives them.
+        delta: what is trained, `Full()`, `LoRA(r=16)` or `NoDelta()`.   keep: `Exact()` or `Nothing()`.
+        bias: (N,) or None; trains if it requires grad.   p: the delta's tensors; fresh ones if None.
+    Shapes: x (..., K), y (..., N), in x.dtype, which is W's dtype; under autocast x is cast and the result has its dtype.
+    Saved for backward: what `delta` and `keep` say, and only for gradients that are asked for.
+    Raises: EfftuneError if the three cannot be combined; TypeError if x has another dtype than W outside autocast.
+    """
+
+    def __init__(self, base: Base, w, delta: Delta, keep: Keep, bias: nn.Parameter | None = None, p=None):
+        super().__init__()
+        self.out_features, self.in_features = base.shape(w)
+        problem = check(base, delta, keep, (self.out_features, self.in_features))
+        if problem is not None:
+            raise EfftuneError(problem + ".")
+        self.base, self.delta, self.keep = base, delta, keep
+        self._eval_delta = delta.eval()
+        p = delta.init(base, w) if p is None else p
+        w_trains, p_trains = delta.trainable(base, w)
+        for name, tensor, trains in zip((*base.names, *delta.names), (*w, *p), (*w_trains, *p_trains), strict=True):
+            if not tensor.is_floating_point():
+                self.register_buffer(name, tensor)
+                continue
+            # An nn.Parameter that comes in stays the same object, so that tied weights stay tied.
+            parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter.requires_grad_(trains))
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, base: Base | None = None, delta: Delta | None = None, keep: Keep | None = None
+    ) -> Linear:
+        """The layer `linear` (nn.Linear or efftune.Linear) with the given axes replaced and the others as they are.
+
+        W and the bias are shared, not copied, unless `base` stores them otherwise. An nn.Linear counts as `Dense`, as
+        `Full` if its weight requires grad and `NoDelta` if not, and as `Exact`.
+        """
+        if isinstance(linear, Linear):
+            w, p, bias = linear.stored(), linear.added(), linear.bias
+            old = linear.base, linear.delta, linear.keep
+        elif isinstance(linear, nn.Linear):
+            w, p, bias = (linear.weight,), (), linear.bias
+            old = Dense(), Full() if linear.weight.requires_grad else NoDelta(), Exact()
+        else:
+            raise EfftuneError(f"from_linear takes an nn.Linear or an efftune.Linear, not {type(linear).__name__}.")
+        if base is not None and base != old[0]:
+            n, _ = old[0].shape(w)
+            w = base.store(old[0].rows(w, 0, n, old[0].dtype(w)).detach())
+        if delta is not None and delta != old[1]:
+            p = None
+        new = cls(base or old[0], w, delta or old[1], keep or old[2], bias, p)
+        return new.train(linear.training)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        return tuple([getattr(self, name) for name in self.base.names])
+
+    def added(self) -> tuple[Tensor, ...]:
+        return tuple([getattr(self, name) for name in self.delta.names])
+
+    def forward(self, x: Tensor) -> Tensor:
+        device, w = x.device.type, self.stored()
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self._forward(x, w)
+        dtype = self.base.dtype(w)
+        if x.dtype != dtype:
+            raise TypeError(f"x is {x.dtype} and the layer is {dtype}; cast one of them or run under torch.autocast.")
+        return self._forward(x, w)
+
+    def _forward(self, x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
+        p, bias = self.added(), self.bias
+        delta = self.delta if self.training else self._eval_delta
+        if torch.is_grad_enabled():
+            need = Need(
+                x.requires_grad,
+                bias is not None and bias.requires_grad,
+                tuple([t.requires_grad for t in w]),
+                tuple([t.requires_grad for t in p]),
+            )
+        else:
+            need = Need(False, False, (False,) * len(w), (False,) * len(p))
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        needed = need.any()
+        seed = draw_seed() if delta.random or (self.keep.random and needed) else None
+        if needed:
+            return LinearFunction.apply((self.base, delta, self.keep), need, len(w), seed, x, bias, *w, *p)
+        y, _ = delta.forward(self.base, self.keep, as_matrix(x), bias, w, p, seed, need)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """The plain nn.Linear with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's dtype. Shares what did not change."""
+        w, p, dtype = self.stored(), self.added(), self.base.dtype(self.stored())
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
+        if self.delta.rows(p, 0, 0) is None and self.base == Dense():
+            linear.weight = w[0]
+        else:
+            weight = torch.empty(self.out_features, self.in_features, device=w[0].device, dtype=dtype)
+            step = max(1, 2**22 // self.in_features)  # tiles of 16 MiB in float32
+            for a in range(0, self.out_features, step):
+                b = min(a + step, self.out_features)
+                added = self.delta.rows(p, a, b)
+                rows = self.base.rows(w, a, b, dtype if added is None else added.dtype)
+                weight[a:b] = rows if added is None else rows + added
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self.base}, {self.delta}, {self.keep}"

@@ -1,0 +1,1 @@
+"""Adapters: a small trained part beside frozen weights."""

@@ -1,0 +1,65 @@
+"""LoRA as PEFT users know it, over any stored base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efftune.errors import EfftuneError
+from efftune.linear import LoRA
+from efftune.methods._base import ALL_LINEAR, Method, matches, swap, target_layers
+
+CLASSIFIERS = ("classifier", "score")  # heads that are new in a classification model: PEFT trains them whole, too
+
+
+@dataclass(frozen=True)
+class LoraMethod(Method):
+    """y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ on the layers that `target_modules` means; see `efftune.linear.LoRA`.
+
+    Args (names, meanings and defaults of PEFT's LoraConfig where it has them):
+        r, lora_alpha, lora_dropout, use_rslora, freeze_a, dtype: see `efftune.linear.LoRA`.
+        target_modules: a regular expression, a list of path endings, or "all-linear" (all but the output head).
+        bias: "none", "lora_only" (of the layers with adapters) or "all".
+        modules_to_save: path endings of modules that train whole beside the adapters. None: a classification head.
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    bias: str = "none"
+    use_rslora: bool = False
+    freeze_a: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    dtype: str | None = "float32"
+
+    name = "lora"
+    trains = True
+
+    def __post_init__(self):
+        self.delta()  # raises on a value out of range
+        if self.bias not in ("none", "lora_only", "all"):
+            raise EfftuneError(f"lora's bias is 'none', 'lora_only' or 'all', not {self.bias!r}.")
+
+    def delta(self) -> LoRA:
+        return LoRA(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.freeze_a, self.dtype)
+
+    def prepare(self, model):
+        wholly = CLASSIFIERS if self.modules_to_save is None else self.modules_to_save
+        saved = {name: m for name, m in model.named_modules() if wholly and matches(name, wholly)}
+        for missing in self.modules_to_save or ():
+            if not any(matches(name, (missing,)) for name in saved):
+                raise EfftuneError(f"modules_to_save names {missing!r}, which is no module of {type(model).__name__}.")
+        inside = tuple(f"{name}." for name in saved)
+        for name in target_layers(self, model, self.target_modules):
+            if name in saved or name.startswith(inside):
+                continue
+            layer = swap(model, name, delta=self.delta())
+            if self.bias != "none" and layer.bias is not None:
+                layer.bias.requires_grad_(True)
+        for module in saved.values():
+            module.requires_grad_(True)
+        if self.bias == "all":
+            for name, parameter in model.named_parameters():
+                if name.rpartition(".")[2] == "bias":
+                    parameter.requires_grad_(True)

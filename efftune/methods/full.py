@@ -1,0 +1,38 @@
+"""Full fine-tuning: the weights themselves train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efftune.errors import EfftuneError
+from efftune.linear import Full, Linear
+from efftune.methods._base import Method, matches, swap
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Trains every floating-point parameter of the modules that `target_modules` means (None: of the whole model).
+
+    Exact nn.Linear layers stay nn.Linear: there is nothing to save on them.
+    Raises: EfftuneError if nothing matches, or if a layer's storage cannot be trained (int8 codes).
+    """
+
+    target_modules: str | tuple[str, ...] | None = None
+
+    name = "full"
+    trains = True
+
+    def prepare(self, model):
+        chosen = {n: m for n, m in model.named_modules() if self.target_modules is None or matches(n, self.target_modules)}
+        if not chosen:
+            endings = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n}))
+            raise EfftuneError(
+                f"target_modules={self.target_modules!r} matches no module of {type(model).__name__}; "
+                f"its modules end in: {endings}."
+            )
+        for root, module in chosen.items():
+            for name, child in list(module.named_modules(prefix=root)):
+                if isinstance(child, Linear):
+                    child = swap(model, name, delta=Full())
+                for parameter in child.parameters(recurse=False):
+                    parameter.requires_grad_(True)

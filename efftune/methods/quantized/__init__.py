@@ -1,0 +1,1 @@
+"""Quantised storage of frozen weights."""

@@ -1,0 +1,53 @@
+"""LISA: a few layers train at a time, redrawn every few steps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from efftune.errors import EfftuneError
+from efftune.methods._base import Method, blocks
+
+
+@dataclass(frozen=True)
+class Lisa(Method):
+    """Of what the recipe trains, everything outside the stack of transformer layers always trains (embeddings, head, final
+    norm), and of the stack only `layers` at a time, drawn without replacement every `interval` steps.
+
+    The draw follows from (seed, step // interval) alone, so a resumed run repeats it. All parameters are in the optimizer
+    from the start; layers that leave lose their gradient and optimizer state, those that enter start with none.
+    Memory: gradients and optimizer state of `layers` layers instead of all; a frozen layer keeps no input for its weights.
+    Source: Pan et al. 2024, arXiv:2403.17919, algorithm 1 (γ = layers = 2, K = interval = 20).
+    """
+
+    layers: int = 2
+    interval: int = 20
+    seed: int = 0
+
+    name = "lisa"
+
+    def __post_init__(self):
+        if self.layers < 1 or self.interval < 1:
+            raise EfftuneError(f"{self} needs layers and interval of at least 1.")
+
+    def prepare(self, model):
+        name, stack = blocks(model)
+        if self.layers > len(stack):
+            raise EfftuneError(f"lisa(layers={self.layers}) draws from {name}, which has only {len(stack)} layers.")
+
+    def drawn(self, count: int, step: int) -> list[int]:
+        """The layers of a stack of `count` that train at `step`."""
+        return sorted(random.Random(f"{self.seed}:{step // self.interval}").sample(range(count), self.layers))
+
+    def before_step(self, model, step, optimizer):
+        name, stack = blocks(model)
+        drawn = {f"{name}.{i}." for i in self.drawn(len(stack), step)}
+        registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for full_name, parameter in model.named_parameters():
+            if id(parameter) not in registered or not full_name.startswith(name + "."):
+                continue
+            active = full_name.startswith(tuple(drawn))
+            if not active and parameter.requires_grad:
+                parameter.grad = None
+                optimizer.state.pop(parameter, None)
+            parameter.requires_grad_(active)

@@ -1,0 +1,1 @@
+"""Zeroth order: gradients from forward passes alone."""

@@ -1,0 +1,57 @@
+"""What the optional builds and packages can do here: each question answers None or a sentence. Asked, never probed at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+
+import torch
+
+
+@functools.cache
+def extension(name: str):
+    """The compiled module `efftune.<name>` ("_cpu" or "_cuda"), or None if it is not built."""
+    try:
+        return importlib.import_module(f"efftune.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def cpp_why_not(*tensors: torch.Tensor) -> str | None:
+    if any(t.device.type != "cpu" for t in tensors):
+        return "the C++ kernels run on the CPU"
+    if extension("_cpu") is None:
+        return "the C++ extension is not built; install a C++17 compiler and reinstall efftune"
+    if any(not t.is_contiguous() for t in tensors):
+        return "the C++ kernels take contiguous tensors"
+    return None
+
+
+def cuda_why_not(*tensors: torch.Tensor) -> str | None:
+    if any(t.device.type != "cuda" for t in tensors):
+        return "the CUDA C++ kernels run on an NVIDIA GPU"
+    if extension("_cuda") is None:
+        return "the CUDA extension is not built; put nvcc on the PATH and reinstall efftune"
+    if any(not t.is_contiguous() for t in tensors):
+        return "the CUDA C++ kernels take contiguous tensors"
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """True if Triton kernels are interpreted on the CPU. Triton reads the variable when a kernel is decorated."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_why_not(*tensors: torch.Tensor) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    if any(t.device.type == "cpu" for t in tensors) and not interpreted():
+        return "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
+    return None

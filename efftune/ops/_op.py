@@ -1,0 +1,101 @@
+"""One declaration makes an operator: schema, reference, fake, and backends in order of preference.
+
+The reference is plain torch and defines the result: any device, any float dtype, float64 for the oracle.
+A backend is a plain function plus `why_not`, which looks at device, dtype, shape and strides (never at values) and
+answers None or a sentence. The first backend made for the device that has no objection runs, else the reference.
+An exception inside a kernel is never caught to fall back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+_LIB = torch.library.Library("efftune", "FRAGMENT")
+_FORCED: ContextVar[str | None] = ContextVar("efftune_backend", default=None)
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    devices: tuple[str, ...]  # device types it is chosen on without being asked
+    run: Callable
+    why_not: Callable  # (*args) -> None | sentence
+
+
+def _no_objection(*args):
+    return None
+
+
+class Op:
+    """A torch operator `efftune::<name>` with several implementations of one contract.
+
+    Args:
+        schema: as torch.library takes it, e.g. "scale(Tensor x, float a) -> Tensor"; `Tensor(a!)` marks what is written.
+        reference: torch code that computes the result.
+        fake: shapes, dtypes and argument errors; runs without data.
+        tags: torch.Tag values, for example for draws.
+    """
+
+    def __init__(self, schema: str, reference: Callable, fake: Callable, tags: tuple = ()):
+        self.name = schema.partition("(")[0]
+        self.reference = Backend("reference", (), reference, _no_objection)
+        self.backends: list[Backend] = []
+        _LIB.define(schema, tags=tags)
+        _LIB.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"efftune::{self.name}", fake, lib=_LIB)
+        # The overload is what torch.compile traces and what opcheck takes.
+        self.overload = getattr(torch.ops.efftune, self.name).default
+        OPS[self.name] = self
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def backend(self, name: str, *devices: str, why_not: Callable = _no_objection):
+        """Decorator: registers an implementation, after those already there. Its arguments are those of the schema."""
+
+        def register(run: Callable) -> Callable:
+            self.backends.append(Backend(name, devices, run, why_not))
+            return run
+
+        return register
+
+    def select(self, *args) -> Backend:
+        """The backend that `op(*args)` would run now. Raises RuntimeError if a forced one refuses."""
+        forced = _FORCED.get()
+        if forced is not None and self.backends:  # an operator with one implementation has nothing to force
+            return self._forced(forced, args)
+        device = args[0].device.type if args else "cpu"  # the schema begins with a tensor or has no argument
+        for backend in self.backends:
+            if device in backend.devices and backend.why_not(*args) is None:
+                return backend
+        return self.reference
+
+    def _forced(self, name: str, args) -> Backend:
+        candidates = [b for b in (*self.backends, self.reference) if b.name == name]
+        if not candidates:
+            known = ", ".join(b.name for b in (*self.backends, self.reference))
+            raise RuntimeError(f"{self.name} has no backend {name!r}; it has {known}.")
+        reason = candidates[0].why_not(*args)
+        if reason is not None:
+            raise RuntimeError(f"{self.name}: backend {name!r} cannot run here: {reason}.")
+        return candidates[0]
+
+    def _dispatch(self, *args):
+        return self.select(*args).run(*args)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every operator runs this backend ("reference", "torch", "cpp", "triton", "cuda"), or raises
+    RuntimeError with its reason. Operators with a single implementation are not affected."""
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)

@@ -1,0 +1,28 @@
+"""A random seed as a tensor, so that a traced graph carries the draw itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efftune.ops._op import Op
+
+
+def _reference() -> Tensor:
+    return torch.randint(0, 2**62, (), dtype=torch.int64)
+
+
+def _fake() -> Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
+draw_seed_op = Op("draw_seed() -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def draw_seed() -> Tensor:
+    """A seed in [0, 2^62): 0-d int64, on the CPU.
+
+    It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is an
+    operator because AOT compilation draws a traced torch.randint a second time in backward; this one is saved.
+    """
+    return draw_seed_op()

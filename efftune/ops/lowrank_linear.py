@@ -1,0 +1,74 @@
+"""y = x·Wᵀ + h·Bᵀ (+ bias): a product whose rank-R term is the epilogue, for LoRA forward and, transposed, for its dx."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efftune.ops._available import triton_why_not
+from efftune.ops._op import Op
+
+MAX_TRITON_RANK = 256
+
+
+def _reference(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ w.to(wide).t() + h.to(wide) @ b.to(wide).t()
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def _fake(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    torch._check(x.dim() == w.dim() == h.dim() == b.dim() == 2, lambda: "lowrank_linear takes matrices")
+    (m, k), (n, r) = x.shape, b.shape
+    torch._check(w.shape[1] == k, lambda: f"x has {k} columns, w {w.shape[1]}; w must be (N, K)")
+    torch._check(w.shape[0] == n, lambda: f"w has {w.shape[0]} rows, b {n}; both are N")
+    torch._check(h.shape[0] == m, lambda: f"x has {m} rows, h {h.shape[0]}; both are M")
+    torch._check(h.shape[1] == r, lambda: f"h has rank {h.shape[1]}, b {r}")
+    return x.new_empty(m, n)
+
+
+OP = Op(
+    "lowrank_linear(Tensor x, Tensor w, Tensor h, Tensor b, Tensor? bias) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+)
+
+
+# On a GPU two backends compete: this one (cuBLAS, then addmm in place: one more pass over y) and the fused kernel
+# below. The order here is the default; docs/benchmarks.md says by which measurement.
+@OP.backend("torch", "cpu", "cuda")
+def _torch(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    # In place: a separate product and an add cost three more passes over y; concatenating K and R copies x and W.
+    return F.linear(x, w, bias).addmm_(h, b.t())
+
+
+def _triton_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
+    if h.shape[1] > MAX_TRITON_RANK:
+        return f"rank {h.shape[1]} exceeds the {MAX_TRITON_RANK} that the epilogue takes"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    return triton_why_not(x, w, h, b)
+
+
+@OP.backend("triton", "cuda", why_not=_triton_why_not)
+def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    from efftune.triton_kernels.lowrank_linear import lowrank_linear as launch
+
+    return launch(x, w, h, b, bias)
+
+
+def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x·Wᵀ + h·Bᵀ (+ bias). The transposed twin, dx = dy·W + dh·A, is `lowrank_linear(dy, w.t(), dh, a.t())`.
+
+    Args:
+        x: (M, K) f32 | bf16 | f16 (f64 by the reference and torch).   w: (N, K), any strides.   h: (M, R).
+        b: (N, R), any strides.   bias: (N,) or None.   All of one dtype and device.
+    Returns: (M, N), dtype of x.
+    Numerics: products accumulate in f32. "torch" rounds y to its dtype twice (before and after the rank-R term),
+        "triton" and the reference once.
+    Saved for backward: nothing; the caller owns the gradient (`efftune.linear`).
+    Raises: RuntimeError on shapes that do not fit, or if a forced backend refuses.
+    Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
+    """
+    return OP(x, w, h, b, bias)

@@ -1,0 +1,1 @@
+"""Optimizers, all true torch.optim.Optimizers."""

@@ -1,0 +1,82 @@
+"""The recipe language: `int8(group=64) + lora(r=16, target_modules="q_proj|v_proj") + lisa(layers=2)`.
+
+Read with Python's own parser, literals only; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+
+from efftune.errors import EfftuneError
+from efftune.methods import available
+from efftune.methods._base import Method
+
+
+def parse(text: str) -> list[Method]:
+    """The methods that `text` names, in its order.
+
+    Raises: EfftuneError naming the method, the field, what was given and what would do.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise EfftuneError(f"recipe {text!r} does not parse ({error.msg}); write for example 'int8 + lora(r=16)'.") from None
+    return [_method(term, text) for term in _terms(tree)]
+
+
+def format_recipe(methods: list[Method]) -> str:
+    """The recipe that `parse` reads back as these methods."""
+    return " + ".join(str(method).removesuffix("()") for method in methods)
+
+
+def _terms(tree: ast.expr) -> list[ast.expr]:
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        return [*_terms(tree.left), *_terms(tree.right)]
+    return [tree]
+
+
+def _method(term: ast.expr, text: str) -> Method:
+    call = term if isinstance(term, ast.Call) else ast.Call(term, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise EfftuneError(f"recipe {text!r}: {ast.unparse(term)!r} is no method; write for example 'int8 + lora(r=16)'.")
+    name, methods = call.func.id, available()
+    if name not in methods:
+        raise EfftuneError(f"There is no method {name!r}{_nearest(name, methods)}; the methods are: {', '.join(methods)}.")
+    cls = methods[name]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if call.args:
+        raise EfftuneError(f"{name} takes its settings by name: {', '.join(f'{f}=...' for f in fields)}.")
+    settings = {}
+    for keyword in call.keywords:
+        field = keyword.arg
+        if field not in fields:
+            raise EfftuneError(f"{name} has no setting {field!r}{_nearest(field, fields)}; it has: {', '.join(fields)}.")
+        try:
+            value = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise EfftuneError(f"{name}: {field}={ast.unparse(keyword.value)} is not a literal.") from None
+        settings[field] = _typed(name, field, value, typing.get_type_hints(cls)[field])
+    return cls(**settings)
+
+
+def _typed(method: str, field: str, value, hint):
+    """value as the annotation wants it: lists become tuples (methods are hashable), an int will do for a float."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, list):
+        value = tuple(value)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in allowed)
+    if type(value) in kinds and not (isinstance(value, tuple) and not all(isinstance(v, str) for v in value)):
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    wanted = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    raise EfftuneError(f"{method}: {field} is {wanted}, not {value!r}.")
+
+
+def _nearest(name: str | None, known) -> str:
+    close = difflib.get_close_matches(name or "", known, 1, 0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

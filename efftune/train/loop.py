@@ -1,0 +1,218 @@
+"""The training loop: compact, and the same for every recipe.
+
+    trainer = Trainer(tuner, config, data, task=Task(loss_sum), eval_data=held_out, run=RunDir(...))
+    trainer.fit()
+
+Works on any nn.Module with a loss; `efftune.train.run` feeds it Hugging Face models and files.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from efftune.errors import EfftuneError
+from efftune.train import checkpoint, meter, state
+from efftune.train.batches import Data
+from efftune.train.config import TrainConfig
+from efftune.train.nonfinite import locate
+from efftune.train.rundir import RunDir
+from efftune.train.task import Task, autocast
+
+
+class NonFinite(EfftuneError):
+    pass
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: to_device(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
+    """Step -> factor of the peak rate: linear warm-up, then cosine or linear to 0 at `total`, or constant."""
+    rise = int(warmup if warmup >= 1 else warmup * total)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / rise
+        if schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - rise) / max(1, total - rise))
+        return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Any], task: Task, device: torch.device) -> dict[str, float]:
+    """Means over all terms of the batches: eval_loss, and eval_accuracy for classification. Draws no random numbers."""
+    training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    terms = 0
+    with torch.random.fork_rng():
+        for batch in batches:
+            for name, value in task.sums(model, to_device(batch, device)).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            terms += task.terms(batch)
+    model.train(training)
+    return {f"eval_{name}": value / max(1, terms) for name, value in sums.items()}
+
+
+def train_step(
+    tuner: Any, optimizer: Any, scheduler: Any, batches: list[Any], task: Task, step: int, clip: float
+) -> dict[str, Any]:
+    """One optimizer step over all micro-batches; returns its mean loss, gradient norm, learning rate and loss terms.
+
+    Raises: NonFinite, before the optimizer touches anything, when loss or gradient is NaN or Inf.
+    """
+    terms = sum(task.terms(batch) for batch in batches)
+    generators = state.generator_states()
+
+    def backward() -> torch.Tensor:
+        return sum(tuner.backward(batch, task.loss, 1.0 / max(1, terms)) for batch in batches)
+
+    optimizer.zero_grad(set_to_none=True)
+    loss = float(backward())
+    gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # Zeroth-order methods leave no gradients and have no norm.
+    norm = float(nn.utils.clip_grad_norm_(gradients, clip or math.inf)) if gradients else None
+    if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        state.restore_generators(generators)
+        raise NonFinite(f"The {what} is NaN or Inf at step {step}: {locate(tuner.model, backward)}")
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.step()  # the tuner's hooks run inside it
+    scheduler.step()
+    return {"loss": loss / max(1, terms), "grad_norm": norm, "lr": lr, "terms": terms}
+
+
+class Trainer:
+    """Trains what `tuner` says on `data`, and keeps a run directory if it is given one.
+
+    Args:
+        tuner: from `efftune.apply`, its model on the device it is to train on.
+        data: examples and their collate; `task` gives the loss as a sum, and how many terms it has.
+        sample: model -> text, shown before and after training.
+    """
+
+    def __init__(
+        self,
+        tuner: Any,
+        config: TrainConfig,
+        data: Data,
+        *,
+        task: Task,
+        eval_data: Data | None = None,
+        run: RunDir | None = None,
+        sample: Callable[[nn.Module], str] | None = None,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.tuner, self.config, self.data, self.eval_data = tuner, config, data, eval_data
+        self.model, self.run, self.sample, self.on_step = tuner.model, run, sample, on_step
+        self.device = next(self.model.parameters()).device
+        self.task = autocast(task, self.device.type) if config.dtype == "mixed" else task
+        self.rows_per_step = config.batch_size * config.grad_accum
+        self.total = config.steps or data.steps(self.rows_per_step, config.epochs)
+        self.optimizer = tuner.optimizer(config.lr, weight_decay=config.weight_decay)
+        factor = learning_rate_factor(config.schedule, config.warmup, self.total)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.step, self.epoch, self.row, self.seconds = 0, 0, 0, 0.0
+        self.watch = state.Watch(self.model)
+        base = state.fingerprint(self.model, set(tuner.named_delta())) if run else ""
+        self.identity = {"recipe": str(tuner.recipe), "base": base}
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end and returns the last evaluation. A resumed run goes on where its checkpoint stands."""
+        run, config = self.run, self.config
+        if run and run.resumed:
+            self.resume()
+        if self.step == 0 and not (run and run.find("before")):
+            self.log({"step": 0, "when": "before", **self.assess()})
+        self.model.train()
+        with meter.Progress(self.total, self.step) as progress:
+            position = self.data.from_position(self.epoch, self.row, self.rows_per_step)
+            while self.step < self.total:
+                started = time.perf_counter()
+                meter.reset_peak(self.device)
+                self.epoch, self.row, rows = next(position)
+                batches = [to_device(b, self.device) for b in self.data.batches(rows, config.batch_size)]
+                record = self._train_step(batches)
+                self.step += 1
+                taken = time.perf_counter() - started
+                self.seconds += taken
+                record |= {"epoch": self.epoch, "terms_per_s": record["terms"] / taken, "seconds": self.seconds}
+                self.log({"step": self.step, **record, **meter.memory(self.device)})
+                progress.update(record)
+                at_end = self.step == self.total
+                if config.eval_every and self.step % config.eval_every == 0 and not at_end and self.eval_data:
+                    result = {"step": self.step, **self.evaluate()}
+                    self.log(result)
+                    progress.write(meter.line(result))
+                if run and (at_end or (config.save_every and self.step % config.save_every == 0)):
+                    self.save()
+        result = {"step": self.step, "when": "after", **self.assess()}
+        if not (run and run.find("after", self.step)):
+            self.log(result)
+        return result
+
+    def _train_step(self, batches: list[Any]) -> dict[str, Any]:
+        step = self.step
+        try:
+            return train_step(self.tuner, self.optimizer, self.scheduler, batches, self.task, step, self.config.clip)
+        except NonFinite as error:
+            good = checkpoint.newest_intact(self.run.checkpoints)[0] if self.run else None
+            last = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"
+            remedy = "lower --lr, lengthen --warmup or look at that module"
+            raise NonFinite(f"{error}; {last}; {remedy}.") from None
+
+    def evaluate(self) -> dict[str, float]:
+        rows = self.eval_data.rows(0)
+        rows = rows[: self.config.eval_rows or len(rows)]
+        return evaluate(self.model, self.eval_data.batches(rows, self.config.batch_size), self.task, self.device)
+
+    def assess(self) -> dict[str, Any]:
+        """Evaluation and sample, before and after training."""
+        result: dict[str, Any] = self.evaluate() if self.eval_data else {}
+        if self.sample:
+            result["sample"] = self.sample(self.model)
+        return result
+
+    def log(self, record: dict[str, Any]) -> None:
+        if self.run:
+            self.run.log(record)
+        if self.on_step:
+            self.on_step(record)
+
+    def save(self) -> None:
+        trained, rest = state.capture(self.tuner, self.optimizer, self.scheduler, self.watch)
+        rest |= {"epoch": self.epoch, "row": self.row, "seconds": self.seconds}
+        self.run.sync()  # metrics first: a checkpoint never knows of a step that they do not
+        checkpoint.save(self.run.checkpoints, self.step, trained, rest, self.identity, self.config.keep_last)
+
+    def resume(self) -> None:
+        """Goes to the newest intact checkpoint, if there is one; metrics after it are cut off."""
+        path, damaged = checkpoint.newest_intact(self.run.checkpoints)
+        for sentence in damaged:
+            print(sentence)
+        if path is None and damaged:
+            raise EfftuneError(
+                f"No checkpoint in {self.run.checkpoints} is intact; start a new run with another --out."
+            )
+        if path:
+            self.step, trained, rest = checkpoint.load(path, self.identity)
+            state.restore(self.tuner, self.optimizer, self.scheduler, trained, rest)
+            self.epoch, self.row, self.seconds = rest["epoch"], rest["row"], rest["seconds"]
+            print(f"Resuming from {path}.")
+        self.run.cut_metrics(self.step)

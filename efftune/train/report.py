@@ -1,0 +1,106 @@
+"""loss.png, memory.png and report.html, one page with the pictures inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from typing import Any
+
+from efftune.train.rundir import RunDir, write_atomically
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; }} td, th {{ padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top; }}
+tr {{ border-bottom: 1px solid #ddd; }} img {{ max-width: 100%; }}
+pre {{ background: #f5f5f5; padding: 1rem; white-space: pre-wrap; }}
+</style></head><body><h1>{title}</h1>{body}</body></html>
+"""
+
+
+def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
+    """Draws what metrics.jsonl holds."""
+    records = run.records()
+    steps = [r for r in records if "loss" in r]
+    pictures = [
+        ("loss.png", _draw(_loss, records, steps)),
+        ("memory.png", _draw(_memory, records, steps)),
+    ]
+    for name, png in pictures:
+        (run.path / name).write_bytes(png)
+    before, after = ([r for r in records if r.get("when") == when][-1:] for when in ("before", "after"))
+    parts = [_comparison(before[0] if before else {}, after[0] if after else {})]
+    if steps:
+        tokens = sum(r["terms"] for r in steps)
+        rate = tokens / max(1e-9, steps[-1]["seconds"])
+        parts.append(
+            f"<p>{steps[-1]['step']} steps, {tokens:,} loss terms in {steps[-1]['seconds']:.0f} s "
+            f"({rate:,.0f} per second); peak memory {max(r['memory_peak'] for r in steps) / 2**20:,.0f} MiB.</p>"
+        )
+    for name, png in pictures:
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+    parts.append(f"<h2>What trains</h2><pre>{escape(summary)}</pre>")
+    parts.append("<h2>Settings</h2>" + _table([(k, v) for k, v in settings.items() if v is not None]))
+    write_atomically(
+        run.path / "report.html", PAGE.format(title=escape(f"efftune: {run.path.name}"), body="\n".join(parts))
+    )
+
+
+def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}
+    rows = [("", "before", "after")]
+    rows += [
+        (title, _number(before.get(n)), _number(after.get(n)))
+        for n, title in names.items()
+        if n in before or n in after
+    ]
+    text = "<h2>Before and after</h2>" + _table(rows)
+    for title, record in (("before", before), ("after", after)):
+        if record.get("sample"):
+            text += f"<h3>A sample {title}</h3><pre>{escape(record['sample'])}</pre>"
+    return text
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "–"
+
+
+def _table(rows: list[tuple]) -> str:
+    lines = ("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return "<table>" + "".join(lines) + "</table>"
+
+
+def _draw(draw: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes, records, steps)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
+
+
+def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="C0", alpha=0.35, label="training")
+    smooth: list[float] = []
+    for r in steps:
+        smooth.append(r["loss"] if not smooth else 0.9 * smooth[-1] + 0.1 * r["loss"])
+    axes.plot([r["step"] for r in steps], smooth, color="C0", label="training, smoothed")
+    held = [r for r in records if "eval_loss" in r]
+    if held:
+        axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", color="C1", label="held out")
+    axes.set_ylabel("loss")
+
+
+def _memory(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    for name, title in (("memory_peak", "peak"), ("memory", "at the end of the step")):
+        axes.plot([r["step"] for r in steps], [r[name] / 2**20 for r in steps], label=title)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("MiB")

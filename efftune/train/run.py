@@ -1,0 +1,179 @@
+"""`efftune train`: from settings to a finished run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import efftune
+from efftune.errors import EfftuneError
+from efftune.train import checkpoint, data, default_job, models, report, rundir, state
+from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
+from efftune.train.config import TrainConfig
+from efftune.train.loop import Trainer
+from efftune.train.task import CAUSAL_LM, CLASSIFICATION, Task
+
+
+@dataclass
+class Prepared:
+    """A model and the data it is to be trained on, before a recipe is applied."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    train: Data
+    held_out: Data | None
+    prompt: list[int]  # tokens that a sample continues
+    new: list[str]  # parameters that the model's file does not hold
+
+
+def train(given: dict[str, Any]) -> dict[str, Any]:
+    """Trains, prints what happens, and returns the evaluations before and after and the run directory.
+
+    Args:
+        given: fields of TrainConfig. The others come from the run that is resumed, from the default job where no data
+            is given, or from TrainConfig.
+    """
+    out = rundir.choose(given.get("out"), given.get("resume", False))
+    config = settings(given, out)
+    if config.data:
+        data.read_table(config.data)  # refused before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / "config.json")
+    state.set_seed(config.seed)
+
+    prepared = prepare(config)
+    state.set_seed(config.seed)  # the recipe's draws do not depend on what was drawn to get here
+    tuner = efftune.apply(prepared.model, config.recipe)
+    check_new_parts(tuner, prepared.new)
+    held_out = len(prepared.held_out.examples) if prepared.held_out else 0
+    print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
+
+    sample = None
+    if prepared.task is CAUSAL_LM and config.sample_tokens:
+        sample = models.sampler(prepared.tokenizer, prepared.prompt, config.sample_tokens, config.seed)
+    run = rundir.RunDir(out, config.resume, config.tensorboard)
+    trainer = Trainer(
+        tuner, config, prepared.train, task=prepared.task, eval_data=prepared.held_out, run=run, sample=sample
+    )
+    after = trainer.fit()
+    with rundir.writing(out):
+        tuner.save(run.adapter)
+        report.write(run, dataclasses.asdict(config), tuner.summary())
+    before = run.find("before") or {}
+    show(before, after, out)
+    return {"before": before, "after": after, "out": out}
+
+
+def settings(given: dict[str, Any], out: Path) -> TrainConfig:
+    saved = out / "config.json"
+    if given.get("resume") and saved.exists():
+        given = {**TrainConfig.load_settings(saved), **given}
+    elif not given.get("data"):
+        given = {**default_job.SETTINGS, **given}
+    config = TrainConfig(**{**given, "out": str(out)})
+    if config.model and not config.data:
+        raise EfftuneError("--model needs --data: give the file to train on.")
+    return config
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Loads model, tokenizer and data as the settings say. Raises: EfftuneError for what does not fit together."""
+    name, train_file, eval_file = config.model, config.data, config.eval_data
+    if name is None:
+        name = str(default_job.small_model())
+    if train_file is None:
+        train_file, eval_file = map(str, default_job.prose())
+    table = data.read_table(train_file)
+    eval_table = data.read_table(eval_file) if eval_file else None
+    classify = config.task == "classification" or (config.task == "auto" and table.layout == "label")
+    labels = data.label_names(table) if classify else None
+
+    tokenizer = models.load_tokenizer(name)
+    pad_id = tokenizer.pad_token_id
+    model, new = models.load_model(name, config.dtype, labels, pad_id)
+    longest = models.longest_sequence(model)
+    if longest and config.seq_len > longest:
+        raise EfftuneError(
+            f"--seq-len {config.seq_len} is more than this model allows; use --seq-len {longest} or less."
+        )
+    model.to(choose_device(config.device))
+
+    def encode(table: data.Table) -> list[data.Example]:
+        if labels:
+            return data.encode_labelled(table, tokenizer, config.seq_len, config.too_long, labels)
+        return data.encode_lm(table, tokenizer, config.seq_len, config.too_long)
+
+    if eval_table:
+        examples, held_out = encode(table), encode(eval_table)
+    else:
+        examples, held_out = data.split(encode(table), config.eval_fraction)
+    packing = config.packing and not classify
+    if packing:
+        check_packing(model)
+    collate = collate_packed(pad_id) if packing else collate_padded(pad_id, classify)
+    made = [Data(e, collate, config.seed, config.seq_len if packing else 0) for e in (examples, held_out)]
+    prompt = (
+        tokenizer(config.sample_prompt)["input_ids"]
+        if config.sample_prompt
+        else data.prompt_of((held_out or examples)[0])
+    )
+    task = CLASSIFICATION if classify else CAUSAL_LM
+    return Prepared(model, tokenizer, task, made[0], made[1] if held_out else None, prompt, new)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise EfftuneError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}); use cpu or auto."
+        ) from error
+
+
+def check_new_parts(tuner: Any, new: list[str]) -> None:
+    """What the model's file does not hold is random, and must train."""
+    modules = {name.rpartition(".")[0] for name in tuner.named_trained()}
+    for name in new:
+        module = name.rpartition(".")[0]
+        if not any(other == module or other.startswith(module + ".") for other in modules):
+            raise EfftuneError(
+                f"'{name}' is new in this model and the recipe '{tuner.recipe}' does not train it; "
+                f"add full(target_modules='{module}') to the recipe."
+            )
+
+
+def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
+    for name, title in (("eval_loss", "held-out loss"), ("eval_accuracy", "held-out accuracy")):
+        if name in before and name in after:
+            print(f"{title:<18} {before[name]:.4f} -> {after[name]:.4f}")
+    for title, record in (("before", before), ("after", after)):
+        if record.get("sample"):
+            print(f"\n--- a sample {title} ---\n{record['sample']}")
+    print(f"\n{out}/report.html shows the run; {out}/adapter holds what was trained.")
+
+
+def finished(run: str) -> tuple[Any, Prepared]:
+    """(tuner, what it was made from) of a run directory, as its newest intact checkpoint has it."""
+    path = Path(run)
+    if not (path / "config.json").exists():
+        raise EfftuneError(f"{run} is no run directory; give one that efftune train has written.")
+    config = TrainConfig(**TrainConfig.load_settings(path / "config.json"))
+    newest, _ = checkpoint.newest_intact(path / "checkpoints")
+    if newest is None:
+        raise EfftuneError(f"{run} has no intact checkpoint; continue it with efftune train --out {run} --resume.")
+    state.set_seed(config.seed)
+    prepared = prepare(config)
+    state.set_seed(config.seed)
+    tuner = efftune.apply(prepared.model, config.recipe)
+    identity = {"recipe": tuner.recipe, "base": state.fingerprint(tuner.model, set(tuner.named_delta()))}
+    _, trained, _ = checkpoint.load(newest, identity)
+    state.restore_tensors(tuner, trained)
+    return tuner, prepared

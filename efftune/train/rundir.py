@@ -1,0 +1,110 @@
+"""The run directory: config.json, metrics.jsonl, loss.png, memory.png, report.html, checkpoints/, adapter/."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from efftune.errors import EfftuneError
+
+NUMBERED = "runs/train-{:03d}"
+
+
+class RunDir:
+    def __init__(self, path: Path, resumed: bool, tensorboard: bool = False):
+        self.path, self.resumed = path, resumed
+        self.metrics, self.checkpoints, self.adapter = path / "metrics.jsonl", path / "checkpoints", path / "adapter"
+        self.events = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise EfftuneError(
+                    "--tensorboard needs the package tensorboard; install it or leave the option out."
+                ) from None
+            self.events = SummaryWriter(str(path / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line."""
+        with writing(self.path), self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.events:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.events.add_scalar(name, value, record["step"])
+
+    def records(self) -> list[dict[str, Any]]:
+        """All complete lines; a kill may have left half a line at the end."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for text in self.metrics.read_text().splitlines():
+            try:
+                records.append(json.loads(text))
+            except ValueError:
+                break
+        return records
+
+    def find(self, when: str, step: int = 0) -> dict[str, Any] | None:
+        """The evaluation "before" or "after" training that was logged at `step`."""
+        return next((r for r in self.records() if r.get("when") == when and r["step"] == step), None)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops what came after `step`; that will be written again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        with writing(self.path):
+            write_atomically(self.metrics, "".join(kept))
+
+    def sync(self) -> None:
+        if self.metrics.exists():
+            with self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise EfftuneError(f"{path} cannot be written ({reason}): free some space and run it again.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def choose(out: str | None, resume: bool) -> Path:
+    """The run directory that is meant.
+
+    Raises: EfftuneError for a folder with something in it and no --resume, and for --resume without a run.
+    """
+    if out is None:
+        number = 1
+        while Path(NUMBERED.format(number)).exists():
+            number += 1
+        if not resume:
+            return Path(NUMBERED.format(number))
+        if number == 1:
+            raise EfftuneError("--resume finds no run in runs/; name one with --out.")
+        return Path(NUMBERED.format(number - 1))
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise EfftuneError(f"--out {out} is a file; give a folder.")
+    if resume and not path.is_dir():
+        raise EfftuneError(f"--resume finds no run at {out}; check --out, or start the run without --resume.")
+    if not resume and path.is_dir() and any(path.iterdir()):
+        raise EfftuneError(f"{out} is not empty; add --resume to continue the run in it, or give another --out.")
+    return path

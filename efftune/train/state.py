@@ -1,0 +1,117 @@
+"""What a run must remember to go on bit for bit: trained tensors, optimizer, schedule, generators, data position."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from efftune.errors import EfftuneError
+
+SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
+BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # every device
+
+
+def generator_states() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
+    """sha256 over names, shapes and dtypes of all, and a sample of the bytes of what is frozen.
+
+    What is trained is in the checkpoint whole, so its values cannot be wrong.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if name not in trained and tensor.numel():
+            flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Watch:
+    """Which buffers have changed since the start (running statistics, drawn indices): those are part of the state."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.versions = {name: (id(b), b._version) for name, b in model.named_buffers()}
+
+    def changed(self) -> dict[str, torch.Tensor]:
+        now = dict(self.model.named_buffers())
+        return {BUFFER + n: b for n, b in now.items() if self.versions.get(n) != (id(b), b._version)}
+
+
+def capture(tuner: Any, optimizer: Any, scheduler: Any, watch: Watch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(trained tensors, the rest), for checkpoint.save."""
+    named = tuner.named_trained()
+    rest = {
+        "requires_grad": [name for name, p in named.items() if p.requires_grad],
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "generators": generator_states(),
+        "tuner": tuner.state_dict(),
+    }
+    return {**tuner.named_delta(), **watch.changed()}, rest
+
+
+def restore(tuner: Any, optimizer: Any, scheduler: Any, trained: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+    restore_tensors(tuner, trained)
+    tuner.load_state_dict(rest["tuner"])
+    training = set(rest["requires_grad"])
+    for name, parameter in tuner.named_trained().items():
+        parameter.requires_grad_(name in training)
+    optimizer.load_state_dict(rest["optimizer"])
+    _undo_casts(optimizer, rest["optimizer"])
+    scheduler.load_state_dict(rest["scheduler"])
+    restore_generators(rest["generators"])
+
+
+@torch.no_grad()
+def restore_tensors(tuner: Any, trained: dict[str, torch.Tensor]) -> None:
+    """Copies what `capture` gave back into the model. Raises: EfftuneError, before any copy, if anything misfits."""
+    delta = tuner.named_delta()
+    targets = {**delta, **{BUFFER + name: b for name, b in tuner.model.named_buffers()}}
+    wrong = [
+        n for n, t in trained.items() if n not in targets or targets[n].shape != t.shape or targets[n].dtype != t.dtype
+    ]
+    wrong += [n for n in delta if n not in trained]
+    if wrong:
+        raise EfftuneError(f"The checkpoint does not fit this model (first at '{wrong[0]}'); nothing was changed.")
+    for name, tensor in trained.items():
+        targets[name].copy_(tensor)
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """torch casts floating state, and integer codes with it, to the parameter's dtype; bit-exact means as it was."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for group in saved["param_groups"] for i in group["params"]]
+    for parameter, index in zip(parameters, indices, strict=True):
+        for key, value in saved["state"].get(index, {}).items():
+            now = optimizer.state[parameter].get(key)
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(now.device)

@@ -1,0 +1,216 @@
+"""`efftune.apply`: a recipe onto a model, and the handle it returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from efftune.errors import EfftuneError
+from efftune.files import read_json, read_tensors
+from efftune.interop import peft
+from efftune.linear import Linear
+from efftune.methods._base import Method
+from efftune.methods.full import FullFineTuning
+from efftune.recipe import format_recipe, parse
+
+CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
+
+
+def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
+    """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle for training it.
+
+    A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
+    Raises: EfftuneError, leaving the model as it was, if the recipe does not parse or cannot be applied.
+    """
+    methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
+    for hook in ("backward", "optimizer"):
+        rivals = [m.name for m in methods if m.overrides(hook)]
+        if len(rivals) > 1:
+            raise EfftuneError(f"{' and '.join(rivals)} each bring their own {hook}; a recipe takes one of them.")
+    if not any(m.trains for m in methods):
+        methods.insert(0, FullFineTuning())
+    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for method in methods:
+            method.prepare(model)
+    except EfftuneError:
+        for parent, name, child in children:
+            setattr(parent, name, child)
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
+        raise
+    return Tuner(model, methods)
+
+
+def load(model: nn.Module, path: str | Path) -> Tuner:
+    """Applies to `model` what `Tuner.save` or PEFT wrote to the folder `path`: its recipe and its tensors.
+
+    Raises: EfftuneError if files are missing, damaged, pickles, or do not fit the model.
+    """
+    path = Path(path)
+    if (path / CONFIG).exists():
+        methods = parse(read_json(path / CONFIG)["recipe"])
+    else:
+        methods = peft.read_methods(path, model)
+    tuner = apply(model, methods)
+    if peft.adapters(model):
+        peft.load_adapter(model, path)
+        return tuner
+    tensors, targets = read_tensors(path / TRAINED), tuner.named_delta()
+    wrong = sorted(tensors.keys() ^ targets.keys())
+    wrong += [n for n in tensors.keys() & targets.keys() if tensors[n].shape != targets[n].shape]
+    if wrong:
+        raise EfftuneError(f"{path / TRAINED} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
+    return tuner
+
+
+class Tuner:
+    """A model with a recipe applied. The optimizer it makes is its clock: each optimizer.step() ends a step, whoever's loop
+    calls it, so a hand-written loop, `efftune.train` and Hugging Face's Trainer all drive the recipe alike."""
+
+    def __init__(self, model: nn.Module, methods: list[Method]):
+        self.model = model
+        self.methods = methods
+        self.step = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+        # Everything that may ever train: a schedule turns requires_grad off and on among these.
+        self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    @property
+    def recipe(self) -> str:
+        return format_recipe(self.methods)
+
+    def named_trained(self) -> dict[str, nn.Parameter]:
+        """name -> parameter, of all that the recipe may ever train."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self._trained}
+
+    def named_delta(self) -> dict[str, Tensor]:
+        """name -> tensor, of all that the base model does not have: what trains, and the frozen parts of deltas."""
+        named: dict[str, Tensor] = dict(self.named_trained())
+        for name, module in self.model.named_modules():
+            if isinstance(module, Linear):
+                named |= zip((f"{name}.{part}" for part in module.delta.names), module.added(), strict=True)
+        return named
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seek(state["step"])
+
+    def param_groups(self) -> list[dict]:
+        """Optimizer groups of ("name", parameter) pairs: as a method asks, else one group of all that trains."""
+        for method in self.methods:
+            groups = method.param_groups(self.model)
+            if groups is not None:
+                return groups
+        return [{"params": list(self.named_trained().items())}]
+
+    def optimizer(self, lr: float, weight_decay: float = 0.0, **kwargs) -> torch.optim.Optimizer:
+        """The optimizer of the recipe (AdamW unless a method brings its own), attached."""
+        groups = self.param_groups()
+        made = (m.optimizer(groups, lr=lr, weight_decay=weight_decay, **kwargs) for m in self.methods)
+        optimizer = next((o for o in made if o is not None), None)
+        return self.attach(optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, **kwargs))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks."""
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: self._end_step())
+        self.seek(self.step)
+        return optimizer
+
+    def seek(self, step: int) -> None:
+        """Puts the recipe where it was before step `step`, for a resumed run."""
+        self.step = step
+        for method in self.methods:
+            method.before_step(self.model, step, self._optimizer)
+
+    def _end_step(self) -> None:
+        for method in self.methods:
+            method.after_step(self.model, self.step, self._optimizer)
+        self.seek(self.step + 1)
+
+    def backward(self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0) -> Tensor:
+        """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does; the detached loss."""
+        method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
+        return method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Replaces every efftune.Linear by the plain nn.Linear with its delta added; the model itself, as its class wrote it."""
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for name, layer in layers:  # all refusals before the first change
+            shared = names.get(id(layer.stored()[0]), [])
+            if len(shared) > 1 and layer.delta.rows(layer.added(), 0, 0) is not None:
+                raise EfftuneError(
+                    f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
+                    "save the adapter instead."
+                )
+        for name, layer in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.merge())
+        return self.model
+
+    def save(self, path: str | Path) -> None:
+        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, else `trained.safetensors`; beside either,
+        `efftune_config.json` with the recipe."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if peft.adapters(self.model):
+            peft.save_adapter(self.model, self.named_trained(), path)
+        else:
+            tensors = {name: t.detach().contiguous().clone() for name, t in self.named_delta().items()}
+            save_file(tensors, path / TRAINED, metadata={"format": "pt"})
+        config = {"format": 1, "recipe": self.recipe}
+        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def summary(self) -> str:
+        """What trains, what is frozen, and how each kind of layer stores, trains and keeps; parameters and bytes."""
+        trained = {id(p) for p in self.named_trained().values()}
+        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        sizes = {True: [0, 0], False: [0, 0]}
+        for key, tensor in tensors.items():
+            sizes[key in trained][0] += tensor.numel()
+            sizes[key in trained][1] += tensor.numel() * tensor.element_size()
+        (n_train, b_train), (n_frozen, b_frozen) = sizes[True], sizes[False]
+        share = 100 * n_train / max(1, n_train + n_frozen)
+        lines = [
+            f"recipe     {self.recipe}",
+            f"trainable  {n_train:>14,} parameters ({share:.2f} %)  {mebibytes(b_train)}",
+            f"frozen     {n_frozen:>14,} parameters  {mebibytes(b_frozen)}",
+        ]
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for module in self.model.modules():
+            if isinstance(module, Linear):
+                kind = str(module.base), str(module.delta), str(module.keep)
+            elif isinstance(module, nn.Linear):
+                full = id(module.weight) in trained
+                kind = "nn.Linear", "Full()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
+            else:
+                continue
+            count = kinds.setdefault(kind, [0, 0])
+            count[0] += 1
+            count[1] += sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+        for (base, delta, keep), (count, size) in kinds.items():
+            lines.append(f"{count:>5} x    {base} · {delta} · {keep}  {mebibytes(size)}")
+        return "\n".join(lines)
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,364 @@
+"""One Linear: every base x delta x keep that combines, against float64, and as a citizen of torch."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from efftune import EfftuneError, Linear
+from efftune.linear import Dense, Exact, Full, Int8, LoRA, NoDelta, Nothing
+from tests.budget import assert_within_budget
+from tests.saved import saved_bytes
+
+M, K, N = 33, 48, 40
+BASES = [Dense(), Int8(group=16), Int8(group=20)]
+DELTAS = [
+    Full(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
+    LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
+]  # fmt: skip
+KEEPS = [Exact(), Nothing()]
+
+
+def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(N, K)):
+    torch.manual_seed(seed)
+    layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype).requires_grad_(isinstance(delta, Full))
+    layer = Linear.from_linear(layer, base=base, delta=delta, keep=keep or Exact())
+    if isinstance(delta, LoRA):
+        nn.init.normal_(layer.lora_b)
+    return layer
+
+
+def combines(base, delta, keep):
+    if isinstance(delta, Full) and isinstance(base, Int8):
+        return False
+    keeps_nothing = isinstance(delta, NoDelta) or getattr(delta, "freeze_a", False)
+    return isinstance(keep, Exact) or keeps_nothing
+
+
+COMBINATIONS = list(itertools.product(BASES, DELTAS, KEEPS))
+VALID = [c for c in COMBINATIONS if combines(*c)]
+
+
+def dy_for(y):
+    return torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y)
+
+
+def oracle(layer, x, dtype, rounded=lambda t: t):
+    """y, dx and the gradients of what trains, from the formulas, in dtype; `rounded` is applied where the docstrings say
+    that something is rounded to x.dtype."""
+    n, scale = layer.out_features, getattr(layer.delta, "scale", None)
+    w = layer.base.rows(layer.stored(), 0, n, x.dtype).detach().to(dtype)
+    x2 = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+    bias = 0 if layer.bias is None else layer.bias.detach().to(dtype)
+    y = x2 @ w.t() + bias
+    dy = dy_for(torch.empty(*x.shape[:-1], n, dtype=x.dtype)).reshape(-1, n).to(dtype)
+    dx, grads = dy @ w, []
+    if isinstance(layer.delta, Full):
+        grads = [dy.t() @ x2]
+    elif isinstance(layer.delta, LoRA):
+        a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
+        h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
+        y, dx, grads = y + h @ b.t(), dx + dh @ a, [dh.t() @ x2, dy.t() @ h]
+    return [y.reshape(*x.shape[:-1], n), dx.reshape(x.shape), *grads]
+
+
+def actual(layer, x):
+    return actual_through(layer, layer, x)
+
+
+def actual_through(call, layer, x):
+    x = x.detach().requires_grad_()
+    y = call(x)
+    y.backward(dy_for(y))
+    parameters = [layer.weight] if isinstance(layer.delta, Full) else layer.added()
+    return [y.detach(), x.grad, *(t.grad for t in parameters)]
+
+
+@pytest.mark.parametrize("base, delta, keep", COMBINATIONS, ids=str)
+def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
+    if combines(base, delta, keep):
+        assert make(base, delta, keep)(torch.randn(2, K)).shape == (2, N)
+    else:
+        with pytest.raises(EfftuneError, match=r"stores integers; add|needs the layer's input"):
+            make(base, delta, keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
+def test_values_and_gradients_are_within_budget(base, delta, keep, dtype):
+    layer = make(base, delta, keep, dtype=dtype).eval()  # without dropout
+    x = torch.randn(3, M // 3, K).to(dtype)
+    exact = oracle(layer, x, torch.float64)
+    single = oracle(layer, x, torch.float32, rounded=lambda t: t.to(dtype).float())
+    for got, want, float32 in zip(actual(layer, x), exact, single, strict=True):
+        if got is None:
+            assert delta == LoRA(r=4, freeze_a=True)
+        else:
+            assert_within_budget(got.to(dtype), want, float32)  # gradients of float32 adapters are rounded to x.dtype
+
+
+@pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
+def test_gradcheck(base, delta, keep):
+    if isinstance(delta, LoRA):
+        delta = LoRA(**{**vars(delta), "dtype": "float64"})
+    layer = make(base, delta, keep, dtype=torch.float64, shape=(8, 11))
+    names = [n for n, p in layer.named_parameters() if p.requires_grad]
+    leaves = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
+    x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
+
+    def f(x, *leaves):
+        torch.manual_seed(5)  # one dropout mask for all evaluations
+        return torch.func.functional_call(layer, dict(zip(names, leaves, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *leaves))
+
+
+def test_long_k_accumulates_in_float32():
+    torch.manual_seed(0)
+    lin = nn.Linear(4096, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer = Linear.from_linear(lin, delta=LoRA(r=8))
+    x = torch.rand(16, 4096).bfloat16()  # positive: a 16-bit accumulator loses digits
+    assert_within_budget(layer(x).detach(), x.double() @ lin.weight.double().t(), x.float() @ lin.weight.float().t())
+
+
+COMPILED = [
+    (Dense(), Full(), Exact()),
+    (Dense(), LoRA(r=3, lora_dropout=0.3), Exact()),
+    (Int8(group=20), LoRA(r=3, lora_dropout=0.3), Exact()),
+    (Dense(), LoRA(r=4, freeze_a=True), Nothing()),
+    (Int8(group=16), NoDelta(), Nothing()),
+]
+
+
+@pytest.mark.parametrize("base, delta, keep", COMPILED, ids=str)
+def test_compiled_equals_eager_over_many_seeds(base, delta, keep):
+    torch._dynamo.reset()  # the recompilation limit counts per code object, which all these layers share
+    layer = make(base, delta, keep)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, K)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        layer.zero_grad()
+        expected = actual(layer, x)
+        torch.manual_seed(seed)
+        layer.zero_grad()
+        got = actual_through(compiled, layer, x)
+        for e, g in zip(expected, got, strict=True):
+            assert (e is None and g is None) or torch.equal(e, g)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    layer = make(Int8(group=16), LoRA(r=4, lora_dropout=0.5))
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(5, K)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = [t.clone() for t in actual(layer, x)]
+        layer.zero_grad()
+        torch.manual_seed(seed)
+        for e, g in zip(expected, actual_through(compiled, layer, x), strict=True):
+            torch.testing.assert_close(g, e)
+        layer.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
+def test_gradient_checkpointing_gives_the_same_bits(base, delta, keep, reentrant):
+    layer = make(base, delta, keep)
+    x = torch.randn(5, K)
+    torch.manual_seed(1)
+    expected = [t if t is None else t.clone() for t in actual(layer, x)]
+    layer.zero_grad()
+    torch.manual_seed(1)
+    got = actual_through(lambda x: checkpoint(layer, x, use_reentrant=reentrant), layer, x)
+    for e, g in zip(expected, got, strict=True):
+        assert (e is None and g is None) or torch.equal(e, g)
+
+
+def test_one_module_twice_in_a_graph():
+    layer = make(Dense(), LoRA(r=4), bias=False)
+    x = torch.randn(5, K, dtype=torch.float32, requires_grad=True)
+    (layer(x).sum() + 2 * layer(x.flip(0)).sum()).backward()
+    got = [x.grad, layer.lora_a.grad, layer.lora_b.grad]
+    w = (layer.merge().weight).detach()
+    ones = torch.ones(5, N)
+    torch.testing.assert_close(got[0], 3 * ones @ w)
+    a, b = layer.lora_a.detach().requires_grad_(), layer.lora_b.detach().requires_grad_()
+    (((x.detach() @ a.t()) @ b.t()).sum() * 3).backward()
+    torch.testing.assert_close(got[1], a.grad)
+    torch.testing.assert_close(got[2], b.grad)
+
+
+@pytest.mark.parametrize("delta", [Full(), LoRA(r=4)], ids=str)
+def test_non_contiguous_and_expanded_inputs(delta):
+    layer = make(Dense(), delta)
+    base = torch.randn(K, 6)
+    for x in (base.t(), torch.randn(6, 2 * K)[:, ::2], torch.randn(1, K).expand(6, K), torch.randn(2, K, 3).transpose(1, 2)):
+        for got, expected in zip(actual(layer, x), actual(layer, x.contiguous()), strict=True):
+            torch.testing.assert_close(got, expected)
+            layer.zero_grad()
+    x = torch.randn(4, K, requires_grad=True)
+    layer(x).sum().backward()  # dy is expanded from a scalar
+    assert torch.isfinite(x.grad).all()
+
+
+def test_empty_batch():
+    for base, delta, keep in VALID:
+        x = torch.randn(0, 3, K, requires_grad=True)
+        y = make(base, delta, keep)(x)
+        assert y.shape == (0, 3, N)
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+
+
+def test_inputs_saved_tensors_and_dy_are_unchanged():
+    for base, delta, keep in VALID:
+        layer = make(base, delta, keep).eval()
+        x = torch.randn(5, K, requires_grad=True)
+        dy = torch.randn(5, N)
+        before = [t.detach().clone() for t in (x, dy, *layer.parameters(), *layer.buffers())]
+        layer(x).backward(dy)
+        for t, b in zip((x, dy, *layer.parameters(), *layer.buffers()), before, strict=True):
+            assert torch.equal(t.detach(), b)
+
+
+def test_second_derivatives_are_refused():
+    layer, x = make(Dense(), LoRA(r=4)), torch.randn(5, K, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+# What backward keeps
+
+
+def test_saved_bytes_of_lora():
+    rows, r = 64, 16
+    lin = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(rows, 256, dtype=torch.bfloat16, requires_grad=True)
+    for delta, elements in [
+        (LoRA(r=r), rows * 256 + rows * r),
+        (LoRA(r=r, freeze_a=True), rows * r),
+        (LoRA(r=r, lora_dropout=0.1), rows * 256 + rows * r + 4),  # and the seed, 8 bytes
+        (NoDelta(), 0),
+    ]:
+        layer = Linear.from_linear(lin, delta=delta)
+        assert saved_bytes(lambda layer=layer: layer(x), layer) == 2 * elements, delta
+
+
+def test_lora_keeps_nothing_it_does_not_need():
+    layer = make(Dense(), LoRA(r=4))
+    layer.lora_a.requires_grad_(False)
+    layer.lora_b.requires_grad_(False)  # as lisa does with layers that rest
+    x = torch.randn(5, K, requires_grad=True)
+    assert saved_bytes(lambda: layer(x), layer) == 0
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+
+
+def test_dropout_draws_anew_in_training_and_not_in_eval():
+    layer, x = make(Dense(), LoRA(r=4, lora_dropout=0.5)), torch.randn(64, K)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_dropout_is_unbiased():
+    """The mean over seeds of the output and of A's gradient, within 4.5 standard errors of those without dropout."""
+    layer, x = make(Dense(), LoRA(r=2, lora_dropout=0.4, dtype=None), bias=False), torch.randn(6, K)
+    layer.eval()
+    expected = actual(layer, x)
+    layer.train()
+    draws = [[], [], [], []]
+    for seed in range(500):
+        torch.manual_seed(seed)
+        layer.zero_grad()
+        for column, tensor in zip(draws, actual(layer, x), strict=True):
+            column.append(tensor.double().clone())
+    # dB and dA are linear in the mask, y and dx too: all four means must match.
+    for column, want in zip(draws, expected, strict=True):
+        stack = torch.stack(column)
+        error = (stack.mean(0) - want.double()) / (stack.std(0) / len(column) ** 0.5 + 1e-12)
+        assert error.abs().max() < 5.0
+
+
+# A citizen of torch
+
+
+@pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
+def test_state_dict_deepcopy_and_to(base, delta, keep):
+    layer, x = make(base, delta, keep).eval(), torch.randn(5, K)
+    y = layer(x)
+    other = make(base, delta, keep, seed=1).eval()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), y)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), y)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.base.dtype(half.stored()) == torch.bfloat16 and half(x.bfloat16()).dtype == torch.bfloat16
+    assert (half(x.bfloat16()).float() - y).norm() < 0.03 * y.norm()
+    if isinstance(base, Int8):
+        assert half.codes.dtype == torch.int8 and "codes" in layer.state_dict()
+    else:
+        plain = nn.Linear(K, N)
+        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if k in ("weight", "bias")})  # nn.Linear's names
+
+
+@pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
+def test_merge_equals_unmerged(base, delta, keep):
+    layer, x = make(base, delta, keep).eval(), torch.randn(5, K)
+    merged = layer.merge()
+    assert type(merged) is nn.Linear and merged.weight.dtype == torch.float32
+    torch.testing.assert_close(merged(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_merge_rounds_once():
+    layer = make(Dense(), LoRA(r=4), dtype=torch.bfloat16)
+    exact = layer.weight.double() + layer.delta.scale * layer.lora_b.double() @ layer.lora_a.double()
+    assert_within_budget(layer.merge().weight, exact, exact.float())
+
+
+@pytest.mark.parametrize("delta", [Full(), LoRA(r=4), LoRA(r=4, dtype=None)], ids=str)
+def test_autocast(delta):
+    layer, x = make(Dense(), delta), torch.randn(5, K, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        loss = y.float().square().mean()
+    loss.backward()
+    assert x.grad.dtype == torch.float32
+    expected = oracle(layer, x, torch.float32)
+    assert (y.float() - expected[0]).norm() < 0.02 * expected[0].norm()
+    for p in layer.parameters():
+        assert p.grad is None or p.grad.dtype == p.dtype
+
+
+def test_a_dtype_mismatch_is_refused():
+    with pytest.raises(TypeError, match="x is torch.bfloat16 and the layer is torch.float32"):
+        make(Dense(), LoRA(r=4))(torch.randn(2, K).bfloat16())
+
+
+def test_from_linear_shares_the_weight_and_keeps_the_other_axes():
+    lin = nn.Linear(K, N).requires_grad_(False)
+    layer = Linear.from_linear(lin, delta=LoRA(r=4))
+    assert layer.weight is lin.weight and layer.bias is lin.bias and layer.keep == Exact()
+    again = Linear.from_linear(layer, base=Int8(group=16))
+    assert again.delta == layer.delta and again.lora_a is layer.lora_a
+    assert isinstance(Linear.from_linear(nn.Linear(K, N)).delta, Full)
+    assert isinstance(Linear.from_linear(lin).delta, NoDelta)
+    with pytest.raises(EfftuneError, match="takes an nn.Linear"):
+        Linear.from_linear(nn.LayerNorm(4))
+
+
+@pytest.mark.parametrize("bad", [dict(r=0), dict(r=-3), dict(lora_dropout=1.0), dict(dtype="int8"), dict(dtype="f32")])
+def test_lora_settings_out_of_range(bad):
+    with pytest.raises(EfftuneError):
+        LoRA(**bad)
+
+
+def test_rank_above_the_layer_is_refused():
+    with pytest.raises(EfftuneError, match=r"r=64 exceeds min\(N, K\) = 40"):
+        make(Dense(), LoRA(r=64))

@@ -1,0 +1,32 @@
+"""Every backend of an operator on every device at hand: the interpreter stands in for Triton where there is no GPU."""
+
+import pytest
+import torch
+
+from efftune.ops._available import triton_why_not
+from efftune.ops._op import use_backend
+
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpp", "cpu"), id="cpp"),
+    pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
+]
+
+
+def on(backend, function, *args, **kwargs):
+    """function(...) with CPU tensors moved to the backend's device; the result comes back to the CPU."""
+    name, device = backend
+    if name == "triton" and device == "cpu" and triton_why_not(torch.empty(0)) is not None:
+        pytest.skip("Triton is not interpreted in this process")
+    with use_backend(name):
+        result = function(*(a.to(device) if isinstance(a, torch.Tensor) and a.ndim else a for a in args), **kwargs)
+    return result.cpu()
+
+
+def skip_truncation(backend, dtype, exact=False):
+    """Triton's interpreter stores float32 to bfloat16 by truncation; results that are exact in bfloat16 are not affected."""
+    if backend == ("triton", "cpu") and dtype == torch.bfloat16 and not exact:
+        pytest.skip("the interpreter does not round to bfloat16")

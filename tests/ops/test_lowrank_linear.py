@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from efftune import use_backend
+from efftune.ops.lowrank_linear import OP, lowrank_linear
+from tests.budget import assert_within_budget
+
+SHAPES = [(1, 16, 16, 1), (7, 13, 11, 3), (33, 65, 47, 16), (130, 70, 67, 70), (64, 4096, 32, 8)]  # M, K, N, R
+CASES = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16), ("reference", torch.bfloat16)]
+CASES += [("triton", torch.float32), ("triton", torch.float16)]  # the interpreter's dot is wrong on bfloat16
+
+
+def operands(shape, dtype, bias=True, seed=0):
+    m, k, n, r = shape
+    g = torch.Generator().manual_seed(seed)
+    x, w, h, b = (torch.randn(s, generator=g) for s in ((m, k), (n, k), (m, r), (n, r)))
+    return [t.to(dtype) for t in (x, w / k**0.5, h, b / r**0.5)] + [torch.randn(n, generator=g).to(dtype) if bias else None]
+
+
+def product(args, dtype):
+    x, w, h, b, bias = (None if t is None else t.to(dtype) for t in args)
+    y = x @ w.t() + h @ b.t()
+    return y if bias is None else y + bias
+
+
+def check(backend, args):
+    with use_backend(backend):
+        y = lowrank_linear(*args)
+    assert y.dtype == args[0].dtype and y.is_contiguous()
+    assert_within_budget(y, product(args, torch.float64), product(args, torch.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend, dtype", CASES)
+def test_forward_is_within_budget(backend, dtype, shape):
+    if backend == "triton" and shape[1] == 4096:
+        shape = (32, 1024, 32, 8)  # the interpreter takes seconds per thousand columns
+    check(backend, operands(shape, dtype, bias=shape[0] != 7))
+
+
+@pytest.mark.parametrize("backend, dtype", CASES)
+def test_transposed_twin_takes_strided_operands(backend, dtype):
+    m, k, n, r = 33, 65, 47, 5
+    dy, dh = torch.randn(m, n).to(dtype), torch.randn(m, r).to(dtype)
+    w, a = torch.randn(n, k).to(dtype), torch.randn(r, k).to(dtype)
+    check(backend, [dy, w.t(), dh, a.t(), None])
+    check(backend, [torch.randn(n, m).to(dtype).t(), w.t(), dh, a.t(), None])  # a column-major dy
+    with use_backend(backend):
+        expanded = lowrank_linear(dy[:1].expand(m, n), w.t(), dh[:1].expand(m, r), a.t())
+        torch.testing.assert_close(expanded, lowrank_linear(dy, w.t(), dh, a.t())[:1].expand(m, k))
+
+
+def test_float64_gives_the_exact_product():
+    args = operands((7, 13, 11, 3), torch.float64)
+    torch.testing.assert_close(lowrank_linear(*args), product(args, torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_empty_batch(backend):
+    args = operands((7, 13, 11, 3), torch.float32)
+    with use_backend(backend):
+        assert lowrank_linear(args[0][:0], args[1], args[2][:0], *args[3:]).shape == (0, 11)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_inputs_are_unchanged(backend):
+    args = operands((7, 13, 11, 3), torch.float32)
+    before = [t.clone() for t in args]
+    with use_backend(backend):
+        lowrank_linear(*args)
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+
+
+def test_opcheck():
+    torch.library.opcheck(OP.overload, operands((7, 13, 11, 3), torch.float32))
+    torch.library.opcheck(OP.overload, operands((7, 13, 11, 3), torch.bfloat16, bias=False))
+
+
+@pytest.mark.parametrize("wrong, message", [(0, "columns"), (1, "columns"), (2, "rank"), (3, "rank")])
+def test_shapes_that_do_not_fit_are_refused(wrong, message):
+    args = operands((7, 13, 11, 3), torch.float32)
+    args[wrong] = args[wrong][:, :-1]
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=message):
+        lowrank_linear(*args)
+
+
+def test_forced_backend_gives_its_reason():
+    args = operands((4, 300, 300, 257), torch.float32)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="rank 257 exceeds"):
+        lowrank_linear(*args)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="no backend 'cpp'; it has torch, triton, reference"):
+        lowrank_linear(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 1030, 256), (4096, 4096, 4096, 16)])
+def test_triton_on_a_gpu_is_within_budget(shape, dtype):
+    args = [None if t is None else t.cuda() for t in operands(shape, dtype)]
+    for backend in ("triton", "torch"):
+        check(backend, args)
+    dy, dh = args[0].new_empty(shape[0], shape[2]).normal_(), args[2]
+    check("triton", [dy, args[1].t(), dh, torch.randn(shape[3], shape[1], device="cuda").to(dtype).t(), None])

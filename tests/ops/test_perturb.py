@@ -1,0 +1,214 @@
+"""w + a z: equal on all backends, a function of the offset alone, with the right moments, unbiased when it rounds."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from efftune import perturb, perturb_, use_backend
+from efftune.ops import philox
+from efftune.ops.perturb import perturb_op
+from tests.ops.backends import BACKENDS, on, skip_truncation
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KEY = dict(seed=-(3**39), stream=2**31 + 5, offset=2**33 + 77)
+
+
+def weights(n, dtype, seed=0):
+    return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("n", [0, 1, 7, 2049, 5003])
+def test_backends_equal(backend, dtype, dist, rounding, n):
+    if backend[0] == "cuda" and dist == "normal" and n == 0:
+        pytest.skip("nothing to launch")
+    skip_truncation(backend, dtype, exact=rounding == "stochastic")
+    w = weights(n, dtype)
+    oracle = on(("reference", "cpu"), perturb, w, 1e-3, dist=dist, rounding=rounding, **KEY)
+    result = on(backend, perturb, w, 1e-3, dist=dist, rounding=rounding, **KEY)
+    if dist == "rademacher":
+        assert torch.equal(result, oracle)
+    else:  # z to 4 ulps; a 16-bit result may then fall on the other side of a tie or of a random threshold
+        step = torch.finfo(dtype).eps * oracle.float().abs().clamp(min=torch.finfo(dtype).tiny) + 1e-3 * 2**-19
+        difference = (result.float() - oracle.float()).abs()
+        assert (difference <= step).all()
+        if dtype != torch.float32:
+            assert (difference > 0).sum() <= 1 + n // 1000
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_normal_is_accurate(backend):
+    n, seed = 4096 if backend == ("triton", "cpu") else 1 << 20, 3
+    z = on(backend, perturb, torch.zeros(n), 1.0, seed=seed, stream=1)
+    exact = philox.normal(seed, 1, torch.arange(n))
+    assert ((z.double() - exact).abs() <= 5 * 2**-23 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_shards_equal_the_whole(backend, dist, rounding):
+    n, options = 3001, dict(seed=5, stream=2, dist=dist, rounding=rounding)
+    w = weights(n, torch.float16)
+    whole = on(backend, perturb, w, 1e-2, offset=11, **options)
+    cuts = [0, 1, 6, 130, 1025, n]
+    shards = [on(backend, perturb, w[a:b].clone(), 1e-2, offset=11 + a, **options) for a, b in zip(cuts, cuts[1:])]
+    assert torch.equal(torch.cat(shards), whole)
+
+
+def test_threads_and_layout_do_not_matter():
+    w = weights(1 << 16, torch.float32)
+    whole, threads = perturb(w, 1.0, seed=1, stream=1), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(perturb(w, 1.0, seed=1, stream=1), whole)
+    finally:
+        torch.set_num_threads(threads)
+    with use_backend("reference"):
+        expected = perturb(w, 1.0, seed=1, stream=1).view(256, 256)
+    strided = w.view(256, 256).t().contiguous().t()
+    assert not strided.is_contiguous() and torch.equal(perturb(strided, 1.0, seed=1, stream=1), expected)
+
+
+def test_dtypes_draw_the_same():
+    z = {dtype: perturb(torch.zeros(4096, dtype=dtype), 1.0, seed=9, stream=4) for dtype in (*DTYPES, torch.float64)}
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(z[dtype], z[torch.float32].to(dtype))
+    assert torch.allclose(z[torch.float64], z[torch.float32].double(), rtol=1e-6, atol=0)
+
+
+def test_in_place_and_out():
+    w = weights(1000, torch.bfloat16)
+    before, out, version = w.clone(), torch.full_like(w, torch.nan), w._version
+    expected = perturb(w, 0.1, seed=1, stream=1)
+    assert torch.equal(w, before) and w._version == version
+    assert perturb(w, 0.1, seed=1, stream=1, out=out) is not None and torch.equal(out, expected)
+    assert perturb_(w, 0.1, seed=1, stream=1) is w and torch.equal(w, expected) and w._version > version
+    parameter = torch.nn.Parameter(before.clone())
+    assert torch.equal(perturb_(parameter, 0.1, seed=1, stream=1), expected) and parameter.requires_grad
+
+
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+def test_moments(dist):
+    n = 1 << 22
+    z = perturb(torch.zeros(n), 1.0, seed=2024, stream=17, dist=dist).double()
+    fourth = 3 if dist == "normal" else 1
+    for power, moment, variance in [(1, 0, 1), (2, 1, fourth - 1), (3, 0, 15), (4, fourth, 96)]:
+        error = abs((z**power).mean().item() - moment)
+        assert error <= 5 * (variance / n) ** 0.5 if variance else error == 0
+    for lag in (1, 2, 3, 4, 128):
+        assert abs((z[lag:] * z[:-lag]).mean().item()) < 5 / (n - lag) ** 0.5
+    if dist == "normal":
+        cdf, _ = torch.special.ndtr(z).sort()
+        ks = (cdf - torch.arange(n, dtype=torch.float64) / n).abs().max().item()
+        assert ks < 2.0 / n**0.5  # Kolmogorov: exceeded with probability 7e-4
+        assert 4.5 < z.abs().max().item() <= 6.77
+
+
+def test_seeds_streams_and_offsets_are_distinct():
+    keys = [(s, t) for s in (0, 1, 2**32, -1) for t in (0, 1, 2**31)]
+    z = torch.stack([perturb(torch.zeros(4096), 1.0, seed=s, stream=t) for s, t in keys])
+    correlation = z @ z.t() / 4096 - torch.eye(len(keys))
+    assert correlation.fill_diagonal_(0).abs().max() < 5 / 64
+    far = perturb(torch.zeros(4096), 1.0, seed=0, stream=0, offset=2**34)
+    assert not (far == z[0]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-16, 3e-7])
+def test_stochastic_rounding_is_unbiased(backend, dtype, scale):
+    """Values between two neighbours, float16 subnormals included; draws over offsets are independent."""
+    values = torch.tensor([1.003, -1.3, 0.7001, 1.9999]) * scale
+    low = values.to(dtype)
+    # a z lands on the value: with signs, only the elements that drew +1 are looked at.
+    draws = 2048 if backend == ("triton", "cpu") else 16384
+    positive = perturb(torch.zeros(draws), 1.0, seed=6, stream=3, dist="rademacher") > 0
+    for value, base in zip(values.tolist(), low):
+        a = value - base.item()
+        result = on(
+            backend, perturb, base.expand(draws).clone(), a, seed=6, stream=3, dist="rademacher", rounding="stochastic"
+        )
+        chosen, target = result.double()[positive], base.double().item() + a
+        neighbours = chosen.unique()
+        assert len(neighbours) <= 2 and neighbours.min() <= target <= neighbours.max()
+        step = (neighbours.max() - neighbours.min()).item()
+        assert abs(chosen.mean().item() - target) <= 4.5 * step / 2 / len(chosen) ** 0.5 + step * 2**-16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_zero_step_is_the_identity(backend, dtype, rounding):
+    """Every 16-bit pattern: infinities and NaN, subnormals, both zeros."""
+    if dtype == torch.float32:
+        w = torch.tensor([0.0, -0.0, 1e-42, torch.inf, -torch.inf, torch.nan, 3.4e38])
+    else:
+        w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    if backend == ("triton", "cpu"):  # the interpreter loads bfloat16 subnormals as 0
+        flushed = (dtype == torch.bfloat16) & (w.float().abs() < torch.finfo(dtype).tiny)
+        w = w[~flushed][::16].contiguous()
+    result = on(backend, perturb, w, 0.0, seed=1, stream=1, rounding=rounding)
+    assert torch.equal(result.isnan(), w.isnan())
+    assert torch.equal(result[~w.isnan()], w[~w.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nearest_rounds_to_even(dtype):
+    """C++ against torch on sums that fall everywhere, ties included."""
+    w = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    w = w[w.isfinite()][::3].contiguous()
+    for a in (torch.finfo(dtype).eps / 2, 2.0**-25, 3.0, 1e-3, 6.0e4):
+        options = dict(seed=1, stream=1, dist="rademacher")
+        with use_backend("reference"):
+            expected = perturb(w, a, **options)
+        assert torch.equal(perturb(w, a, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(w=torch.zeros(3, dtype=torch.int8)), "float32, bfloat16 or float16"),
+        (dict(dist="gauss"), "'normal' or 'rademacher'"),
+        (dict(rounding="up"), "'nearest' or 'stochastic'"),
+        (dict(stream=2**32), "stream in"),
+        (dict(stream=-1), "stream in"),
+        (dict(offset=-1), "offset of at least 0"),
+        (dict(out=torch.zeros(4)), "out like w"),
+        (dict(out=torch.zeros(3, dtype=torch.float16)), "out like w"),
+    ],
+)
+def test_errors_name_the_remedy(change, sentence):
+    arguments = dict(w=torch.zeros(3), a=1.0, seed=1, stream=1) | change
+    with pytest.raises(ValueError, match=sentence):
+        perturb(arguments.pop("w"), arguments.pop("a"), **arguments)
+
+
+def test_opcheck():
+    for dtype in (torch.float32, torch.bfloat16):
+        w = weights(64, dtype)
+        args = (w, torch.empty_like(w), 0.1, 1, 2, 3, "normal", "stochastic")
+        torch.library.opcheck(perturb_op.overload, args)
+
+
+def test_compile():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=None)
+    def step(w, a, seed):
+        return perturb_(w, a, seed=seed, stream=7).sum()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def counted(w, a, seed):
+        perturb_(w, a, seed=seed, stream=7)
+
+    for seed in (1, 2**40, -7, 3, 4):
+        expected, w = perturb(weights(100, torch.float32), 0.5, seed=seed, stream=7), weights(100, torch.float32)
+        total = step(w, 0.5, seed)
+        assert torch.equal(w, expected) and torch.allclose(total, expected.sum())
+        counted(w, 0.5, seed)
+    assert counter.frame_count <= 3  # not once for each seed; torch compiles again for each float `a`

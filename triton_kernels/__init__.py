@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: no autograd, no modules, nothing imported until an operator runs them."""
