@@ -52,6 +52,7 @@ void bind_int8(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t rows, i
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "efftune's C++ kernels for the CPU; call them through efftune.ops.";
+    m.def("limit_isa", [](int limit) { isa_limit = limit; });
     m.def("perturb", &bind_perturb);
     m.def("dropout", &bind_dropout);
     m.def("int8_dequantize", &bind_int8);

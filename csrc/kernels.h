@@ -7,6 +7,9 @@
 
 namespace efftune {
 
+// 2: AVX-512, 1: AVX2, 0: what every processor has. Tests lower it, to hold the instruction sets against each other.
+inline int isa_limit = 2;
+
 struct PerturbArgs {
     const void* w;
     void* out;  // may be w

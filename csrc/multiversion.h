@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
 #include "numeric.h"
 #include "philox.h"
 
@@ -17,7 +18,7 @@
 #include <immintrin.h>
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,bmi,bmi2,fma,f16c,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
 #define EFFTUNE_LANES 8
 namespace efftune::avx512 {
 #include EFFTUNE_KERNELS
@@ -26,7 +27,7 @@ namespace efftune::avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,fma,f16c")
+#pragma GCC target("avx2")
 #define EFFTUNE_LANES 4
 namespace efftune::avx2 {
 #include EFFTUNE_KERNELS
@@ -44,7 +45,7 @@ inline int isa() {
             ? 2
         : __builtin_cpu_supports("avx2") ? 1
                                          : 0;
-    return best;
+    return best < isa_limit ? best : isa_limit;
 }
 }  // namespace efftune
 #else

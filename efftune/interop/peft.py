@@ -13,7 +13,7 @@ from torch import nn
 from efftune.errors import EfftuneError
 from efftune.files import read_json, read_tensors
 from efftune.linear import Linear, LoRA
-from efftune.methods._base import target_layers
+from efftune.methods._base import matches, target_layers
 from efftune.methods.adapters.lora import LoraMethod
 
 PREFIX = "base_model.model."
@@ -111,7 +111,9 @@ def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
     if used:
         raise EfftuneError(f"{path / CONFIG} uses {', '.join(used)}, which efftune's LoRA has not; merge it with PEFT.")
     targets = config["target_modules"]
-    wholly = tuple(config.get("modules_to_save") or ())
+    # PEFT lists every name that a classification head may have.
+    names = [name for name, _ in model.named_modules()]
+    wholly = tuple(m for m in config.get("modules_to_save") or () if any(matches(name, (m,)) for name in names))
     common = LoraMethod(
         r=config["r"],
         lora_alpha=float(config["lora_alpha"]),

@@ -8,15 +8,17 @@ from torch import Tensor
 from efftune.ops._op import Op
 
 
-def _reference() -> Tensor:
+def _reference(where: Tensor) -> Tensor:
     return torch.randint(0, 2**62, (), dtype=torch.int64)
 
 
-def _fake() -> Tensor:
+def _fake(where: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-draw_seed_op = Op("draw_seed() -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
+# `where` is any CPU tensor: under torch.compile, checkpointing saves and restores the generator's state around a draw only
+# if an argument of the draw tells the device.
+draw_seed_op = Op("draw_seed(Tensor where) -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
 
 
 def draw_seed() -> Tensor:
@@ -25,4 +27,4 @@ def draw_seed() -> Tensor:
     It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is an
     operator because AOT compilation draws a traced torch.randint a second time in backward; this one is saved.
     """
-    return draw_seed_op()
+    return draw_seed_op(torch.empty(0))

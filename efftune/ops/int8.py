@@ -106,13 +106,14 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     w = w.detach()
     if not torch.isfinite(w).all():
         raise ValueError(
-            "int8_quantize takes finite weights; this one holds an infinity or NaN: check the checkpoint it is from."
+            "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
     n, k = w.shape
     compute = torch.float64 if w.dtype == torch.float64 else torch.float32
-    grouped = F.pad(w.to(compute), (0, -k % group)).view(n, -1, group)
+    groups = (k + group - 1) // group
+    grouped = F.pad(w.to(compute), (0, groups * group - k)).view(n, groups, group)
     scales = (grouped.abs().amax(dim=2) / 127).to(w.dtype)
     # A scale of 0 is an all-zero group, or one so small that it underflows: its codes are 0 either way.
     divisor = torch.where(scales == 0, torch.inf, scales.to(compute))
     codes = (grouped / divisor[..., None]).round_().clamp_(-127, 127).to(torch.int8)
-    return codes.view(n, -1)[:, :k].contiguous(), scales
+    return codes.view(n, groups * group)[:, :k].contiguous(), scales

@@ -24,14 +24,14 @@ from efftune.train import state
 from efftune.train.loop import learning_rate_factor
 from efftune.train.models import quiet
 
-SETTINGS = {"seq_len": 256, "batch_size": 16, "epochs": 3.0, "lr": 3e-3, "sample_prompt": "The try statement"}
+SETTINGS = {"recipe": "lora(r=16)", "seq_len": 256, "batch_size": 16, "epochs": 3.0, "lr": 3e-3, "sample_prompt": "The try statement"}
 VOCABULARY = 4096
 MODEL = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
 PRETRAINING = {"steps": 140, "rows": 16, "tokens": 256, "lr": 3e-3, "warmup": 10, "weight_decay": 0.1, "seed": 0}
-HELD_OUT = 0.1  # of the topics
+HELD_OUT = 0.1  # of the text, in whole topics
 LEFT_OUT = {
     "site-packages",
     "dist-packages",
@@ -87,7 +87,8 @@ def prose() -> tuple[Path, Path]:
 
     def make(folder: Path) -> None:
         names = sorted(topics, key=lambda name: hashlib.sha256(name.encode()).digest())
-        count = round(len(names) * HELD_OUT)
+        size = sum(map(len, topics.values()))
+        count = next(n for n in range(len(names)) if sum(len(topics[name]) for name in names[:n]) >= HELD_OUT * size)
         for file, chosen in (("held_out", names[:count]), ("train", names[count:])):
             lines = (json.dumps({"text": topics[name]}) + "\n" for name in chosen)
             (folder / f"{file}.jsonl").write_text("".join(lines))

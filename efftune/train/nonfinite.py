@@ -66,7 +66,8 @@ class _Watcher:
         for name in reversed(self.order):
             weights = [p.grad for p in modules[name].parameters(recurse=False) if p.grad is not None]
             hands_on = self.gradient.get((name, "in"), False) or any(not torch.isfinite(g).all() for g in weights)
-            if hands_on and not self.gradient.get((name, "out"), False):
+            # no entry: no gradient came by this module's output, so the one of its input is not its doing
+            if hands_on and self.gradient.get((name, "out")) is False:
                 made.append(name)
         inner = [m for m in made if not any(other != m and (other.startswith(m + ".") or m == "") for other in made)]
         return inner[0] if inner else None

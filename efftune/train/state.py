@@ -48,22 +48,29 @@ def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         if name not in trained and tensor.numel():
-            flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+            digest.update(sample(tensor))
     return digest.hexdigest()
 
 
+def sample(tensor: torch.Tensor) -> bytes:
+    """The bytes of about SAMPLED elements, evenly spread; of all in a small tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
 class Watch:
-    """Which buffers have changed since the start (running statistics, drawn indices): those are part of the state."""
+    """Which buffers have changed since the start (running statistics, drawn indices): those are part of the state.
+
+    Version counters alone will not do: batch_norm writes its running statistics without counting.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
-        self.versions = {name: (id(b), b._version) for name, b in model.named_buffers()}
+        self.start = {name: (id(b), b._version, sample(b)) for name, b in model.named_buffers()}
 
     def changed(self) -> dict[str, torch.Tensor]:
         now = dict(self.model.named_buffers())
-        return {BUFFER + n: b for n, b in now.items() if self.versions.get(n) != (id(b), b._version)}
+        return {BUFFER + n: b for n, b in now.items() if self.start.get(n) != (id(b), b._version, sample(b))}
 
 
 def capture(tuner: Any, optimizer: Any, scheduler: Any, watch: Watch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

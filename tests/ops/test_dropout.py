@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from efftune import use_backend
 from efftune.ops import philox
 from efftune.ops.draw_seed import draw_seed, draw_seed_op
 from efftune.ops.dropout import dropout, dropout_op
@@ -31,7 +30,7 @@ def test_mask_and_scale():
     x, p = torch.ones(20000, dtype=torch.float64), 0.3
     y = dropout(x, p, SEED, 8)
     keep = philox.dropout_word(int(SEED), 8, torch.arange(x.numel())) >= int(p * 2**32)
-    assert torch.equal(y, torch.where(keep, 1 / (1 - p), 0.0).double())
+    assert torch.equal(y, keep.double() / (1 - p))
     assert abs(y.mean().item() - 1) < 5 * (p / (1 - p) / x.numel()) ** 0.5
     assert torch.equal(dropout(x.float(), p, SEED, 8) != 0, keep)
     assert not torch.equal(dropout(x, p, SEED, 9) != 0, keep)
@@ -65,9 +64,8 @@ def test_non_contiguous():
     ],
 )
 def test_errors_name_the_remedy(x, p, seed, sentence):
-    for backend in ("reference", "cpp"):
-        with use_backend(backend), pytest.raises(ValueError, match=sentence):
-            dropout(x, p, seed, 0)
+    with pytest.raises(ValueError, match=sentence):
+        dropout(x, p, seed, 0)
 
 
 def test_draw_seed_follows_the_generator():
@@ -113,4 +111,4 @@ def test_backward_repeats_the_mask(wrap):
 def test_opcheck():
     torch.library.opcheck(dropout_op.overload, (torch.randn(5, 7), 0.3, torch.tensor(4), 1))
     torch.library.opcheck(dropout_op.overload, (torch.randn(7, 5).t(), 0.3, torch.tensor(4), 1))
-    torch.library.opcheck(draw_seed_op.overload, ())
+    torch.library.opcheck(draw_seed_op.overload, (torch.empty(0),))

@@ -1,0 +1,221 @@
+"""One table sends every method through the same promises."""
+
+import copy
+
+import pytest
+import torch
+
+import efftune
+from efftune import EfftuneError
+from efftune.linear import Linear
+from efftune.methods import available
+from tests.methods.models import batch, llama, loss_fn
+
+# recipe -> (learning rate, steps, factor the loss must fall to)
+RECIPES = {
+    "full": (3e-3, 12, 0.8),
+    "full(target_modules='mlp')": (3e-3, 12, 0.95),
+    "lora(r=4)": (1e-2, 12, 0.95),
+    "lora(r=4, target_modules='q_proj|v_proj', lora_alpha=8.0, use_rslora=True)": (1e-2, 15, 0.99),
+    "lora(r=4, lora_dropout=0.1, dtype=None)": (1e-2, 12, 0.95),
+    "lora(r=4, freeze_a=True)": (1e-2, 12, 0.97),
+    "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
+    "lora(r=4) + int8": (1e-2, 12, 0.95),
+    "lisa(layers=1, interval=4)": (3e-3, 12, 0.9),
+    "full + lisa(layers=2)": (3e-3, 12, 0.85),
+    "lora(r=4) + lisa(layers=2, interval=3)": (1e-2, 12, 0.97),
+    "mezo": (1e-3, 30, 1.0),
+    "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
+    "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),
+}
+
+
+def train(tuner, optimizer, steps, data):
+    losses = []
+    tuner.model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(float(tuner.backward(data, loss_fn)))
+        optimizer.step()
+    return losses
+
+
+@pytest.fixture(params=RECIPES, ids=str)
+def recipe(request):
+    return request.param
+
+
+def prepared(recipe, seed=0):
+    model = llama(seed=seed)
+    torch.manual_seed(seed + 1)
+    return efftune.apply(model, recipe)
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch(seed=5)).logits
+
+
+def test_every_method_is_in_the_table():
+    named = " ".join(RECIPES)
+    assert all(name in named for name in available())
+
+
+def test_frozen_stays_frozen_the_loss_falls_and_the_optimizer_sees_what_trains(recipe):
+    lr, steps, factor = RECIPES[recipe]
+    tuner = prepared(recipe)
+    optimizer = tuner.optimizer(lr=lr)
+    trained = tuner.named_trained()
+    assert trained and {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in trained.values()}
+    before = {n: t.detach().clone() for n, t in (*tuner.model.named_parameters(), *tuner.model.named_buffers())}
+    losses = train(tuner, optimizer, steps, batch())
+    assert losses[-1] < factor * losses[0]
+    for name, tensor in (*tuner.model.named_parameters(), *tuner.model.named_buffers()):
+        if name not in trained:
+            assert torch.equal(tensor, before[name]), name
+            assert tensor.grad is None, name
+    assert any(not torch.equal(p, before[n]) for n, p in trained.items())
+
+
+def test_an_applied_recipe_changes_nothing_before_training(recipe):
+    plain = logits(llama())
+    tuner = prepared(recipe)
+    if "int8" in recipe:
+        assert (logits(tuner.model) - plain).norm() < 0.02 * plain.norm()
+    else:
+        assert torch.equal(logits(tuner.model), plain)
+
+
+def test_save_and_load_give_the_same_outputs(recipe, tmp_path):
+    tuner = prepared(recipe)
+    train(tuner, tuner.optimizer(lr=RECIPES[recipe][0]), 3, batch())
+    tuner.save(tmp_path)
+    again = efftune.load(llama(), tmp_path)
+    assert again.recipe == tuner.recipe
+    assert torch.equal(logits(again.model), logits(tuner.model))
+
+
+def test_merge_equals_unmerged(recipe):
+    tuner = prepared(recipe)
+    train(tuner, tuner.optimizer(lr=RECIPES[recipe][0]), 3, batch())
+    expected = logits(tuner.model)
+    merged = tuner.merge()
+    assert not any(isinstance(m, Linear) for m in merged.modules())
+    assert set(merged.state_dict()) == set(llama().state_dict())  # a plain checkpoint of the model's class
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_four_micro_batches_equal_one(recipe):
+    """Losses as means over equal micro-batches, scaled by 1/4: the same gradient up to float32 sums."""
+    results = []
+    for parts in (1, 4):
+        tuner = prepared(recipe.replace("lora_dropout=0.1, ", ""))
+        optimizer = tuner.optimizer(lr=1.0) if "mezo" in recipe else torch.optim.SGD(tuner.param_groups(), lr=0.5)
+        tuner.attach(optimizer)
+        for chunk in batch().chunk(parts):
+            tuner.backward(chunk, loss_fn, scale=1 / parts)
+        optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in tuner.named_trained().values()]))
+    # MeZO's scalar is a difference of float32 losses over 2ε: its rounding is 1e-7 / 2e-3.
+    torch.testing.assert_close(*results, rtol=1e-3, atol=2e-3 if "mezo" in recipe else 2e-5)
+
+
+def test_the_same_seed_gives_the_same_bits(recipe):
+    lr = RECIPES[recipe][0]
+    runs = []
+    for _ in range(2):
+        tuner = prepared(recipe)
+        torch.manual_seed(7)
+        train(tuner, tuner.optimizer(lr=lr), 3, batch())
+        runs.append(tuner.named_delta())
+    assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+
+
+def test_summary_counts_what_trains(recipe):
+    tuner = prepared(recipe)
+    count = sum(p.numel() for p in tuner.named_trained().values())
+    text = tuner.summary()
+    assert f"{count:,} parameters" in text and tuner.recipe in text
+
+
+REFUSED = {
+    "int8": "stores integers",
+    "int8 + full": "stores integers",
+    "full + int8": "stores integers",
+    "full + lora(r=4)": "already trained as full",
+    "lora(r=4) + full": "already trained as LoRA",
+    "lora(r=4) + lora(r=8)": "already trained as LoRA",
+    "mezo + mezo": "mezo and mezo each bring their own backward",
+    "int8 + mezo": "stores integers",
+    "lora(r=4, target_modules='nothing')": "matches no linear layer of LlamaForCausalLM; its linear layers end in: down_proj",
+    "int8(target_modules=['nowhere']) + lora": "matches no linear layer",
+    "full(target_modules='nowhere')": "matches no module",
+    "lora(r=4, modules_to_save=['nowhere'])": "modules_to_save names 'nowhere'",
+    "lora(r=33)": "model.layers.0.self_attn.q_proj: r=33 exceeds",
+    "lora(r=0)": "rank of at least 1",
+    "lora(r=-1)": "rank of at least 1",
+    "lora(bias='some')": "'none', 'lora_only' or 'all'",
+    "lisa(layers=9)": "only 3 layers",
+    "lisa(layers=0)": "at least 1",
+    "mezo(eps=0.0)": "eps > 0",
+    "mezo(dist='uniform')": "'normal' or 'rademacher'",
+    "int8(group=0) + lora": "at least 1 weight",
+}
+
+
+@pytest.mark.parametrize("recipe", REFUSED)
+def test_refusals_name_the_reason_and_leave_the_model_as_it_was(recipe):
+    model = llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = repr(model), {n: (t, p.requires_grad) for n, p in model.named_parameters() for t in [p]}
+    with pytest.raises(EfftuneError, match=r"(?s)" + REFUSED[recipe].replace("(", r"\(").replace(")", r"\)")):
+        efftune.apply(model, recipe)
+    after = repr(model), {n: (t, p.requires_grad) for n, p in model.named_parameters() for t in [p]}
+    assert before[0] == after[0]
+    assert all(before[1][n][0] is after[1][n][0] and before[1][n][1] == after[1][n][1] for n in before[1])
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(EfftuneError, match="Embedding has no linear layer for lora"):
+        efftune.apply(torch.nn.Embedding(4, 4), "lora(r=4)")
+
+
+def test_tied_weights_are_kept_tied_or_refused():
+    model = llama(tie=True)
+    tuner = efftune.apply(model, "lora(r=4, target_modules='lm_head')")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with pytest.raises(EfftuneError, match="lm_head shares its weight"):
+        tuner.merge()
+    with pytest.raises(EfftuneError, match="lm_head shares its weight with model.embed_tokens.weight"):
+        efftune.apply(llama(tie=True), "int8(target_modules='lm_head') + lora(r=4)")
+    tuner = efftune.apply(llama(tie=True), "full")
+    assert "lm_head.weight" not in tuner.named_trained() and "model.embed_tokens.weight" in tuner.named_trained()
+    model = efftune.apply(llama(tie=True), "mezo").model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora(r=4)", "int8 + lora(r=4, lora_dropout=0.1)"])
+def test_gradient_checkpointing_of_a_model_gives_the_same_gradients(recipe):
+    gradients = []
+    for checkpointing in (False, True):
+        tuner = prepared(recipe)
+        tuner.model.train()
+        if checkpointing:
+            tuner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(3)
+        tuner.backward(batch(), loss_fn)
+        gradients.append([p.grad for p in tuner.named_trained().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_deepcopy_of_a_tuned_model():
+    tuner = prepared("int8 + lora(r=4)")
+    assert torch.equal(logits(copy.deepcopy(tuner.model)), logits(tuner.model))
+
+
+def test_bfloat16_model():
+    for recipe in ("lora(r=4)", "int8 + lora(r=4)", "mezo", "lisa(layers=1)"):
+        tuner = efftune.apply(llama(dtype=torch.bfloat16), recipe)
+        losses = train(tuner, tuner.optimizer(lr=1e-3), 3, batch())
+        assert all(torch.isfinite(torch.tensor(losses)))

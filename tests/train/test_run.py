@@ -1,0 +1,271 @@
+"""The command from end to end, on a tiny model."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import efftune
+from efftune import cli
+from efftune.train import checkpoint, default_job, models
+from efftune.train.config import TrainConfig
+from efftune.train.run import train
+
+from .conftest import WORDS, llama
+
+PNG = b"\x89PNG"
+
+
+def sentence(k):
+    draw = random.Random(k)
+    return " ".join(draw.choice(WORDS) for _ in range(6))
+
+
+@pytest.fixture
+def qa(write):
+    return write("qa.jsonl", [{"question": sentence(i), "answer": sentence(i + 99)} for i in range(30)])
+
+
+@pytest.fixture
+def options(model_folder, qa, tmp_path):
+    return {
+        "model": str(model_folder), "data": str(qa), "out": str(tmp_path / "run"), "seq_len": 64, "batch_size": 2,
+        "steps": 6, "lr": 1e-2, "save_every": 2, "sample_tokens": 5, "recipe": "lora(r=4)",
+    }  # fmt: skip
+
+
+def arguments(options):
+    return ["train", *(part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
+
+
+def test_a_run_leaves_its_directory(options, tmp_path, capsys):
+    assert cli.main(arguments(options | {"eval_every": 3})) == 0
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {"config.json", "metrics.jsonl", "loss.png", "memory.png", "report.html"}
+    assert (run / "loss.png").read_bytes()[:4] == (run / "memory.png").read_bytes()[:4] == PNG
+    assert {p.name for p in (run / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert len(checkpoint.steps_in(run / "checkpoints")) == 2
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-equiv", "")
+    assert "held-out loss" in page and "A sample after" in page and "lora(r=4)" in page
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed and "a sample before" in printed and "recipe     lora(r=4)" in printed
+
+
+def test_a_directory_with_something_in_it_is_refused(options, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/precious.txt").write_text("x")
+    assert cli.main(arguments(options)) == 1
+    error = capsys.readouterr().err
+    assert "is not empty; add --resume" in error and error.count("\n") == 1
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+def test_resume_goes_on_with_the_settings_of_the_run(options, tmp_path):
+    train(options | {"steps": 3})
+    result = train({"out": options["out"], "resume": True, "steps": 6})
+    assert result["after"]["step"] == 6 and result["after"]["eval_loss"] < result["before"]["eval_loss"]
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"] == options["model"]
+    again = train({"out": options["out"], "resume": True})
+    assert again["after"]["eval_loss"] == result["after"]["eval_loss"]
+
+
+def test_a_finished_run_can_be_exported_and_merged(options, tmp_path):
+    result = train(options)
+    run = str(result["out"])
+    assert cli.main(["export", run, "--out", str(tmp_path / "adapter")]) == 0
+    ours = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    theirs = load_file(result["out"] / "adapter/adapter_model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert cli.main(["merge", run, "--out", str(tmp_path / "merged")]) == 0
+    merged, _ = models.load_model(str(tmp_path / "merged"), "float32", None, 1)
+    base, _ = models.load_model(options["model"], "float32", None, 1)
+    efftune.load(base, tmp_path / "adapter")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-4)
+    assert cli.main(["merge", run, "--out", str(tmp_path / "merged")]) == 1
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora(r=4)"])
+def test_classification(write, tmp_path, tokenizer, recipe):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=300, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = [f"{sentence(i)} {('red', 'blue')[i % 2]}\t{i % 2}" for i in range(64)]
+    path = write("a.tsv", "\n".join(rows) + "\n")
+    result = train(
+        {"model": str(tmp_path / "bert"), "data": str(path), "out": str(tmp_path / "run"), "recipe": recipe, "seq_len": 32,
+         "steps": 40, "batch_size": 16, "lr": 5e-3, "eval_fraction": 0.2}
+    )  # fmt: skip
+    assert result["after"]["eval_accuracy"] >= 0.9 and result["after"]["eval_accuracy"] > result["before"]["eval_accuracy"]
+    assert "held-out accuracy" in (tmp_path / "run/report.html").read_text()
+
+
+def test_tensorboard_on_request(options, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(options | {"tensorboard": True, "steps": 2})
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("task", [{}, {"dtype": "bf16"}, {"packing": False}, {"recipe": "mezo", "lr": 1e-4}])
+def test_other_ways_to_run(options, task):
+    after = train(options | task | {"steps": 2})["after"]
+    assert after["eval_loss"] > 0 and "sample" in after
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"data": "nothing.jsonl"}, "nothing.jsonl does not exist"),
+        ({"seq_len": 100}, "--seq-len 100 is more than this model allows; use --seq-len 64 or less"),
+        ({"seq_len": 12}, "raise --seq-len"),
+        ({"recipe": "lroa(r=4)"}, "did you mean 'lora'"),
+        ({"model": "./nowhere"}, "--model ./nowhere is not a folder"),
+        ({"lr": -1}, "--lr is -1.0; it must be above 0"),
+        ({"eval_fraction": 1.5}, "--eval-fraction is 1.5"),
+        ({"device": "nonsense"}, "--device nonsense cannot be used"),
+        ({"task": "classification"}, "no column 'label'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(options, change, sentence, capsys):
+    assert cli.main(arguments(options | change)) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("efftune: ")
+
+
+def test_a_model_without_data_and_a_resume_without_a_run(options, tmp_path, capsys, monkeypatch):
+    assert cli.main(["train", "--model", options["model"], "--out", str(tmp_path / "x")]) == 1
+    assert "--model needs --data" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "y")]) == 1
+    assert "finds no run" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--resume"]) == 1
+    assert "finds no run in runs/" in capsys.readouterr().err
+
+
+def test_a_model_of_pickles_is_refused(options, tmp_path, model_folder, capsys):
+    shutil.copytree(model_folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(llama().state_dict(), tmp_path / "old/pytorch_model.bin")
+    assert cli.main(arguments(options | {"model": tmp_path / "old"})) == 1
+    assert "is a pickle" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_padding(options, tmp_path, model_folder, tokenizer, capsys):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    shutil.copytree(model_folder, tmp_path / "m")
+    other.save_pretrained(tmp_path / "m")
+    assert models.load_tokenizer(str(tmp_path / "m")).pad_token == "<end>"
+    other.eos_token = None
+    other.save_pretrained(tmp_path / "m")
+    assert cli.main(arguments(options | {"model": tmp_path / "m"})) == 1
+    assert "neither a padding nor an end token" in capsys.readouterr().err
+
+
+def test_a_new_head_that_the_recipe_freezes_is_refused(write, tmp_path, model_folder, capsys):
+    path = write("a.tsv", "".join(f"{sentence(i)}\t{i % 2}\n" for i in range(20)))
+    command = ["train", "--model", str(model_folder), "--data", str(path), "--out", str(tmp_path / "r"), "--seq-len", "64"]
+    assert cli.main([*command, "--recipe", "full(target_modules='q_proj')"]) == 1
+    assert "does not train it; add full(target_modules='score')" in capsys.readouterr().err
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(options, tmp_path, capsys):
+    train(options)
+    newest = checkpoint.steps_in(tmp_path / "run/checkpoints")[-1]
+    file = newest / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert train({"out": options["out"], "resume": True})["after"]["step"] == 6
+    printed = capsys.readouterr().out
+    assert "step-00000006 is damaged (trained.safetensors" in printed and "Resuming from" in printed
+    checkpoint.verify(newest)
+
+
+def test_a_run_killed_at_any_moment_resumes(options, tmp_path):
+    """Kills at random moments until the run ends by itself; what it leaves is what an unbroken run leaves."""
+    options = options | {"steps": 40, "save_every": 1, "recipe": "lora(r=4, lora_dropout=0.2)", "sample_tokens": 0}
+    train(options | {"out": str(tmp_path / "straight")})
+    command = [sys.executable, "-m", "efftune.cli"]
+    draw = random.Random(0)
+    kills = 0
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"}
+    for attempt in range(40):
+        resume = ["--resume"] if (tmp_path / "run").exists() else []
+        process = subprocess.Popen([*command, *arguments(options), *resume], env=environment, stdout=subprocess.DEVNULL)
+        if kills < 4:
+            config = tmp_path / "run/config.json"
+            while not config.exists() and process.poll() is None:
+                time.sleep(0.01)
+            steps = tmp_path / "run/checkpoints"
+            seen = len(list(steps.glob("*"))) and max(steps.iterdir()).name
+            until = time.time() + 60
+            # kill early once, and then some milliseconds after the run has begun to write checkpoints
+            while attempt and time.time() < until and process.poll() is None:
+                if steps.exists() and any(p.name > str(seen or "") for p in steps.glob("step-*")):
+                    break
+                time.sleep(0.002)
+            time.sleep(draw.random() * 0.1)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        elif process.wait() == 0:
+            break
+    assert kills >= 3 and process.returncode == 0
+    ours, theirs = ((tmp_path / n / "adapter/adapter_model.safetensors").read_bytes() for n in ("run", "straight"))
+    assert ours == theirs
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in steps if "loss" in r] == list(range(1, 41))
+
+
+def test_the_default_job_at_a_small_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(default_job, "PRETRAINING", default_job.PRETRAINING | {"steps": 2, "rows": 2, "tokens": 32})
+    monkeypatch.setattr(default_job, "MODEL", default_job.MODEL | {"hidden_size": 32, "num_hidden_layers": 1})
+    monkeypatch.setattr(default_job, "sources", lambda: ["def f(x):\n    return x + 1\n" * 50] * 4)
+    monkeypatch.chdir(tmp_path)
+    result = train({"steps": 2})
+    assert result["out"].as_posix() == "runs/train-001" and result["after"]["sample"].startswith("The try statement")
+    assert TrainConfig.load_settings(result["out"] / "config.json")["recipe"] == default_job.SETTINGS["recipe"]
+    monkeypatch.setattr(default_job, "pretrain", None)  # cached
+    assert train({"steps": 1})["out"].as_posix() == "runs/train-002"
+    assert train({"resume": True, "steps": 2})["out"].as_posix() == "runs/train-002"
+
+
+def test_a_cache_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def half(folder):
+        (folder / "x").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(efftune.EfftuneError, match="No space left on device.*set XDG_CACHE_HOME"):
+        default_job.cached("thing", {}, half)
+    assert list((tmp_path / "efftune").iterdir()) == []
+
+
+def test_the_other_commands(capsys):
+    assert cli.main(["methods"]) == 0 and "lora(r=16" in capsys.readouterr().out
+    assert cli.main(["info"]) == 0 and "torch" in capsys.readouterr().out
+    assert cli.main(["bench", "nothing-like-this"]) == 1
+    assert cli.main(["merge", "nowhere", "--out", "elsewhere"]) == 1
+    assert "nowhere is no run directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "--too-long {error,truncate,drop}" in capsys.readouterr().out
+
+
+def test_importing_efftune_imports_none_of_the_trainers_libraries():
+    code = "import sys, efftune; print([m for m in ('transformers', 'datasets', 'matplotlib', 'tqdm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [m for m in ("transformers", "datasets", "matplotlib") if m in done.stdout] == []
