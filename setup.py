@@ -23,9 +23,9 @@ def newest_source() -> float:
 
 
 def cpu_extension() -> Extension:
-    # No contraction: see philox.h. -fno-math-errno and -fno-trapping-math let square roots and conversions vectorise, with
-    # the same results; -fwrapv, which Python's own flags bring, would keep loops over `int` scalar (5 x slower). GCC 12
-    # warns without cause about its own intrinsics.
+    # No contraction: see philox.h. -fno-math-errno and -fno-trapping-math let square roots and conversions vectorise,
+    # with the same results; -fwrapv, which Python's own flags bring, would keep loops over `int` scalar, five times
+    # slower. GCC 12 warns without cause about its own intrinsics.
     flags = "-O3 -fopenmp -fno-wrapv -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wno-uninitialized"
     flags = [*flags.split(), "-Wno-maybe-uninitialized"]
     return Pybind11Extension(

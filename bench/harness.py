@@ -1,5 +1,5 @@
-"""Timing that can be trusted: variants interleaved, medians with their spread, the peak of memory above where the call began,
-and the fraction of the measured ceiling (copy bandwidth, GEMM rate).
+"""Timing that can be trusted: variants interleaved, medians with their spread, the peak of memory above where the call
+began, and the fraction of the measured ceiling (copy bandwidth, GEMM rate).
 
     rows = run("perturb f32", {"torch": f, "ours": g}, device="cpu", bytes=8 * n, baseline="torch")
     save(rows, "bench/results/perturb-cpu.json")
@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
 
 def run(
     name: str,
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[str, Callable[[], object]],
     *,
     device: str = "cpu",
     bytes: int = 0,
@@ -91,8 +91,8 @@ def run(
     """One row for each variant.
 
     Args:
-        bytes, flops: what the job must move and compute at least; with dtype they give the ceiling, the longer of bytes at
-            copy bandwidth and flops at GEMM rate.
+        bytes, flops: what the job must move and compute at least; with dtype they give the ceiling, the longer of bytes
+            at copy bandwidth and flops at GEMM rate.
         baseline: the variant that speedups refer to; the first if None.
         setup: runs before every timed call, not timed (to restore what the call overwrites, or to flush a cache).
     """

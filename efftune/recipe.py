@@ -24,7 +24,9 @@ def parse(text: str) -> list[Method]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise EfftuneError(f"recipe {text!r} does not parse ({error.msg}); write for example 'int8 + lora(r=16)'.") from None
+        raise EfftuneError(
+            f"recipe {text!r} does not parse ({error.msg}); write for example 'int8 + lora(r=16)'."
+        ) from None
     return [_method(term, text) for term in _terms(tree)]
 
 
@@ -42,10 +44,14 @@ def _terms(tree: ast.expr) -> list[ast.expr]:
 def _method(term: ast.expr, text: str) -> Method:
     call = term if isinstance(term, ast.Call) else ast.Call(term, [], [])
     if not isinstance(call.func, ast.Name):
-        raise EfftuneError(f"recipe {text!r}: {ast.unparse(term)!r} is no method; write for example 'int8 + lora(r=16)'.")
+        raise EfftuneError(
+            f"recipe {text!r}: {ast.unparse(term)!r} is no method; write for example 'int8 + lora(r=16)'."
+        )
     name, methods = call.func.id, available()
     if name not in methods:
-        raise EfftuneError(f"There is no method {name!r}{_nearest(name, methods)}; the methods are: {', '.join(methods)}.")
+        raise EfftuneError(
+            f"There is no method {name!r}{_nearest(name, methods)}; the methods are: {', '.join(methods)}."
+        )
     cls = methods[name]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if call.args:
@@ -54,7 +60,9 @@ def _method(term: ast.expr, text: str) -> Method:
     for keyword in call.keywords:
         field = keyword.arg
         if field not in fields:
-            raise EfftuneError(f"{name} has no setting {field!r}{_nearest(field, fields)}; it has: {', '.join(fields)}.")
+            raise EfftuneError(
+                f"{name} has no setting {field!r}{_nearest(field, fields)}; it has: {', '.join(fields)}."
+            )
         try:
             value = ast.literal_eval(keyword.value)
         except ValueError:

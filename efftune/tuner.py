@@ -21,7 +21,7 @@ CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
 
 
 def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
-    """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle for training it.
+    """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle to train it.
 
     A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
     Raises: EfftuneError, leaving the model as it was, if the recipe does not parse or cannot be applied.
@@ -66,7 +66,9 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     wrong = sorted(tensors.keys() ^ targets.keys())
     wrong += [n for n in tensors.keys() & targets.keys() if tensors[n].shape != targets[n].shape]
     if wrong:
-        raise EfftuneError(f"{path / TRAINED} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded.")
+        raise EfftuneError(
+            f"{path / TRAINED} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded."
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
@@ -74,14 +76,15 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
 
 
 class Tuner:
-    """A model with a recipe applied. The optimizer it makes is its clock: each optimizer.step() ends a step, whoever's loop
-    calls it, so a hand-written loop, `efftune.train` and Hugging Face's Trainer all drive the recipe alike."""
+    """A model with a recipe applied. The optimizer it makes is its clock: each optimizer.step() ends a step, whoever's
+    loop calls it, so a hand-written loop, `efftune.train` and Hugging Face's Trainer all drive the recipe alike."""
 
     def __init__(self, model: nn.Module, methods: list[Method]):
         self.model = model
         self.methods = methods
         self.step = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._hook = None
         # Everything that may ever train: a schedule turns requires_grad off and on among these.
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
@@ -125,15 +128,17 @@ class Tuner:
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks."""
+        if self._hook is not None:
+            self._hook.remove()  # one clock: an optimizer that this one replaces drives nothing
         self._optimizer = optimizer
-        optimizer.register_step_post_hook(lambda *_: self._end_step())
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._end_step())
         self.seek(self.step)
         return optimizer
 
     def seek(self, step: int) -> None:
-        """Puts the recipe where it was before step `step`, for a resumed run."""
+        """Puts the recipe where it was before `step`, for a resumed run: now, or when an optimizer is attached."""
         self.step = step
-        for method in self.methods:
+        for method in self.methods if self._optimizer is not None else ():
             method.before_step(self.model, step, self._optimizer)
 
     def _end_step(self) -> None:
@@ -142,13 +147,16 @@ class Tuner:
         self.seek(self.step + 1)
 
     def backward(self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0) -> Tensor:
-        """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does; the detached loss."""
+        """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does.
+
+        Returns: the loss, detached.
+        """
         method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
         return method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Replaces every efftune.Linear by the plain nn.Linear with its delta added; the model itself, as its class wrote it."""
+        """Replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns the model, now plain."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -166,8 +174,8 @@ class Tuner:
         return self.model
 
     def save(self, path: str | Path) -> None:
-        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, else `trained.safetensors`; beside either,
-        `efftune_config.json` with the recipe."""
+        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, else `trained.safetensors`; beside
+        either, `efftune_config.json` with the recipe."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -198,7 +206,8 @@ class Tuner:
         kinds: dict[tuple[str, ...], list[int]] = {}
         for module in self.model.modules():
             if isinstance(module, Linear):
-                kind = str(module.base), str(module.delta), str(module.keep)
+                keep = module.keep if module.delta.needs_keep() else "Nothing()"
+                kind = str(module.base), str(module.delta), str(keep)
             elif isinstance(module, nn.Linear):
                 full = id(module.weight) in trained
                 kind = "nn.Linear", "Full()" if full else "NoDelta()", "Exact()" if full else "Nothing()"

@@ -1,4 +1,4 @@
-"""Error budgets against a float64 oracle: what rounding to the result's dtype and float32 arithmetic cost, and no more."""
+"""Error budgets against a float64 oracle: what rounding and float32 arithmetic cost, and no more."""
 
 import torch
 
@@ -8,11 +8,13 @@ def rms(t: torch.Tensor) -> float:
 
 
 def assert_within_budget(result: torch.Tensor, oracle: torch.Tensor, float32_result: torch.Tensor) -> None:
-    """rms(result - oracle) <= 1.5 rms(round(oracle) - oracle) + 2 rms(float32_result - oracle), where below 256 elements
-    the first term is at least eps * rms(oracle): so few roundings need not be typical."""
+    """rms(result - oracle) <= 1.5 rms(round(oracle) - oracle) + 2 rms(float32_result - oracle), where below 256
+    elements the first term is at least eps * rms(oracle): so few roundings need not be typical."""
     assert oracle.dtype == torch.float64 and result.shape == oracle.shape
     budget = 1.5 * rms(oracle.to(result.dtype).double() - oracle) + 2 * rms(float32_result.double() - oracle)
     if oracle.numel() < 256:
         budget = max(budget, torch.finfo(result.dtype).eps * rms(oracle))
     error = rms(result.double() - oracle)
-    assert error <= budget, f"rms error {error:.3e} exceeds the budget {budget:.3e} (rms of the oracle {rms(oracle):.3e})"
+    assert error <= budget, (
+        f"rms error {error:.3e} exceeds the budget {budget:.3e} (rms of the oracle {rms(oracle):.3e})"
+    )

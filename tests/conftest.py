@@ -1,5 +1,5 @@
-"""Where there is no GPU, Triton kernels are interpreted; the variable is read when a kernel is decorated, so it is set here,
-before anything imports one."""
+"""Where there is no GPU, Triton kernels are interpreted; the variable is read when a kernel is decorated, so it is set
+here, before anything imports one."""
 
 import os
 

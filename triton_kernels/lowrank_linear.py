@@ -79,3 +79,27 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
         y.stride(0), HAS_BIAS=bias is not None, **config,
     )  # fmt: skip
     return y
+
+
+def _case(pointer: str, dtype: torch.dtype, m: int, r: int, transposed: bool) -> dict:
+    """As launched for aligned shapes: forward (w and b row-major, bias), or its transposed twin (both column-major)."""
+    config = meta(dtype, m, r)
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    types = {name: f"*{pointer}" for name in ("x_ptr", "w_ptr", "h_ptr", "b_ptr", "bias_ptr", "y_ptr")}
+    sizes = ("M", "N", "K", "R")
+    strides = tuple(f"stride_{name}" for name in ("xm", "xk", "wn", "wk", "hm", "hr", "bn", "br", "ym"))
+    units = ("stride_xk", "stride_hr", *(("stride_wn", "stride_bn") if transposed else ("stride_wk", "stride_br")))
+    return {
+        "kernel": lowrank_linear_kernel,
+        "types": types | dict.fromkeys((*sizes, *strides), "i32"),
+        "constants": dict.fromkeys(units, 1) | {"HAS_BIAS": not transposed, **config},
+        "aligned": {*sizes, *strides} - set(units),
+        "options": options,
+    }
+
+
+COMPILE_CASES = {
+    f"{pointer} M {m} R {r}{' transposed' if transposed else ''}": _case(pointer, dtype, m, r, transposed)
+    for pointer, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
+    for m, r, transposed in ((8192, 16, False), (8192, 256, True), (16, 16, False))
+}

@@ -1,7 +1,7 @@
 """Device functions for random numbers; efftune/ops/philox.py says which word belongs to which element.
 
-Blocks come as int64 and hold 4, 8 or 128 consecutive elements each; a program covers whole blocks, so no two threads compute
-the same one.
+Blocks come as int64 and hold 4, 8 or 128 consecutive elements each; a program covers whole blocks, so no two threads
+compute the same one.
 """
 
 import triton
@@ -24,7 +24,7 @@ def words(seed, block, stream, purpose: tl.constexpr):
 
 @triton.jit
 def quad(a, b, c, d):
-    """(B,) four times -> (B, 2, 2), whose flat order is a0 b0 c0 d0 a1 ...; in registers, when each thread owns its blocks."""
+    """(B,) four times -> (B, 2, 2), whose flat order is a0 b0 c0 d0 a1 ...; stays in registers."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
@@ -89,7 +89,7 @@ def sign(seed, block, stream, BLOCKS: tl.constexpr):
 
 @triton.jit
 def rounding(seed, block, stream):
-    """(B,) blocks of 8 offsets -> (B, 2, 2, 2) random 16-bit numbers as int32, whose flat order is that of the offsets."""
+    """(B,) blocks of 8 offsets -> (B, 2, 2, 2) random 16-bit numbers in int32, flat in the order of the offsets."""
     w0, w1, w2, w3 = words(seed, block, stream, ROUNDING)
     both = quad(w0, w1, w2, w3)
     return tl.join(both & 0xFFFF, both >> 16).to(tl.int32)

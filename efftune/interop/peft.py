@@ -21,8 +21,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 # What PEFT can do to a LoRA layer and this library's cannot: a file that uses it is refused, not half read.
 FOREIGN = (
-    "use_dora", "fan_in_fan_out", "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters",
-    "exclude_modules", "layers_to_transform", "use_qalora", "alora_invocation_tokens", "lora_bias", "arrow_config",
+    "use_dora", "fan_in_fan_out", "layer_replication", "megatron_config", "trainable_token_indices",
+    "target_parameters", "exclude_modules", "layers_to_transform", "use_qalora", "alora_invocation_tokens",
+    "lora_bias", "arrow_config",
 )  # fmt: skip
 
 
@@ -33,8 +34,8 @@ def adapters(model: nn.Module) -> dict[str, Linear]:
 def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path) -> None:
     """Writes the LoRA layers of `model`, and whole what else `trained` names, as PEFT writes an adapter.
 
-    Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); modules trained whole and biases keep their
-    path. Ranks and alphas that differ between layers go into rank_pattern and alpha_pattern.
+    Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); modules trained whole and biases keep
+    their path. Ranks and alphas that differ between layers go into rank_pattern and alpha_pattern.
     """
     from safetensors.torch import save_file
 
@@ -87,7 +88,11 @@ def alpha(delta: LoRA) -> float:
 
 
 def _only_in(trained: dict[str, nn.Parameter], layers: dict[str, Linear]) -> bool:
-    parents = [n.rpartition(".")[0] for n in trained if n.endswith(".bias") and n.removesuffix("bias") + "weight" not in trained]
+    parents = [
+        n.rpartition(".")[0]
+        for n in trained
+        if n.endswith(".bias") and n.removesuffix("bias") + "weight" not in trained
+    ]
     return all(parent in layers for parent in parents)
 
 
@@ -141,7 +146,7 @@ def _by_pattern(patterns: dict, name: str, default):
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Copies the tensors of the PEFT adapter in the folder `path` into `model`, whose LoRA layers must be those it names.
+    """Copies the tensors of the PEFT adapter in the folder `path` into `model`, which has the LoRA layers it names.
 
     Raises: EfftuneError, before anything is copied, if a tensor is missing, left over or of another shape.
     """
@@ -158,7 +163,9 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     wrong = sorted(targets.keys() ^ tensors.keys())
     wrong += [key for key in targets.keys() & tensors.keys() if targets[key].shape != tensors[key].shape]
     if wrong:
-        raise EfftuneError(f"{path / WEIGHTS} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded.")
+        raise EfftuneError(
+            f"{path / WEIGHTS} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded."
+        )
     with torch.no_grad():
         for key, tensor in tensors.items():
             targets[key].copy_(tensor)

@@ -1,9 +1,9 @@
 """The three axes of a Linear, y = base(W)·x + delta(x) while backward keeps keep(x), and what each of them promises.
 
-A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors; its tensors travel beside it in flat
-tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved). Bases and keeps are leaves; the delta
-is the small program that calls them, forward and backward. So every delta works with every base and every keep, and a new
-kind is one file.
+A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors; its tensors travel beside it in
+flat tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved). Bases and keeps are leaves;
+the delta is the small program that calls them, forward and backward. So every delta works with every base and every
+keep, and a new kind is one file.
 
 Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flattens leading dimensions.
 """
@@ -20,7 +20,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Need(NamedTuple):
-    """Which gradients somebody will ask for. Decided before autograd.Function.forward, where grad mode is always off."""
+    """Which gradients somebody will ask for: decided outside autograd.Function.forward, where grad mode is off."""
 
     x: bool
     bias: bool
@@ -61,11 +61,11 @@ class Base(Axis):
         raise NotImplementedError
 
     def linear(self, w: Tensors, x: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
-        """x·Wᵀ (+ h·Bᵀ for low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which is consumed) -> (M, N)."""
+        """x·Wᵀ (+ h·Bᵀ, low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which it consumes) -> (M, N)."""
         raise NotImplementedError
 
     def linear_t(self, w: Tensors, dy: Tensor, low_rank=None, add=None) -> Tensor:
-        """dy·W (+ dh·A for low_rank = (dh (M, R), a (R, K))) (+ add (M, K), which is consumed) -> (M, K), the caller's own."""
+        """dy·W (+ dh·A, low_rank = (dh (M, R), a (R, K))) (+ add (M, K), which it consumes) -> a fresh (M, K)."""
         raise NotImplementedError
 
     def rows(self, w: Tensors, a: int, b: int, dtype: torch.dtype) -> Tensor:
@@ -80,6 +80,7 @@ class Base(Axis):
 class Keep(Axis):
     """What backward keeps of a tensor z (M, K) that a later weight gradient gᵀ·z needs."""
 
+    keeps: ClassVar[bool] = True  # whether weight_grad can answer
     random: ClassVar[bool] = False  # draws; then `seed` is a 0-d int64 tensor on the CPU, else None
 
     def save(self, z: Tensor, seed: Tensor | None) -> Tensors:
@@ -114,7 +115,7 @@ class Delta(Axis):
         return self
 
     def why_not(self, base: Base, keep: Keep, shape: tuple[int, int]) -> str | None:
-        """Why this delta cannot work over that base and keep on a layer of that (N, K), as a sentence with the remedy."""
+        """Why this delta cannot work over base and keep on a layer of (N, K): a sentence with the remedy, or None."""
         return None
 
     def forward(self, base, keep, x, bias, w, p, seed, need: Need) -> tuple[Tensor, Tensors]:
@@ -132,8 +133,6 @@ class Delta(Axis):
 
 def check(base: Base, delta: Delta, keep: Keep, shape: tuple[int, int]) -> str | None:
     """None, or why the three cannot be combined on a layer of (N, K), as a sentence with the remedy."""
-    from efftune.linear.keep.nothing import Nothing
-
-    if isinstance(keep, Nothing) and delta.needs_keep():
-        return f"{delta} needs the layer's input in backward and keep=Nothing() drops it; use keep=Exact()"
+    if not keep.keeps and delta.needs_keep():
+        return f"{delta} needs the layer's input in backward and keep={keep} drops it; use keep=Exact()"
     return delta.why_not(base, keep, shape)

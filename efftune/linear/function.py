@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from efftune.linear.contracts import Base, Delta, Keep, Need
+from efftune.ops._op import forced_backend, use_backend
 
 
 class LinearFunction(torch.autograd.Function):
@@ -16,6 +19,7 @@ class LinearFunction(torch.autograd.Function):
         w, p = tensors[:num_w], tensors[num_w:]
         y, saved = delta.forward(base, keep, as_matrix(x), bias, w, p, seed, need)
         ctx.save_for_backward(seed, *tensors, *saved)
+        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
         ctx.axes, ctx.need, ctx.num_w, ctx.num_tensors, ctx.shape = axes, need, num_w, len(tensors), x.shape
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
@@ -28,7 +32,8 @@ class LinearFunction(torch.autograd.Function):
         w, p, saved = rest[: ctx.num_w], rest[ctx.num_w : ctx.num_tensors], tuple(rest[ctx.num_tensors :])
         # One copy of an expanded dy here instead of one in each of the products below.
         dy = as_matrix(dy).contiguous()
-        dx, dws, dps = delta.backward(base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need)
+        with use_backend(ctx.backend) if ctx.backend else nullcontext():
+            dx, dws, dps = delta.backward(base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need)
         if dx is not None and len(ctx.shape) != 2:
             dx = dx.view(ctx.shape)
         return None, None, None, None, dx, dy.sum(0) if ctx.need.bias else None, *dws, *dps

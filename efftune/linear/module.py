@@ -19,10 +19,10 @@ class Linear(nn.Module):
     """y = x · base(W)ᵀ + delta(x) + bias, while backward keeps keep(x). Made by `Linear.from_linear`.
 
     Args:
-        base: how W is stored, `Dense()` or `Int8(group=64)`.   w: the stored tensors, as `base.store(weight)` gives them.
+        base: how W is stored, `Dense()` or `Int8(group=64)`.   w: its tensors, as `base.store(weight)` gives them.
         delta: what is trained, `Full()`, `LoRA(r=16)` or `NoDelta()`.   keep: `Exact()` or `Nothing()`.
         bias: (N,) or None; trains if it requires grad.   p: the delta's tensors; fresh ones if None.
-    Shapes: x (..., K), y (..., N), in x.dtype, which is W's dtype; under autocast x is cast and the result has its dtype.
+    Shapes: x (..., K), y (..., N), both of W's dtype, or under autocast of autocast's.
     Saved for backward: what `delta` and `keep` say, and only for gradients that are asked for.
     Raises: EfftuneError if the three cannot be combined; TypeError if x has another dtype than W outside autocast.
     """
@@ -112,7 +112,8 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """The plain nn.Linear with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's dtype. Shares what did not change."""
+        """The plain nn.Linear with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's
+        dtype. Shares what did not change."""
         w, p, dtype = self.stored(), self.added(), self.base.dtype(self.stored())
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
         if self.delta.rows(p, 0, 0) is None and self.base == Dense():

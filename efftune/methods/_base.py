@@ -1,7 +1,7 @@
 """A method is a frozen dataclass: its fields are its settings, its hooks are what it does. One paper, one file.
 
-A recipe is a list of methods; `efftune.apply` calls `prepare` in order and the training loop calls the other hooks in the
-same order. Methods hold no state: what a run needs to replay follows from the settings and the step.
+A recipe is a list of methods; `efftune.apply` calls `prepare` in order and the training loop calls the other hooks in
+the same order. Methods hold no state: what a run needs to replay follows from the settings and the step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ ALL_LINEAR = "all-linear"
 @dataclasses.dataclass(frozen=True)
 class Method:
     name: ClassVar[str]
-    trains: ClassVar[bool] = False  # decides which parameters train; where no method of a recipe does, `full` is implied
+    trains: ClassVar[bool] = (
+        False  # decides which parameters train; where no method of a recipe does, `full` is implied
+    )
 
     def prepare(self, model: nn.Module) -> None:
         """Changes the model in place: swaps layers, turns requires_grad on. The model arrives frozen."""
@@ -63,8 +65,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def matches(name: str, target_modules: str | Iterable[str]) -> bool:
-    """Whether the module path `name` is meant: a list names path endings, a string is a regular expression for the path or
-    for an ending of it that begins at a dot ("q_proj|v_proj" and ".*\\.q_proj" both work)."""
+    """Whether the module path `name` is meant: a list names path endings, a string is a regular expression for the
+    path or for an ending of it that begins at a dot ("q_proj|v_proj" and ".*\\.q_proj" both work)."""
     if isinstance(target_modules, str):
         return re.fullmatch(rf"(.*\.)?({target_modules})", name) is not None
     return any(name == target or name.endswith("." + target) for target in target_modules)

@@ -23,7 +23,9 @@ class FullFineTuning(Method):
     trains = True
 
     def prepare(self, model):
-        chosen = {n: m for n, m in model.named_modules() if self.target_modules is None or matches(n, self.target_modules)}
+        chosen = {
+            n: m for n, m in model.named_modules() if self.target_modules is None or matches(n, self.target_modules)
+        }
         if not chosen:
             endings = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n}))
             raise EfftuneError(

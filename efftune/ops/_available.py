@@ -1,4 +1,4 @@
-"""What the optional builds and packages can do here: each question answers None or a sentence. Asked, never probed at import."""
+"""What optional builds and packages can do here: None, or a sentence why not. Asked when needed, not at import."""
 
 from __future__ import annotations
 
@@ -53,5 +53,7 @@ def triton_why_not(*tensors: torch.Tensor) -> str | None:
     if not _has_triton():
         return "triton is not installed"
     if any(t.device.type == "cpu" for t in tensors) and not interpreted():
-        return "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
+        return (
+            "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
+        )
     return None

@@ -36,7 +36,8 @@ class Op:
     """A torch operator `efftune::<name>` with several implementations of one contract.
 
     Args:
-        schema: as torch.library takes it, e.g. "scale(Tensor x, float a) -> Tensor"; `Tensor(a!)` marks what is written.
+        schema: as torch.library takes it, e.g. "scale(Tensor x, float a) -> Tensor"; `Tensor(a!)` marks what is
+        written.
         reference: torch code that computes the result.
         fake: shapes, dtypes and argument errors; runs without data.
         tags: torch.Tag values, for example for draws.
@@ -90,8 +91,14 @@ class Op:
         return self.select(*args).run(*args)
 
 
+def forced_backend() -> str | None:
+    """The backend that `use_backend` forces here. Autograd runs a GPU's backward in threads of its own, which do not
+    see it: a Function that wants the same there takes it along."""
+    return _FORCED.get()
+
+
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str | None) -> Iterator[None]:
     """Within the block every operator runs this backend ("reference", "torch", "cpp", "triton", "cuda"), or raises
     RuntimeError with its reason. Operators with a single implementation are not affected."""
     token = _FORCED.set(name)

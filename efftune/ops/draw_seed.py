@@ -16,15 +16,15 @@ def _fake(where: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
-# `where` is any CPU tensor: under torch.compile, checkpointing saves and restores the generator's state around a draw only
-# if an argument of the draw tells the device.
+# `where` is any CPU tensor: under torch.compile, checkpointing saves and restores the generator's state around a draw
+# only if an argument of the draw tells the device.
 draw_seed_op = Op("draw_seed(Tensor where) -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
 
 
 def draw_seed() -> Tensor:
     """A seed in [0, 2^62): 0-d int64, on the CPU.
 
-    It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is an
-    operator because AOT compilation draws a traced torch.randint a second time in backward; this one is saved.
+    It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is
+    an operator because AOT compilation draws a traced torch.randint a second time in backward; this one is saved.
     """
     return draw_seed_op(torch.empty(0))

@@ -27,8 +27,8 @@ def _fake(codes, scales, group, dtype):
     groups = (codes.shape[1] + group - 1) // group
     if scales.ndim != 2 or scales.shape[0] != codes.shape[0] or scales.shape[1] != groups:
         raise ValueError(
-            f"int8_dequantize needs scales ({codes.shape[0]}, {groups}) for codes {tuple(codes.shape)} in groups of {group}, "
-            f"not {tuple(scales.shape)}."
+            f"int8_dequantize needs scales ({codes.shape[0]}, {groups}) for codes {tuple(codes.shape)} in groups "
+            f"of {group}, not {tuple(scales.shape)}."
         )
     return torch.empty(codes.shape, dtype=dtype, device=codes.device)
 
@@ -95,8 +95,8 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Args:
         w: (N, K) floating point.   group: weights per scale along a row; the last group may be ragged.
     Returns: codes (N, K) int8; scales (N, ⌈K/group⌉), dtype of w. An all-zero group has scale 0 and codes 0.
-    Numerics: in float32 (float64 for a float64 w). The scale is rounded to w.dtype before the codes are computed, so the
-        codes fit the scale that is stored: |w - codes · scale| ≤ scale / 2, unless the scale is a float16 subnormal.
+    Numerics: in float32 (float64 for a float64 w). The scale is rounded to w.dtype before the codes are computed, so
+        the codes fit the scale that is stored: |w - codes · scale| ≤ scale / 2, unless the scale is a f16 subnormal.
     Raises: ValueError for a weight that is not 2-d, floating point and finite, or a group below 1.
     """
     if w.ndim != 2 or not w.dtype.is_floating_point:

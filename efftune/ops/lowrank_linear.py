@@ -1,4 +1,4 @@
-"""y = x·Wᵀ + h·Bᵀ (+ bias): a product whose rank-R term is the epilogue, for LoRA forward and, transposed, for its dx."""
+"""y = x·Wᵀ + h·Bᵀ (+ bias): a product with a rank-R epilogue, for LoRA forward and, transposed, for its dx."""
 
 from __future__ import annotations
 

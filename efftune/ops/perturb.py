@@ -40,17 +40,16 @@ def _check(w, out, a, seed, stream, offset, dist, rounding):
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"perturb rounds by rounding='nearest' or 'stochastic', not {rounding!r}.")
     if not 0 <= stream < 2**32:
-        raise ValueError(f"perturb takes a stream in [0, 2^32), not {stream}; hash the parameter's name to 32 bits.")
+        raise ValueError(f"perturb takes a stream in [0, 2^32), not {stream}; hash the name to 32 bits.")
     if offset < 0:
-        raise ValueError(
-            f"perturb takes an offset of at least 0, not {offset}; it is the place of w[0] in the whole tensor."
-        )
+        raise ValueError(f"perturb takes an offset of at least 0, not {offset}; it is the place of w[0] in the whole.")
 
 
-# Symbolic integers: a compiled function then takes any seed without being compiled again. For each new `a` it is, unless
+# Symbolic integers: a compiled function then takes any seed without being compiled again. For a new `a` it is, unless
 # torch._dynamo.config.specialize_float is off.
 perturb_op = Op(
-    "perturb(Tensor w, Tensor(a!) out, float a, SymInt seed, SymInt stream, SymInt offset, str dist, str rounding) -> ()",
+    "perturb(Tensor w, Tensor(a!) out, float a, SymInt seed, SymInt stream, SymInt offset, str dist, str rounding)"
+    " -> ()",
     _reference,
     _check,
 )
@@ -130,13 +129,14 @@ def perturb(
         rounding: "nearest" or "stochastic" (E[out] = w + a z; nothing to do for f32 and f64).
         out: like w; w itself for in place (`perturb_`). Other overlaps give undefined results.
     Returns: out, or a new tensor. No gradient: w and out are taken as they are.
-    Numerics: z by Philox4x32-10 and Box–Muller, a function of (seed, stream, offset + i) alone: not of dtype, tiling, thread
-        count or device. The sum is computed in float32 and rounded to w.dtype once. ±1 and the rounding's bits are equal bit
-        for bit on all backends, normals to a few float32 ulps. Stochastic rounding is exact in probability, for float16
-        subnormals to 2^-17 of a step; it may round the last half step below the largest finite number to infinity.
+    Numerics: z by Philox4x32-10 and Box–Muller, a function of (seed, stream, offset + i) alone: not of dtype, tiling,
+        thread count or device. The sum is computed in float32 and rounded to w.dtype once. ±1 and the bits for rounding
+        are equal bit for bit on all backends, normals on all CPUs, and to a few float32 ulps elsewhere. Stochastic
+        rounding is exact in probability, for float16 subnormals to 2^-17 of a step; above the largest finite number it
+        may give infinity where nearest rounding does not.
     Saved for backward: nothing.
-    Raises: ValueError for an integer tensor, an out unlike w, an unknown dist or rounding, a stream or offset out of range.
-    Source: Salmon et al. 2011 (Philox); Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (perturbation from a seed).
+    Raises: ValueError for an integer tensor, an out unlike w, an unknown dist or rounding, a negative offset.
+    Source: Salmon et al. 2011 (Philox); Malladi et al. 2023, arXiv:2305.17333, algorithm 1.
     """
     w = w.detach()
     out = torch.empty_like(w) if out is None else out.detach()

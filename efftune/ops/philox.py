@@ -3,14 +3,14 @@
 key = (seed low, seed high); counter = (block low, block high, stream, purpose). The number at an element depends on
 (seed, stream, offset) alone; `purpose` separates what is drawn, and consecutive offsets share a block:
 
-| purpose  | block       | the element's part of the four words w0..w3                                       |
+| purpose  | block       | the element's part of the four words w0..w3                                      |
 |----------|-------------|-----------------------------------------------------------------------------------|
 | GAUSSIAN | offset >> 2 | Box–Muller: (w0, w1) → offsets 4b (cos), 4b+1 (sin); (w2, w3) → 4b+2, 4b+3       |
 | SIGN     | offset >> 7 | bit offset & 31 of word (offset >> 5) & 3; set → +1                               |
 | ROUNDING | offset >> 3 | half offset & 1 (low first) of word (offset >> 1) & 3                             |
 | DROPOUT  | offset >> 2 | word offset & 3                                                                   |
 
-Integers are held in int64: torch has no full set of uint32 operations. Every product below wraps modulo 2^64, as wanted.
+Integers are held in int64: torch has few uint32 operations. Products below wrap modulo 2^64, as wanted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _gather_word(words: tuple[Tensor, ...], which: Tensor) -> Tensor:
 
 
 def normal(seed: int, stream: int, offset: Tensor) -> Tensor:
-    """z ~ N(0, 1) in float64 for each int64 offset; |z| ≤ 6.77. The radius's u = (w0 + ½)·2⁻³² is rounded to float32."""
+    """z ~ N(0, 1) in float64 for each int64 offset; |z| ≤ 6.77. u = (w0 + ½)·2⁻³² is rounded to float32."""
     words = torch.stack(philox(seed, offset >> 2, stream, GAUSSIAN))
     pair = ((offset >> 1) & 1)[None] * 2
     radius_word, angle_word = words.gather(0, pair).squeeze(0), words.gather(0, pair + 1).squeeze(0)
@@ -71,8 +71,8 @@ def dropout_word(seed: int, stream: int, offset: Tensor) -> Tensor:
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """float32 x rounded to bfloat16 or float16, up in magnitude with probability = the dropped fraction; float32 and
-    float64 stay as they are. bits: 16 random bits for each element."""
+    """float32 x rounded to bfloat16 or float16, up in magnitude with probability = the dropped fraction; float32
+    and float64 stay as they are. bits: 16 random bits for each element."""
     if dtype == torch.bfloat16:
         raw = x.contiguous().view(torch.int32)
         rounded = ((raw + bits.to(torch.int32)) & -65536).view(torch.float32)

@@ -22,8 +22,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     Args:
         params: groups of ("name", parameter) pairs: the name picks the random stream.
         lr: learning rate.   weight_decay: decoupled.   dist: "normal" or "rademacher", as the gradients were estimated.
-    Numerics: w − lr·a·z in float32; bfloat16 and float16 weights are rounded stochastically, since lr·a·z is mostly below
-        half a unit in the last place and rounding to nearest would drop it.
+    Numerics: w − lr·a·z in float32; bfloat16 and float16 weights are rounded stochastically: lr·a·z is mostly below
+        half a unit in the last place, and rounding to nearest would drop it.
     State: none. `accumulate` collects the scalars of a step; `step` applies and forgets them.
     Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1.
     """

@@ -1,6 +1,6 @@
 """What `efftune train` does with nothing else: a small Llama on text that every CPython carries.
 
-A BPE tokenizer and a model of 5.6 M parameters are trained on the sources of the standard library and cached; the
+A BPE tokenizer and a model of 5.2 M parameters are trained on the sources of the standard library and cached; the
 fine-tuning text is the language reference (`pydoc_data/topics.py`), English prose that the model has not seen.
 """
 
@@ -24,13 +24,22 @@ from efftune.train import state
 from efftune.train.loop import learning_rate_factor
 from efftune.train.models import quiet
 
-SETTINGS = {"recipe": "lora(r=16)", "seq_len": 256, "batch_size": 16, "epochs": 3.0, "lr": 3e-3, "sample_prompt": "The try statement"}
+SETTINGS = {
+    "recipe": "lora(r=16)",
+    "seq_len": 256,
+    "batch_size": 16,
+    "epochs": 3.0,
+    "lr": 3e-3,
+    "sample_prompt": "The try statement",
+}
 VOCABULARY = 4096
 MODEL = {
-    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6,
+    "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+    # at transformers' 0.02 so narrow a model starts too quiet: after the same tokens its loss was 0.4 higher
+    "initializer_range": 0.06,
 }  # fmt: skip
-PRETRAINING = {"steps": 140, "rows": 16, "tokens": 256, "lr": 3e-3, "warmup": 10, "weight_decay": 0.1, "seed": 0}
+PRETRAINING = {"steps": 280, "rows": 8, "tokens": 256, "lr": 3e-3, "warmup": 14, "weight_decay": 0.1, "seed": 0}
 HELD_OUT = 0.1  # of the text, in whole topics
 LEFT_OUT = {
     "site-packages",
@@ -139,16 +148,16 @@ def pretrain(texts: list[str], tokenizer: Any) -> torch.nn.Module:
         ids += [*encoding.ids, end]
     stream = torch.tensor(ids)
     state.set_seed(p["seed"])
-    model = LlamaForCausalLM(
+    model: Any = LlamaForCausalLM(
         LlamaConfig(**MODEL, bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), p["lr"], betas=(0.9, 0.95), weight_decay=p["weight_decay"])
+    optimizer = torch.optim.AdamW(model.parameters(), p["lr"], betas=(0.9, 0.99), weight_decay=p["weight_decay"])
     factor = learning_rate_factor("cosine", p["warmup"], p["steps"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(p["seed"])
     bar = tqdm(range(p["steps"]), desc="pre-train", unit="step", dynamic_ncols=True, disable=None)
     for _ in bar:
-        starts = torch.randint(len(stream) - p["tokens"], (p["rows"],), generator=generator)
+        starts: Any = torch.randint(len(stream) - p["tokens"], (p["rows"],), generator=generator)
         rows = torch.stack([stream[s : s + p["tokens"]] for s in starts])
         loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)

@@ -39,6 +39,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def tokens(batches: list[Any]) -> int:
+    """Input tokens, padding included: what the arithmetic costs. 0 for batches of something else."""
+    return sum(batch["input_ids"].numel() for batch in batches if isinstance(batch, dict) and "input_ids" in batch)
+
+
 def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
     """Step -> factor of the peak rate: linear warm-up, then cosine or linear to 0 at `total`, or constant."""
     rise = int(warmup if warmup >= 1 else warmup * total)
@@ -81,7 +86,7 @@ def train_step(
     generators = state.generator_states()
 
     def backward() -> torch.Tensor:
-        return sum(tuner.backward(batch, task.loss, 1.0 / max(1, terms)) for batch in batches)
+        return torch.stack([tuner.backward(batch, task.loss, 1.0 / max(1, terms)) for batch in batches]).sum()
 
     optimizer.zero_grad(set_to_none=True)
     loss = float(backward())
@@ -137,7 +142,7 @@ class Trainer:
         """Trains to the end and returns the last evaluation. A resumed run goes on where its checkpoint stands."""
         run, config = self.run, self.config
         if run and run.resumed:
-            self.resume()
+            self.resume(run)
         if self.step == 0 and not (run and run.find("before")):
             self.log({"step": 0, "when": "before", **self.assess()})
         self.model.train()
@@ -152,16 +157,17 @@ class Trainer:
                 self.step += 1
                 taken = time.perf_counter() - started
                 self.seconds += taken
-                record |= {"epoch": self.epoch, "terms_per_s": record["terms"] / taken, "seconds": self.seconds}
+                count = tokens(batches)
+                record |= {"epoch": self.epoch, "tokens": count, "tokens_per_s": count / taken, "seconds": self.seconds}
                 self.log({"step": self.step, **record, **meter.memory(self.device)})
                 progress.update(record)
                 at_end = self.step == self.total
                 if config.eval_every and self.step % config.eval_every == 0 and not at_end and self.eval_data:
-                    result = {"step": self.step, **self.evaluate()}
+                    result = {"step": self.step, **self.evaluate(self.eval_data)}
                     self.log(result)
                     progress.write(meter.line(result))
                 if run and (at_end or (config.save_every and self.step % config.save_every == 0)):
-                    self.save()
+                    self.save(run)
         result = {"step": self.step, "when": "after", **self.assess()}
         if not (run and run.find("after", self.step)):
             self.log(result)
@@ -177,14 +183,14 @@ class Trainer:
             remedy = "lower --lr, lengthen --warmup or look at that module"
             raise NonFinite(f"{error}; {last}; {remedy}.") from None
 
-    def evaluate(self) -> dict[str, float]:
-        rows = self.eval_data.rows(0)
+    def evaluate(self, data: Data) -> dict[str, float]:
+        rows = data.rows(0)
         rows = rows[: self.config.eval_rows or len(rows)]
-        return evaluate(self.model, self.eval_data.batches(rows, self.config.batch_size), self.task, self.device)
+        return evaluate(self.model, data.batches(rows, self.config.batch_size), self.task, self.device)
 
     def assess(self) -> dict[str, Any]:
         """Evaluation and sample, before and after training."""
-        result: dict[str, Any] = self.evaluate() if self.eval_data else {}
+        result: dict[str, Any] = dict(self.evaluate(self.eval_data)) if self.eval_data else {}
         if self.sample:
             result["sample"] = self.sample(self.model)
         return result
@@ -195,24 +201,22 @@ class Trainer:
         if self.on_step:
             self.on_step(record)
 
-    def save(self) -> None:
+    def save(self, run: RunDir) -> None:
         trained, rest = state.capture(self.tuner, self.optimizer, self.scheduler, self.watch)
         rest |= {"epoch": self.epoch, "row": self.row, "seconds": self.seconds}
-        self.run.sync()  # metrics first: a checkpoint never knows of a step that they do not
-        checkpoint.save(self.run.checkpoints, self.step, trained, rest, self.identity, self.config.keep_last)
+        run.sync()  # metrics first: a checkpoint never knows of a step that they do not
+        checkpoint.save(run.checkpoints, self.step, trained, rest, self.identity, self.config.keep_last)
 
-    def resume(self) -> None:
+    def resume(self, run: RunDir) -> None:
         """Goes to the newest intact checkpoint, if there is one; metrics after it are cut off."""
-        path, damaged = checkpoint.newest_intact(self.run.checkpoints)
+        path, damaged = checkpoint.newest_intact(run.checkpoints)
         for sentence in damaged:
             print(sentence)
         if path is None and damaged:
-            raise EfftuneError(
-                f"No checkpoint in {self.run.checkpoints} is intact; start a new run with another --out."
-            )
+            raise EfftuneError(f"No checkpoint in {run.checkpoints} is intact; start a new run with another --out.")
         if path:
             self.step, trained, rest = checkpoint.load(path, self.identity)
             state.restore(self.tuner, self.optimizer, self.scheduler, trained, rest)
             self.epoch, self.row, self.seconds = rest["epoch"], rest["row"], rest["seconds"]
             print(f"Resuming from {path}.")
-        self.run.cut_metrics(self.step)
+        run.cut_metrics(self.step)

@@ -52,7 +52,8 @@ class Progress:
         self.step += 1
         if self.bar.disable:
             if self.step % max(1, self.total // 10) == 0:
-                print(f"step {self.step}/{self.total}: loss {record['loss']:.4f}, {record['terms_per_s']:.0f} tokens/s")
+                rate = f", {record['tokens_per_s']:,.0f} tokens/s" if record["tokens"] else ""
+                print(f"step {self.step}/{self.total}: loss {record['loss']:.4f}{rate}", flush=True)
             return
         self.bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.1e}", refresh=False)
         self.bar.update()

@@ -30,6 +30,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_folder(name: str) -> None:
+    """Raises: EfftuneError for a path that is no folder, or a folder whose weights are pickles."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            refuse_pickle(folder / "model.safetensors")
+    elif folder.exists() or name.startswith((".", "/", "~")):
+        raise EfftuneError(f"--model {name} is not a folder; give a model's folder or its Hugging Face name.")
+
+
 def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -58,12 +68,6 @@ def load_model(name: str, dtype: str, labels: list[str] | None, pad_id: int) -> 
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    folder = Path(name)
-    if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            refuse_pickle(folder / "model.safetensors")
-    elif folder.exists() or name.startswith((".", "/", "~")):
-        raise EfftuneError(f"--model {name} is not a folder; give a model's folder or its Hugging Face name.")
     options: dict[str, Any] = {"dtype": torch.bfloat16 if dtype == "bf16" else torch.float32, "use_safetensors": True}
     kind: Any = AutoModelForCausalLM
     if labels is not None:
@@ -91,7 +95,7 @@ def sampler(tokenizer: Any, prompt_ids: list[int], tokens: int, seed: int) -> Ca
     """model -> the prompt and its continuation, drawn with a generator state of its own."""
 
     @torch.no_grad()
-    def sample(model: nn.Module) -> str:
+    def sample(model: Any) -> str:
         training = model.training
         model.eval()
         ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)

@@ -32,10 +32,10 @@ def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
     before, after = ([r for r in records if r.get("when") == when][-1:] for when in ("before", "after"))
     parts = [_comparison(before[0] if before else {}, after[0] if after else {})]
     if steps:
-        tokens = sum(r["terms"] for r in steps)
+        tokens = sum(r["tokens"] for r in steps)
         rate = tokens / max(1e-9, steps[-1]["seconds"])
         parts.append(
-            f"<p>{steps[-1]['step']} steps, {tokens:,} loss terms in {steps[-1]['seconds']:.0f} s "
+            f"<p>{steps[-1]['step']} steps, {tokens:,} tokens in {steps[-1]['seconds']:.0f} s "
             f"({rate:,.0f} per second); peak memory {max(r['memory_peak'] for r in steps) / 2**20:,.0f} MiB.</p>"
         )
     for name, png in pictures:

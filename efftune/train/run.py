@@ -41,16 +41,15 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     """
     out = rundir.choose(given.get("out"), given.get("resume", False))
     config = settings(given, out)
-    if config.data:
-        data.read_table(config.data)  # refused before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "config.json")
     state.set_seed(config.seed)
 
     prepared = prepare(config)
     state.set_seed(config.seed)  # the recipe's draws do not depend on what was drawn to get here
     tuner = efftune.apply(prepared.model, config.recipe)
     check_new_parts(tuner, prepared.new)
+    with rundir.writing(out):  # not before: what is refused up to here leaves no directory behind
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(out / "config.json")
     held_out = len(prepared.held_out.examples) if prepared.held_out else 0
     print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
 
@@ -94,6 +93,7 @@ def prepare(config: TrainConfig) -> Prepared:
     classify = config.task == "classification" or (config.task == "auto" and table.layout == "label")
     labels = data.label_names(table) if classify else None
 
+    models.check_folder(name)
     tokenizer = models.load_tokenizer(name)
     pad_id = tokenizer.pad_token_id
     model, new = models.load_model(name, config.dtype, labels, pad_id)

@@ -34,7 +34,9 @@ class Task:
 
 
 def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs: dict[str, Any] = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+    }
     if "position_ids" in inputs:
         # With a cache, which is Hugging Face's default, the restarts of position_ids are not looked at and
         # packed documents would see each other.

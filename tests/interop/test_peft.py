@@ -27,7 +27,7 @@ RECIPES = [
 def randomize(model):
     torch.manual_seed(9)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p) * 0.1)
 
@@ -52,7 +52,12 @@ CONFIGS = [
     dict(r=4, target_modules="all-linear"),
     dict(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj"]),
     dict(r=4, lora_alpha=8, target_modules=r".*\.(up|down)_proj", lora_dropout=0.1),
-    dict(r=4, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 7}, alpha_pattern={"layers.1.mlp.up_proj": 5}),
+    dict(
+        r=4,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"up_proj": 7},
+        alpha_pattern={"layers.1.mlp.up_proj": 5},
+    ),
     dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
 ]
 
@@ -92,7 +97,9 @@ def test_a_classification_head_is_trained_and_saved(tmp_path):
 
     def bert():
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+        config = BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
         return BertForSequenceClassification(config)
 
     ids = torch.randint(0, 50, (2, 7))

@@ -47,8 +47,8 @@ def dy_for(y):
 
 
 def oracle(layer, x, dtype, rounded=lambda t: t):
-    """y, dx and the gradients of what trains, from the formulas, in dtype; `rounded` is applied where the docstrings say
-    that something is rounded to x.dtype."""
+    """y, dx and the gradients of what trains, from the formulas, in dtype; `rounded` is applied where the docstrings
+    say that something is rounded to x.dtype."""
     n, scale = layer.out_features, getattr(layer.delta, "scale", None)
     w = layer.base.rows(layer.stored(), 0, n, x.dtype).detach().to(dtype)
     x2 = x.detach().reshape(-1, x.shape[-1]).to(dtype)
@@ -197,7 +197,12 @@ def test_one_module_twice_in_a_graph():
 def test_non_contiguous_and_expanded_inputs(delta):
     layer = make(Dense(), delta)
     base = torch.randn(K, 6)
-    for x in (base.t(), torch.randn(6, 2 * K)[:, ::2], torch.randn(1, K).expand(6, K), torch.randn(2, K, 3).transpose(1, 2)):
+    for x in (
+        base.t(),
+        torch.randn(6, 2 * K)[:, ::2],
+        torch.randn(1, K).expand(6, K),
+        torch.randn(2, K, 3).transpose(1, 2),
+    ):
         for got, expected in zip(actual(layer, x), actual(layer, x.contiguous()), strict=True):
             torch.testing.assert_close(got, expected)
             layer.zero_grad()
@@ -304,7 +309,9 @@ def test_state_dict_deepcopy_and_to(base, delta, keep):
         assert half.codes.dtype == torch.int8 and "codes" in layer.state_dict()
     else:
         plain = nn.Linear(K, N)
-        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if k in ("weight", "bias")})  # nn.Linear's names
+        plain.load_state_dict(
+            {k: v for k, v in layer.state_dict().items() if k in ("weight", "bias")}
+        )  # nn.Linear's names
 
 
 @pytest.mark.parametrize("base, delta, keep", VALID, ids=str)

@@ -148,7 +148,7 @@ REFUSED = {
     "lora(r=4) + lora(r=8)": "already trained as LoRA",
     "mezo + mezo": "mezo and mezo each bring their own backward",
     "int8 + mezo": "stores integers",
-    "lora(r=4, target_modules='nothing')": "matches no linear layer of LlamaForCausalLM; its linear layers end in: down_proj",
+    "lora(r=4, target_modules='nothing')": "no linear layer of LlamaForCausalLM; its linear layers end in: down_proj",
     "int8(target_modules=['nowhere']) + lora": "matches no linear layer",
     "full(target_modules='nowhere')": "matches no module",
     "lora(r=4, modules_to_save=['nowhere'])": "modules_to_save names 'nowhere'",

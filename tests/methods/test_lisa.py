@@ -1,4 +1,3 @@
-
 import efftune
 from tests.methods.models import batch, llama, loss_fn
 from tests.methods.test_contract import train

@@ -27,6 +27,6 @@ def on(backend, function, *args, **kwargs):
 
 
 def skip_truncation(backend, dtype, exact=False):
-    """Triton's interpreter stores float32 to bfloat16 by truncation; results that are exact in bfloat16 are not affected."""
+    """Triton's interpreter stores float32 to bfloat16 by truncation; results exact in bfloat16 are not affected."""
     if backend == ("triton", "cpu") and dtype == torch.bfloat16 and not exact:
         pytest.skip("the interpreter does not round to bfloat16")

@@ -14,7 +14,9 @@ def operands(shape, dtype, bias=True, seed=0):
     m, k, n, r = shape
     g = torch.Generator().manual_seed(seed)
     x, w, h, b = (torch.randn(s, generator=g) for s in ((m, k), (n, k), (m, r), (n, r)))
-    return [t.to(dtype) for t in (x, w / k**0.5, h, b / r**0.5)] + [torch.randn(n, generator=g).to(dtype) if bias else None]
+    return [t.to(dtype) for t in (x, w / k**0.5, h, b / r**0.5)] + [
+        torch.randn(n, generator=g).to(dtype) if bias else None
+    ]
 
 
 def product(args, dtype):

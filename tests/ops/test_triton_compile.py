@@ -1,8 +1,8 @@
-"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, without register spills on sm_90; CUDA's by
-nvcc, where there is one.
+"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, without register spills on sm_90;
+CUDA's by nvcc, where there is one.
 
-A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as Triton
-spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" such as num_warps.
+A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
+Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps).
 """
 
 import pkgutil
@@ -30,7 +30,9 @@ from triton.compiler import ASTSource
 cases = importlib.import_module("efftune.triton_kernels." + sys.argv[1]).COMPILE_CASES
 for name, case in cases.items():
     types = case["types"] | dict.fromkeys(case["constants"], "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+    wide = case.get("aligned", ())
+    is_aligned = [t.startswith("*") or n in wide for n, t in types.items()]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(is_aligned) if yes}
     source = ASTSource(case["kernel"], types, case["constants"], aligned)
     for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
         compiled = triton.compile(source, target=target, options=case.get("options", {"enable_fp_fusion": True}))

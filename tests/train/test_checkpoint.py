@@ -24,7 +24,9 @@ def put(root, step, value=1.0, keep=3, size=4):
 def test_nested_state_survives_exactly(tmp_path):
     shared = torch.arange(6.0)
     rest = {
-        "state": {0: {"step": torch.tensor(3.0), "m": shared.view(2, 3)[:, 1:], "codes": torch.ones(3, dtype=torch.uint8)}},
+        "state": {
+            0: {"step": torch.tensor(3.0), "m": shared.view(2, 3)[:, 1:], "codes": torch.ones(3, dtype=torch.uint8)}
+        },
         "groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0], "fused": None}],
         "again": shared,
         "inf": float("inf"),
@@ -255,6 +257,6 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_cut(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     again = trainer(run=run, resumed=True)
-    again.resume()
+    again.resume(again.run)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert again.step == 6 and max(steps) == 6 and steps.count(6) == 1

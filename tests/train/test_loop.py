@@ -70,6 +70,7 @@ def test_clipping_bounds_the_gradient():
     t = trainer("full", steps=1, clip=0.01)
     step, norms = t.optimizer.step, []
     grads = lambda: [p.grad for p in t.tuner.named_trained().values() if p.grad is not None]  # noqa: E731
+    t.scheduler.step = lambda: None
     t.optimizer.step = lambda: (norms.append(float(torch.cat([g.flatten() for g in grads()]).norm())), step())
     t.fit()
     assert norms[0] == pytest.approx(0.01, rel=1e-3)
@@ -174,7 +175,7 @@ def test_metrics_hold_every_step(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5]
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 4, 5]
-    assert {"loss", "lr", "grad_norm", "terms_per_s", "memory", "memory_peak", "epoch"} <= set(records[1])
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "memory", "memory_peak", "epoch"} <= set(records[1])
 
 
 def test_a_full_disk_stops_the_metrics_in_one_sentence(tmp_path, monkeypatch):

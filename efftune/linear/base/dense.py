@@ -16,8 +16,8 @@ from efftune.ops.lowrank_linear import lowrank_linear
 class Dense(Base):
     """W as it is, in float32, bfloat16, float16 or float64. `weight` is the state_dict's name, as in nn.Linear.
 
-    Numerics: one product with f32 accumulation, rounded to x.dtype; a weight of another dtype than x (autocast) is rounded
-        to x.dtype first. With a low-rank term see `ops.lowrank_linear`.
+    Numerics: one product with f32 accumulation, rounded to x.dtype; a weight of another dtype than x (autocast) is
+        rounded to x.dtype first. With a low-rank term see `ops.lowrank_linear`.
     """
 
     names = ("weight",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +21,8 @@ class Int8(Base):
     The error of an entry is at most half a scale, absmax(group)/254 (plus the rounding of the scale to its dtype).
     1 + bytes(scale)/group bytes per weight: 1.03 for bfloat16 and group 64.
 
-    Numerics: each product unpacks W to x.dtype (rounded once), then multiplies as a dense one; forward and backward each
-        hold one unpacked W (N·K elements) for its duration. `.to(dtype)` rounds the scales, never the codes.
+    Numerics: each product unpacks W to x.dtype (rounded once), then multiplies as a dense one, and holds that W (N·K
+        elements) for its duration. `.to(dtype)` rounds the scales, never the codes.
     Raises: ValueError for a weight that is not finite or a group below 1.
     """
 
@@ -57,5 +58,7 @@ class Int8(Base):
         """d scale = Σ over the group of dW · code; the codes are integers and have none."""
         n, k = dw_rows.shape
         groups = w[1].shape[1]
-        products = F.pad(dw_rows.float() * w[0][a:b], (0, groups * self.group - k))
+        products = F.pad(
+            dw_rows.to(torch.promote_types(dw_rows.dtype, torch.float32)) * w[0][a:b], (0, groups * self.group - k)
+        )
         return None, products.view(n, groups, self.group).sum(-1).to(w[1].dtype)

@@ -29,7 +29,8 @@ class LoRA(Delta):
     Gradients: x, A, B (and the bias, if it trains); never W.
     Numerics: A and B are rounded to x.dtype; products accumulate in f32; scale · x Aᵀ is rounded to x.dtype once,
         and so are the gradients of A and B.
-    Saved for backward: keep(drop(x)) unless A is frozen, and scale · x Aᵀ (M·r elements). Without dropout keep(x) shares x.
+    Saved for backward: keep(drop(x)), which without dropout is x itself, unless A is frozen; and scale · x Aᵀ (M·r
+        elements).
     Raises: EfftuneError (a ValueError) on a rank, dropout or dtype out of range.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; frozen A: Zhu et al.
         2024, arXiv:2402.16842.
@@ -79,7 +80,9 @@ class LoRA(Delta):
 
     def why_not(self, base, keep, shape):
         if self.r > min(shape):
-            return f"r={self.r} exceeds min(N, K) = {min(shape)} of a layer of {shape}; choose a smaller r or other layers"
+            return (
+                f"r={self.r} exceeds min(N, K) = {min(shape)} of a layer of {shape}; choose a smaller r or other layers"
+            )
         return None
 
     def forward(self, base, keep, x, bias, w, p, seed, need):

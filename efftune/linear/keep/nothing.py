@@ -11,6 +11,8 @@ from efftune.linear.contracts import Keep
 class Nothing(Keep):
     """Keeps no element of z, so only deltas that never ask for gᵀ·z work with it: NoDelta, and LoRA with A frozen."""
 
+    keeps = False
+
     def save(self, z, seed):
         return ()
 

@@ -29,9 +29,10 @@ class Int8Method(Method):
         tied = shared_parameters(model)
         for name, layer in target_layers(self, model, self.target_modules).items():
             weight = None if isinstance(layer, Linear) else layer.weight
-            if id(weight) in tied:
+            others = [n for n in tied.get(id(weight), ()) if n != f"{name}.weight"]
+            if others:
                 raise EfftuneError(
-                    f"{name} shares its weight with {' and '.join(n for n in tied[id(weight)] if n != name + '.weight')}, "
-                    "and integers would untie them; leave it out of int8's target_modules."
+                    f"{name} shares its weight with {' and '.join(others)}, and integers would untie them; "
+                    "leave it out of int8's target_modules."
                 )
             swap(model, name, base=Int8(self.group))

