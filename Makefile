@@ -17,6 +17,7 @@ train: .venv/ready
 lint: .venv/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
 	.venv/bin/clang-format --dry-run --Werror csrc/*
 
 # torch first, and pinned: it is the big download, and nothing that follows may replace it.

@@ -131,19 +131,20 @@ class Tuner:
         if self._hook is not None:
             self._hook.remove()  # one clock: an optimizer that this one replaces drives nothing
         self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._end_step())
+        self._hook = optimizer.register_step_post_hook(self._end_step)
         self.seek(self.step)
         return optimizer
 
     def seek(self, step: int) -> None:
         """Puts the recipe where it was before `step`, for a resumed run: now, or when an optimizer is attached."""
         self.step = step
-        for method in self.methods if self._optimizer is not None else ():
-            method.before_step(self.model, step, self._optimizer)
+        if self._optimizer is not None:
+            for method in self.methods:
+                method.before_step(self.model, step, self._optimizer)
 
-    def _end_step(self) -> None:
+    def _end_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         for method in self.methods:
-            method.after_step(self.model, self.step, self._optimizer)
+            method.after_step(self.model, self.step, optimizer)
         self.seek(self.step + 1)
 
     def backward(self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0) -> Tensor:

@@ -57,8 +57,9 @@ def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path)
         else:
             tensors[PREFIX + name] = parameter
             modules_to_save.add(parent)
-    first = next(iter(layers.values())).delta
-    others = {n: m.delta for n, m in layers.items() if m.delta != first}
+    deltas = {n: m.delta for n, m in layers.items() if isinstance(m.delta, LoRA)}
+    first = next(iter(deltas.values()))
+    others = {n: delta for n, delta in deltas.items() if delta != first}
     task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), None)
     config = {
         "peft_type": "LORA",
@@ -131,7 +132,7 @@ def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     if not ranks and not alphas:
         return [common]
-    groups: dict[tuple[int, float], list[str]] = {}
+    groups: dict[tuple, list[str]] = {}
     for name in target_layers(common, model, common.target_modules):
         key = _by_pattern(ranks, name, common.r), _by_pattern(alphas, name, common.lora_alpha)
         groups.setdefault(key, []).append(name)

@@ -27,6 +27,10 @@ class Linear(nn.Module):
     Raises: EfftuneError if the three cannot be combined; TypeError if x has another dtype than W outside autocast.
     """
 
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+
     def __init__(self, base: Base, w, delta: Delta, keep: Keep, bias: nn.Parameter | None = None, p=None):
         super().__init__()
         self.out_features, self.in_features = base.shape(w)
@@ -43,7 +47,8 @@ class Linear(nn.Module):
                 continue
             # An nn.Parameter that comes in stays the same object, so that tied weights stay tied.
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, parameter.requires_grad_(trains))
+            parameter.requires_grad_(trains)
+            self.register_parameter(name, parameter)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -127,7 +132,7 @@ class Linear(nn.Module):
                 rows = self.base.rows(w, a, b, dtype if added is None else added.dtype)
                 weight[a:b] = rows if added is None else rows + added
             linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -72,7 +72,7 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in target_modules)
 
 
-def target_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
+def target_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str]) -> Mapping[str, nn.Module]:
     """The linear layers that `target_modules` means. "all-linear": every one but the output head.
 
     Raises: EfftuneError if it matches nothing, or matches only layers that are not linear.

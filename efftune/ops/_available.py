@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+from typing import Any
 
 import torch
 
 
 @functools.cache
-def extension(name: str):
+def extension(name: str) -> Any:
     """The compiled module `efftune.<name>` ("_cpu" or "_cuda"), or None if it is not built."""
     try:
         return importlib.import_module(f"efftune.{name}")

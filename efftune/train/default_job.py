@@ -25,13 +25,9 @@ from efftune.train.loop import learning_rate_factor
 from efftune.train.models import quiet
 
 SETTINGS = {
-    "recipe": "lora(r=16)",
-    "seq_len": 256,
-    "batch_size": 16,
-    "epochs": 3.0,
-    "lr": 3e-3,
+    "recipe": "lora(r=16)", "seq_len": 256, "batch_size": 8, "epochs": 3.0, "lr": 8e-3, "eval_every": 60,
     "sample_prompt": "The try statement",
-}
+}  # fmt: skip
 VOCABULARY = 4096
 MODEL = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,

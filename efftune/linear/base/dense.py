@@ -54,7 +54,8 @@ def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def product(x: Tensor, weight: Tensor, low_rank, bias: Tensor | None, add: Tensor | None) -> Tensor:
     """x·weightᵀ with the optional terms of `Base.linear`, for a weight at hand as a matrix of any strides."""
     if low_rank is not None:
-        y = lowrank_linear(x, weight, *low_rank, bias)
+        h, b = low_rank
+        y = lowrank_linear(x, weight, h, b, bias)
     elif add is not None and bias is None:
         return add.addmm_(x, weight.t())
     else:

@@ -44,15 +44,15 @@ class Int8(Base):
         return w[1].dtype
 
     def linear(self, w, x, low_rank=None, bias=None, add=None):
-        return product(x, int8_dequantize(*w, self.group, x.dtype), low_rank, bias, add)
+        return product(x, self._unpacked(w, x.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
         if low_rank is not None:
             low_rank = (low_rank[0], low_rank[1].t())
-        return product(dy, int8_dequantize(*w, self.group, dy.dtype).t(), low_rank, None, add)
+        return product(dy, self._unpacked(w, dy.dtype).t(), low_rank, None, add)
 
     def rows(self, w, a, b, dtype):
-        return int8_dequantize(w[0][a:b], w[1][a:b], self.group, dtype)
+        return self._unpacked((w[0][a:b], w[1][a:b]), dtype)
 
     def weight_vjp(self, w, dw_rows, a, b):
         """d scale = Σ over the group of dW · code; the codes are integers and have none."""
@@ -62,3 +62,7 @@ class Int8(Base):
             dw_rows.to(torch.promote_types(dw_rows.dtype, torch.float32)) * w[0][a:b], (0, groups * self.group - k)
         )
         return None, products.view(n, groups, self.group).sum(-1).to(w[1].dtype)
+
+    def _unpacked(self, w: Tensors, dtype: torch.dtype) -> Tensor:
+        codes, scales = w
+        return int8_dequantize(codes, scales, self.group, dtype)

@@ -101,12 +101,12 @@ class LoRA(Delta):
             db = dy.t() @ h  # (N, R); laid out as lora_b is, so that autograd need not copy it
         if need.p[0] or need.x:
             dh = _scaled_product(dy, b, self.scale)  # (M, R)
-        if need.p[0]:
-            da = keep.weight_grad(dh, kept)
-        if need.x and self.lora_dropout:
-            dx = base.linear_t(w, dy, add=dropout(dh @ a, self.lora_dropout, seed, DROPOUT_STREAM))
-        elif need.x:
-            dx = base.linear_t(w, dy, (dh, a))
+            if need.p[0]:
+                da = keep.weight_grad(dh, kept)
+            if need.x and self.lora_dropout:
+                dx = base.linear_t(w, dy, add=dropout(dh @ a, self.lora_dropout, seed, DROPOUT_STREAM))
+            elif need.x:
+                dx = base.linear_t(w, dy, (dh, a))
         return dx, (None,) * len(w), (da, db)
 
     def rows(self, p, a, b):
