@@ -132,7 +132,7 @@ def train_tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
-def pretrain(texts: list[str], tokenizer: Any) -> torch.nn.Module:
+def pretrain(texts: list[str], tokenizer: Any) -> Any:
     """A fixed number of steps on random windows of all texts, so the same machine gives the same model."""
     from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
