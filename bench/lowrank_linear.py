@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
     if device == "cpu":
-        shapes = [(torch.bfloat16, 2048, 1024, 1024, 15), (torch.float32, 2048, 1024, 1024, 9)]
+        shapes = [(torch.bfloat16, 2048, 1024, 1024, 41), (torch.float32, 2048, 1024, 1024, 15)]
         shapes += [(torch.float32, 4, 16, 16, 31)]  # all overhead
     else:
         shapes = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -32,8 +30,12 @@ class LinearFunction(torch.autograd.Function):
         w, p, saved = rest[: ctx.num_w], rest[ctx.num_w : ctx.num_tensors], tuple(rest[ctx.num_tensors :])
         # One copy of an expanded dy here instead of one in each of the products below.
         dy = as_matrix(dy).contiguous()
-        with use_backend(ctx.backend) if ctx.backend else nullcontext():
-            dx, dws, dps = delta.backward(base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need)
+        arguments = base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need
+        if ctx.backend is None:
+            dx, dws, dps = delta.backward(*arguments)
+        else:
+            with use_backend(ctx.backend):
+                dx, dws, dps = delta.backward(*arguments)
         if dx is not None and len(ctx.shape) != 2:
             dx = dx.view(ctx.shape)
         return None, None, None, None, dx, dy.sum(0) if ctx.need.bias else None, *dws, *dps

@@ -121,4 +121,6 @@ def _as(p: Tensors, dtype: torch.dtype) -> Tensors:
 
 def _scaled_product(x: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale · x·b with the scale applied to the accumulator: no further rounding and no pass over the result."""
+    if scale == 1.0:
+        return torch.mm(x, b)
     return x.new_empty(x.shape[0], b.shape[1]).addmm_(x, b, beta=0, alpha=scale)
