@@ -87,7 +87,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     import efftune
 
     folder = Path(efftune.__file__).resolve().parents[1] / "bench"
-    scripts = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "harness"))
+    scripts = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "harness", "tables"))
     if not scripts:
         raise EfftuneError("Benchmarks are not installed with the package; run this in a checkout (pip install -e .).")
     if arguments.name in (None, "-h", "--help"):

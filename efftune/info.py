@@ -30,10 +30,18 @@ def report() -> str:
     lines += ["", "backends"]
     for name, reason in questions.items():
         lines.append(f"  {name:<10} {'available' if reason is None else 'no: ' + reason}")
-    lines += ["", f"{'operator':<18} {'backends, in order of preference'}"]
+    columns = ("reference", "torch", *questions)
+    lines += ["", f"{'operator':<18}" + "".join(f"{name:<11}" for name in columns) + "default here"]
     for name, op in sorted(OPS.items()):
-        backends = [f"{b.name} ({', '.join(b.devices)})" for b in op.backends]
-        lines.append(f"{name:<18} {', '.join([*backends, 'reference'])}")
+        own = [b.name for b in op.backends]
+        cells = [
+            "yes" if c == "reference" or c in own and not questions.get(c) else "no" if c in own else "-"
+            for c in columns
+        ]
+        default = next(
+            (b.name for b in op.backends if device.type in b.devices and not questions.get(b.name)), "reference"
+        )
+        lines.append(f"{name:<18}" + "".join(f"{cell:<11}" for cell in cells) + default)
     return "\n".join(lines)
 
 

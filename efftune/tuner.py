@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from efftune.errors import EfftuneError
 from efftune.files import read_json, read_tensors
 from efftune.interop import peft
 from efftune.linear import Linear
-from efftune.methods._base import Method
+from efftune.methods._base import Method, replace_module, shared_parameters
 from efftune.methods.full import FullFineTuning
 from efftune.recipe import format_recipe, parse
 
@@ -24,7 +25,7 @@ def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
     """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle to train it.
 
     A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
-    Raises: EfftuneError, leaving the model as it was, if the recipe does not parse or cannot be applied.
+    Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
     """
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
     for hook in ("backward", "optimizer"):
@@ -33,19 +34,28 @@ def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
             raise EfftuneError(f"{' and '.join(rivals)} each bring their own {hook}; a recipe takes one of them.")
     if not any(m.trains for m in methods):
         methods.insert(0, FullFineTuning())
-    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
+    # First on a skeleton without data: what refuses does so before the model is touched, and no dense weight has to be
+    # kept for an undo while its layer is being quantised.
+    for target in (skeleton(model), model):
+        freeze(target)
         for method in methods:
-            method.prepare(model)
-    except EfftuneError:
-        for parent, name, child in children:
-            setattr(parent, name, child)
-        for parameter, requires_grad in required:
-            parameter.requires_grad_(requires_grad)
-        raise
+            method.prepare(target)
     return Tuner(model, methods)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` whose parameters and buffers are on the meta device; tied ones stay tied."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
+def freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
 
 
 def load(model: nn.Module, path: str | Path) -> Tuner:
@@ -159,19 +169,16 @@ class Tuner:
     def merge(self) -> nn.Module:
         """Replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns the model, now plain."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
+        tied = shared_parameters(self.model)
         for name, layer in layers:  # all refusals before the first change
-            shared = names.get(id(layer.stored()[0]), [])
-            if len(shared) > 1 and layer.delta.rows(layer.added(), 0, 0) is not None:
+            shared = tied.get(id(layer.stored()[0]), [])
+            if shared and layer.delta.rows(layer.added(), 0, 0) is not None:
                 raise EfftuneError(
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
                 )
-        for name, layer in layers:
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.merge())
+        for _, layer in layers:
+            replace_module(self.model, layer, layer.merge())
         return self.model
 
     def save(self, path: str | Path) -> None:

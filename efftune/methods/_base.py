@@ -30,7 +30,10 @@ class Method:
     )
 
     def prepare(self, model: nn.Module) -> None:
-        """Changes the model in place: swaps layers, turns requires_grad on. The model arrives frozen."""
+        """Changes the model in place: swaps layers, turns requires_grad on. The model arrives frozen.
+
+        Called twice: on a skeleton of meta tensors, where all refusals belong, then on the model itself.
+        """
 
     def param_groups(self, model: nn.Module) -> list[dict] | None:
         """Optimizer groups with ("name", parameter) pairs, or None for one group of all that trains."""
@@ -95,10 +98,11 @@ def target_layers(method: Method, model: nn.Module, target_modules: str | Iterab
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """id(parameter) -> its names, for parameters that several modules share (tied weights)."""
+    """id(parameter) -> its names, for parameters that several different modules share (tied weights)."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            names.setdefault(id(parameter), []).append(name)
     return {key: value for key, value in names.items() if len(value) > 1}
 
 
@@ -118,9 +122,16 @@ def swap(model: nn.Module, name: str, **axes) -> Linear:
         new = Linear.from_linear(layer, **axes)
     except EfftuneError as error:
         raise EfftuneError(f"{name}: {error}") from None
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    replace_module(model, layer, new)
     return new
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` stands below `model`: a layer that is used under two names stays one layer."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 def trained_by(layer: nn.Module):

@@ -25,6 +25,7 @@ def draw_seed() -> Tensor:
     """A seed in [0, 2^62): 0-d int64, on the CPU.
 
     It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is
-    an operator because AOT compilation draws a traced torch.randint a second time in backward; this one is saved.
+    an operator because AOT compilation draws a traced torch.randint a second time in backward. This one it saves where
+    the forward's result depends on it (LoRA's dropout); for a keep that draws see docs/adding-an-axis.md.
     """
     return draw_seed_op(torch.empty(0))

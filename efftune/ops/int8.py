@@ -104,7 +104,7 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     if group < 1:
         raise ValueError(f"int8_quantize takes a group of at least 1 weight, not {group}.")
     w = w.detach()
-    if not torch.isfinite(w).all():
+    if not w.is_meta and not torch.isfinite(w).all():
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )

@@ -219,3 +219,54 @@ def test_bfloat16_model():
         tuner = efftune.apply(llama(dtype=torch.bfloat16), recipe)
         losses = train(tuner, tuner.optimizer(lr=1e-3), 3, batch())
         assert all(torch.isfinite(torch.tensor(losses)))
+
+
+def test_dense_weights_are_freed_while_a_model_is_quantised(monkeypatch):
+    """At no time are more than one layer's dense weight and the integers so far held beside the rest of the model."""
+    import weakref
+
+    from efftune.linear.base import int8
+
+    model = llama()
+    weights = [weakref.ref(m.weight) for n, m in model.named_modules() if n.endswith("_proj")]
+    alive = []
+    quantize = int8.int8_quantize
+
+    def counting(weight, group):
+        if not weight.is_meta:
+            alive.append(sum(w() is not None for w in weights))
+        return quantize(weight, group)
+
+    monkeypatch.setattr(int8, "int8_quantize", counting)
+    efftune.apply(model, "int8 + lora(r=4)")
+    assert alive == list(range(len(weights), 0, -1))
+
+
+def test_a_layer_under_two_names_stays_one_layer():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(6, 6)
+            self.b = torch.nn.ModuleDict({"again": self.a})
+
+        def forward(self, x):
+            return self.b["again"](self.a(x))
+
+    model = Twice()
+    tuner = efftune.apply(model, "lora(r=2)")
+    assert isinstance(model.a, Linear) and model.b["again"] is model.a
+    torch.nn.init.normal_(model.a.lora_b)
+    x = torch.randn(3, 6)
+    expected = model(x)
+    torch.testing.assert_close(tuner.merge()(x), expected)
+    assert type(model.a) is torch.nn.Linear and model.b["again"] is model.a
+
+
+def test_one_clock():
+    tuner = prepared("lora(r=4) + lisa(layers=1, interval=1)")
+    tuner.seek(3)  # before there is an optimizer
+    first, second = tuner.optimizer(lr=0.1), tuner.optimizer(lr=0.1)
+    first.step()
+    assert tuner.step == 3
+    second.step()
+    assert tuner.step == 4

@@ -1,0 +1,65 @@
+"""Writes the tables of README.md and docs/benchmarks.md from bench/results: what stands between
+`<!-- table NAME -->` and `<!-- end -->` is made from bench/results/NAME.json.
+
+python -m bench.tables
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILES = ("README.md", "docs/benchmarks.md")
+
+
+def timings(data: dict) -> list[str]:
+    """One line per variant of a harness file; times relative to the first variant of the job."""
+    lines = ["| job | variant | median | relative time | of ceiling | peak MiB |", "|---|---|---:|---:|---:|---:|"]
+    for row in data["rows"]:
+        ceiling = f"{row['fraction_of_ceiling']:.0%}" if (row["fraction_of_ceiling"] or 0) >= 0.005 else ""
+        time, relative, peak = row["median_s"] * 1e3, 1 / row["speedup"], row["peak_bytes"] / 2**20
+        lines.append(f"| {row['name']} | {row['variant']} | {time:.3f} ms | {relative:.2f} | {ceiling} | {peak:.1f} |")
+    return lines
+
+
+def accuracies(data: dict) -> list[str]:
+    lines = ["| recipe | written with | dev accuracy, mean | of each seed | training, s |", "|---|---|---:|---:|---:|"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in data["rows"]:
+        groups.setdefault((row["recipe"], row["who"]), []).append(row)
+    for (recipe, who), rows in groups.items():
+        each = [100 * row["accuracy"] for row in rows]
+        seconds = sum(row["seconds"] for row in rows) / len(rows)
+        mean = sum(each) / len(each)
+        lines.append(f"| `{recipe}` | {who} | {mean:.2f} % | {', '.join(f'{e:.2f}' for e in each)} | {seconds:.0f} |")
+    return lines
+
+
+def table(name: str) -> str:
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    if not path.exists():
+        return "*Not measured yet.*"
+    data = json.loads(path.read_text())
+    environment = data["environment"]
+    lines = accuracies(data) if "accuracy" in data["rows"][0] else timings(data)
+    made = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
+    commit = (environment["commit"] or "unknown")[:10]
+    return "\n".join([*lines, "", f"{made}, {environment['date'][:10]}, commit {commit}."])
+
+
+def main() -> None:
+    for file in FILES:
+        path = ROOT / file
+        text = re.sub(
+            r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
+            lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
+            path.read_text(),
+            flags=re.DOTALL,
+        )
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
