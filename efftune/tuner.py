@@ -130,11 +130,12 @@ class Tuner:
         return [{"params": list(self.named_trained().items())}]
 
     def optimizer(self, lr: float, weight_decay: float = 0.0, **kwargs) -> torch.optim.Optimizer:
-        """The optimizer of the recipe (AdamW unless a method brings its own), attached."""
-        groups = self.param_groups()
-        made = (m.optimizer(groups, lr=lr, weight_decay=weight_decay, **kwargs) for m in self.methods)
+        """The optimizer of the recipe (torch's fused AdamW unless a method brings its own), attached."""
+        groups, settings = self.param_groups(), dict(lr=lr, weight_decay=weight_decay, **kwargs)
+        made = (method.optimizer(groups, **settings) for method in self.methods)
         optimizer = next((o for o in made if o is not None), None)
-        return self.attach(optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, **kwargs))
+        # One pass over the state instead of a dozen: on two CPU cores a tenth of a step of full fine-tuning.
+        return self.attach(optimizer or torch.optim.AdamW(groups, **{"fused": True, **settings}))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks."""
