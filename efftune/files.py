@@ -55,3 +55,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EfftuneError(f"{path} holds no JSON object; save or fetch it again.")
     return value
+
+
+def required(config: dict[str, Any], key: str, path: Path) -> Any:
+    """config[key]. Raises: EfftuneError naming the file and the key that it lacks."""
+    if key not in config:
+        raise EfftuneError(f"{path} has no {key!r}: it was altered or cut; save or fetch it again.")
+    return config[key]

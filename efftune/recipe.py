@@ -63,9 +63,11 @@ def _method(term: ast.expr, text: str) -> Method:
             raise EfftuneError(
                 f"{name} has no setting {field!r}{_nearest(field, fields)}; it has: {', '.join(fields)}."
             )
+        if field in settings:
+            raise EfftuneError(f"{name}: {field} is given twice.")
         try:
             value = ast.literal_eval(keyword.value)
-        except ValueError:
+        except (ValueError, TypeError):
             raise EfftuneError(f"{name}: {field}={ast.unparse(keyword.value)} is not a literal.") from None
         settings[field] = _typed(name, field, value, typing.get_type_hints(cls)[field])
     return cls(**settings)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.files import read_json, read_tensors
+from efftune.files import read_json, read_tensors, required
 from efftune.interop import peft
 from efftune.linear import Linear
-from efftune.methods._base import Method, replace_module, shared_parameters
+from efftune.methods._base import Method, places, shared_parameters
 from efftune.methods.full import FullFineTuning
 from efftune.recipe import format_recipe, parse
 
@@ -40,17 +40,39 @@ def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
         freeze(target)
         for method in methods:
             method.prepare(target)
+        check_tied(target)
     return Tuner(model, methods)
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A deep copy of `model` whose parameters and buffers are on the meta device; tied ones stay tied."""
-    memo: dict[int, object] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().to("meta")
-    return copy.deepcopy(model, memo)
+def check_tied(model: nn.Module) -> None:
+    """Raises EfftuneError where a weight trains by one layer and another, tied to it, only adds to it."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            trainable, _ = layer.delta.trainable(layer.base, layer.stored())
+            if any(w.requires_grad and not trains for w, trains in zip(layer.stored(), trainable, strict=True)):
+                raise EfftuneError(
+                    f"{name} adds {layer.delta} to a weight that a layer tied to it trains; leave one of them out."
+                )
+
+
+def skeleton(model: nn.Module, made: dict[int, object] | None = None) -> nn.Module:
+    """A copy of the module tree whose parameters and buffers are on the meta device; what is shared stays shared."""
+    made = {} if made is None else made
+    if id(model) in made:
+        return made[id(model)]
+    # Shallow, module by module: models hold locks and other things that no deep copy takes.
+    twin = made[id(model)] = copy.copy(model)
+    twin._parameters = {name: _meta(p, made) for name, p in model._parameters.items()}
+    twin._buffers = {name: _meta(b, made) for name, b in model._buffers.items()}
+    twin._modules = {name: None if m is None else skeleton(m, made) for name, m in model._modules.items()}
+    return twin
+
+
+def _meta(tensor: Tensor | None, made: dict[int, object]):
+    if tensor is not None and id(tensor) not in made:
+        empty = tensor.detach().to("meta")
+        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return None if tensor is None else made[id(tensor)]
 
 
 def freeze(model: nn.Module) -> None:
@@ -65,14 +87,14 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     """
     path = Path(path)
     if (path / CONFIG).exists():
-        methods = parse(read_json(path / CONFIG)["recipe"])
+        methods = parse(required(read_json(path / CONFIG), "recipe", path / CONFIG))
     else:
         methods = peft.read_methods(path, model)
     tuner = apply(model, methods)
     if peft.adapters(model):
         peft.load_adapter(model, path)
         return tuner
-    tensors, targets = read_tensors(path / TRAINED), tuner.named_delta()
+    tensors, targets = read_tensors(path / TRAINED), tuner._saved()
     wrong = sorted(tensors.keys() ^ targets.keys())
     wrong += [n for n in tensors.keys() & targets.keys() if tensors[n].shape != targets[n].shape]
     if wrong:
@@ -114,6 +136,12 @@ class Tuner:
             if isinstance(module, Linear):
                 named |= zip((f"{name}.{part}" for part in module.delta.names), module.added(), strict=True)
         return named
+
+    def _saved(self) -> dict[str, Tensor]:
+        """`named_delta` and the model's own persistent buffers: running statistics change in training, too."""
+        kept = self.model.state_dict(keep_vars=True)
+        own = {id(b) for m in self.model.modules() if not isinstance(m, Linear) for b in m.buffers(recurse=False)}
+        return {**self.named_delta(), **{name: t for name, t in kept.items() if id(t) in own}}
 
     def state_dict(self) -> dict:
         return {"step": self.step}
@@ -178,8 +206,11 @@ class Tuner:
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
                 )
+        where = places(self.model)
         for _, layer in layers:
-            replace_module(self.model, layer, layer.merge())
+            merged = layer.merge()
+            for parent, child in where[id(layer)]:
+                setattr(parent, child, merged)
         return self.model
 
     def save(self, path: str | Path) -> None:
@@ -192,7 +223,7 @@ class Tuner:
         if peft.adapters(self.model):
             peft.save_adapter(self.model, self.named_trained(), path)
         else:
-            tensors = {name: t.detach().contiguous().clone() for name, t in self.named_delta().items()}
+            tensors = {name: t.detach().contiguous().clone() for name, t in self._saved().items()}
             save_file(tensors, path / TRAINED, metadata={"format": "pt"})
         config = {"format": 1, "recipe": self.recipe}
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -24,7 +24,7 @@ def test_import_loads_nothing_heavy_and_patches_nothing():
 def test_info_names_every_operator_and_what_is_missing(monkeypatch):
     text = report()
     assert all(name in text for name in OPS)
-    monkeypatch.setattr(_available, "extension", lambda name: None)
+    monkeypatch.setattr(_available, "_load", lambda name: (None, "is not built"))
     text = report()
     assert "cpp        no: the C++ extension is not built; install a C++17 compiler and reinstall efftune" in text
     if not torch.cuda.is_available():

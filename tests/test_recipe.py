@@ -43,6 +43,8 @@ def test_order_and_settings():
         ("lora(r=__import__('os'))", r"is not a literal"),
         ("lora(**{'r': 1})", r"lora has no setting None"),
         ("lora(r=8", r"does not parse"),
+        ("lora(r=8, r=9)", r"does not parse|given twice"),
+        ("lora(r={[]: 1})", r"is not a literal"),
         ("", r"does not parse"),
         ("lora - full", r"is no method"),
         ("a.b(r=1)", r"is no method"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
-from efftune.files import read_json, read_tensors
+from efftune.files import read_json, read_tensors, required
 from efftune.linear import Linear, LoRA
 from efftune.methods._base import matches, target_layers
 from efftune.methods.adapters.lora import LoraMethod
@@ -44,7 +45,7 @@ def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path)
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    modules_to_save = set()
+    whole = []  # modules that train beside the adapters
     for name, parameter in trained.items():
         parent, _, leaf = name.rpartition(".")
         if parent in layers:
@@ -56,7 +57,7 @@ def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path)
             biases = True
         else:
             tensors[PREFIX + name] = parameter
-            modules_to_save.add(parent)
+            whole.append(parent)
     deltas = {n: m.delta for n, m in layers.items() if isinstance(m.delta, LoRA)}
     first = next(iter(deltas.values()))
     others = {n: delta for n, delta in deltas.items() if delta != first}
@@ -73,9 +74,9 @@ def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path)
         "fan_in_fan_out": False,
         "bias": "none" if not biases else "lora_only" if _only_in(trained, layers) else "all",
         "target_modules": endings(model, set(layers)),
-        "rank_pattern": {n: d.r for n, d in others.items() if d.r != first.r},
-        "alpha_pattern": {n: alpha(d) for n, d in others.items() if alpha(d) != alpha(first)},
-        "modules_to_save": sorted(modules_to_save) or None,
+        "rank_pattern": {exactly([n]): d.r for n, d in others.items() if d.r != first.r},
+        "alpha_pattern": {exactly([n]): alpha(d) for n, d in others.items() if alpha(d) != alpha(first)},
+        "modules_to_save": sorted({outermost(model, name, set(trained)) for name in whole}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -97,12 +98,24 @@ def _only_in(trained: dict[str, nn.Parameter], layers: dict[str, Linear]) -> boo
     return all(parent in layers for parent in parents)
 
 
-def endings(model: nn.Module, chosen: set[str]) -> list[str]:
-    """The last names of the chosen modules if these mean no other linear layer, else their full paths."""
-    short = {name.rpartition(".")[2] for name in chosen}
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Linear)}
-    meant = {name for name in linear if name.rpartition(".")[2] in short}
-    return sorted(short if meant == chosen else chosen)
+def outermost(model: nn.Module, name: str, trained: set[str]) -> str:
+    """The outermost module around `name` all of whose parameters train: "classifier", not each of its two layers."""
+    parent = name.rpartition(".")[0]
+    if parent and all(f"{parent}.{n}" in trained for n, _ in model.get_submodule(parent).named_parameters()):
+        return outermost(model, parent, trained)
+    return name
+
+
+def endings(model: nn.Module, chosen: set[str]) -> list[str] | str:
+    """The last names of the chosen modules if these mean no other module, else an expression for their full paths."""
+    short = sorted({name.rpartition(".")[2] for name in chosen})
+    meant = {name for name, _ in model.named_modules() if matches(name, short)}
+    return short if meant == chosen else exactly(chosen)
+
+
+def exactly(names: Iterable[str]) -> str:
+    """A regular expression for these paths and no others, to PEFT as well as to `matches`: both try it behind a dot."""
+    return f"^({'|'.join(re.escape(name) for name in sorted(names))})"
 
 
 def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
@@ -116,13 +129,18 @@ def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
     used = [name for name in FOREIGN if config.get(name)]
     if used:
         raise EfftuneError(f"{path / CONFIG} uses {', '.join(used)}, which efftune's LoRA has not; merge it with PEFT.")
-    targets = config["target_modules"]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        raise EfftuneError(
+            f"{path / CONFIG} was begun by {init!r}, which changes the base weights; merge it with PEFT."
+        )
+    r, lora_alpha, targets = (required(config, key, path / CONFIG) for key in ("r", "lora_alpha", "target_modules"))
     # PEFT lists every name that a classification head may have.
     names = [name for name, _ in model.named_modules()]
     wholly = tuple(m for m in config.get("modules_to_save") or () if any(matches(name, (m,)) for name in names))
     common = LoraMethod(
-        r=config["r"],
-        lora_alpha=float(config["lora_alpha"]),
+        r=r,
+        lora_alpha=float(lora_alpha),
         lora_dropout=config.get("lora_dropout", 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         bias=config.get("bias", "none"),
@@ -137,7 +155,9 @@ def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
         key = _by_pattern(ranks, name, common.r), _by_pattern(alphas, name, common.lora_alpha)
         groups.setdefault(key, []).append(name)
     return [
-        replace(common, r=r, lora_alpha=float(a), target_modules=tuple(names), modules_to_save=wholly if i == 0 else ())
+        replace(
+            common, r=r, lora_alpha=float(a), target_modules=exactly(names), modules_to_save=wholly if i == 0 else ()
+        )
         for i, ((r, a), names) in enumerate(groups.items())
     ]
 

@@ -41,6 +41,7 @@ class Linear(nn.Module):
         self._eval_delta = delta.eval()
         p = delta.init(base, w) if p is None else p
         w_trains, p_trains = delta.trainable(base, w)
+        self._w_trains = any(w_trains)
         for name, tensor, trains in zip((*base.names, *delta.names), (*w, *p), (*w_trains, *p_trains), strict=True):
             if not tensor.is_floating_point():
                 self.register_buffer(name, tensor)
@@ -68,11 +69,15 @@ class Linear(nn.Module):
             old = Dense(), Full() if linear.weight.requires_grad else NoDelta(), Exact()
         else:
             raise EfftuneError(f"from_linear takes an nn.Linear or an efftune.Linear, not {type(linear).__name__}.")
+        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):
+            raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
         if base is not None and base != old[0]:
             n, _ = old[0].shape(w)
             w = base.store(old[0].rows(w, 0, n, old[0].dtype(w)).detach())
         if delta is not None and delta != old[1]:
             p = None
+            if bias is not None and not isinstance(delta, Full):
+                bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
         new = cls(base or old[0], w, delta or old[1], keep or old[2], bias, p)
         return new.train(linear.training)
 
@@ -106,6 +111,11 @@ class Linear(nn.Module):
             )
         else:
             need = Need(False, False, (False,) * len(w), (False,) * len(p))
+        if not self._w_trains and any(need.w):
+            raise RuntimeError(
+                f"{delta} does not train the weight that it adds to, and this one requires grad: it was unfrozen by "
+                "hand, or is tied to a layer that trains."
+            )
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         needed = need.any()

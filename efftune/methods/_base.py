@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
-from efftune.linear import Linear
+from efftune.linear import Full, Linear
 from efftune.linear.contracts import brief
 
 LINEAR = (nn.Linear, Linear)
+READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ALL_LINEAR = "all-linear"
+CLASSIFIERS = ("classifier", "score")  # what Hugging Face and PEFT call a classification head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,19 +77,36 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in target_modules)
 
 
-def target_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str]) -> Mapping[str, nn.Module]:
-    """The linear layers that `target_modules` means. "all-linear": every one but the output head.
+def linear_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that can be swapped: nn.Linear itself and efftune.Linear.
+
+    Not subclasses, whose meaning is their own, and not the children of torch's Transformer modules, which read
+    `.weight` without calling the layer: an adapter there would silently do nothing.
+    """
+    unseen = {
+        id(child) for parent in model.modules() if isinstance(parent, READ_WEIGHTS) for child in parent.children()
+    }
+    return [name for name, m in model.named_modules() if type(m) in LINEAR and id(m) not in unseen]
+
+
+def target_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
+    """The names of the linear layers that `target_modules` means. "all-linear": every one but those of the head, over
+    the vocabulary or for classification.
 
     Raises: EfftuneError if it matches nothing, or matches only layers that are not linear.
     """
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR)}
+    if type(model) in LINEAR:
+        raise EfftuneError(
+            f"{method.name} swaps layers inside a model, and this is a layer; use efftune.Linear.from_linear on it."
+        )
+    linear = linear_layers(model)
     if not linear:
         raise EfftuneError(f"{type(model).__name__} has no linear layer for {method.name} to act on.")
     if target_modules == ALL_LINEAR:
         head = output_head(model)
-        chosen = {name: m for name, m in linear.items() if m is not head}
+        chosen = [n for n in linear if model.get_submodule(n) is not head and not in_classifier(n)]
     else:
-        chosen = {name: m for name, m in linear.items() if matches(name, target_modules)}
+        chosen = [name for name in linear if matches(name, target_modules)]
     if not chosen:
         endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise EfftuneError(
@@ -95,6 +114,11 @@ def target_layers(method: Method, model: nn.Module, target_modules: str | Iterab
             f"its linear layers end in: {endings}."
         )
     return chosen
+
+
+def in_classifier(name: str) -> bool:
+    """Whether the module `name` is a classification head or inside one."""
+    return any(part in CLASSIFIERS for part in name.split("."))
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
@@ -106,32 +130,50 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     return {key: value for key, value in names.items() if len(value) > 1}
 
 
-def swap(model: nn.Module, name: str, **axes) -> Linear:
-    """Replaces the layer `name` by an efftune.Linear with these axes, in place.
+def swap(model: nn.Module, names: Iterable[str], **axes) -> None:
+    """Replaces the layers `names` by efftune.Linears with these axes, in place, wherever each of them stands below
+    `model`: a layer that is used under two names stays one layer.
 
     Raises: EfftuneError, naming the layer, if the axes cannot be combined or the layer already trains another way.
     """
-    layer = model.get_submodule(name)
+    where = places(model)
     delta = axes.get("delta")
-    if delta is not None and trained_by(layer) not in (None, delta):
-        raise EfftuneError(
-            f"{name} is already trained as {trained_by(layer)}, so {delta} cannot be added; "
-            "give the two methods different target_modules."
-        )
-    try:
-        new = Linear.from_linear(layer, **axes)
-    except EfftuneError as error:
-        raise EfftuneError(f"{name}: {error}") from None
-    replace_module(model, layer, new)
-    return new
+    for name in names:
+        layer = model.get_submodule(
+            name
+        )  # held no longer than this turn: the old weight may be the memory that is short
+        if delta is not None and trained_by(layer) not in (None, delta):
+            raise EfftuneError(
+                f"{name} is already trained as {trained_by(layer)}, so {delta} cannot be added; "
+                "give the two methods different target_modules."
+            )
+        try:
+            new = Linear.from_linear(layer, **axes)
+        except ValueError as error:
+            raise EfftuneError(f"{name}: {error}") from None
+        for parent, child in where[id(layer)]:
+            setattr(parent, child, new)
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever `old` stands below `model`: a layer that is used under two names stays one layer."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id(module) -> the (parent, name) pairs under which it stands below `model`."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def train_wholly(model: nn.Module, root: str) -> None:
+    """Every floating-point parameter of the module `root` trains.
+
+    Raises: EfftuneError where a layer's storage cannot be trained.
+    """
+    inside = [name for name, m in model.get_submodule(root).named_modules(prefix=root) if isinstance(m, Linear)]
+    swap(model, inside, delta=Full())
+    for parameter in model.get_submodule(root).parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
 
 
 def trained_by(layer: nn.Module):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.linear import Full, Linear
-from efftune.methods._base import Method, matches, swap
+from efftune.methods._base import Method, matches, train_wholly
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,15 @@ class FullFineTuning(Method):
     trains = True
 
     def prepare(self, model):
-        chosen = {
-            n: m for n, m in model.named_modules() if self.target_modules is None or matches(n, self.target_modules)
-        }
+        if self.target_modules is None:
+            train_wholly(model, "")
+            return
+        chosen = [name for name, _ in model.named_modules() if matches(name, self.target_modules)]
         if not chosen:
             endings = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n}))
             raise EfftuneError(
                 f"target_modules={self.target_modules!r} matches no module of {type(model).__name__}; "
                 f"its modules end in: {endings}."
             )
-        for root, module in chosen.items():
-            for name, child in list(module.named_modules(prefix=root)):
-                if isinstance(child, Linear):
-                    child = swap(model, name, delta=Full())
-                for parameter in child.parameters(recurse=False):
-                    parameter.requires_grad_(True)
+        for root in chosen:
+            train_wholly(model, root)

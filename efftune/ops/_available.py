@@ -12,19 +12,25 @@ import torch
 
 
 @functools.cache
-def extension(name: str) -> Any:
-    """The compiled module `efftune.<name>` ("_cpu" or "_cuda"), or None if it is not built."""
+def _load(name: str) -> tuple[Any, str]:
     try:
-        return importlib.import_module(f"efftune.{name}")
+        return importlib.import_module(f"efftune.{name}"), ""
     except ModuleNotFoundError:
-        return None
+        return None, "is not built"
+    except ImportError as error:  # built elsewhere: another C library, no OpenMP runtime
+        return None, f"cannot be loaded ({error})"
+
+
+def extension(name: str) -> Any:
+    """The compiled module `efftune.<name>` ("_cpu" or "_cuda"), or None."""
+    return _load(name)[0]
 
 
 def cpp_why_not(*tensors: torch.Tensor) -> str | None:
     if any(t.device.type != "cpu" for t in tensors):
         return "the C++ kernels run on the CPU"
     if extension("_cpu") is None:
-        return "the C++ extension is not built; install a C++17 compiler and reinstall efftune"
+        return f"the C++ extension {_load('_cpu')[1]}; install a C++17 compiler and reinstall efftune"
     if any(not t.is_contiguous() for t in tensors):
         return "the C++ kernels take contiguous tensors"
     return None
@@ -34,7 +40,7 @@ def cuda_why_not(*tensors: torch.Tensor) -> str | None:
     if any(t.device.type != "cuda" for t in tensors):
         return "the CUDA C++ kernels run on an NVIDIA GPU"
     if extension("_cuda") is None:
-        return "the CUDA extension is not built; put nvcc on the PATH and reinstall efftune"
+        return f"the CUDA extension {_load('_cuda')[1]}; put nvcc on the PATH and reinstall efftune"
     if any(not t.is_contiguous() for t in tensors):
         return "the CUDA C++ kernels take contiguous tensors"
     return None

@@ -61,7 +61,7 @@ class Op:
         """Decorator: registers an implementation, after those already there. Its arguments are those of the schema."""
 
         def register(run: Callable) -> Callable:
-            self.backends.append(Backend(name, devices, run, why_not))
+            self.backends.append(Backend(name, devices, _on_device(run) if name == "triton" else run, why_not))
             return run
 
         return register
@@ -89,6 +89,18 @@ class Op:
 
     def _dispatch(self, *args):
         return self.select(*args).run(*args)
+
+
+def _on_device(run: Callable) -> Callable:
+    """Triton launches on the current device, not on that of the tensors."""
+
+    def launch(*args):
+        if args[0].device.type == "cpu":
+            return run(*args)
+        with torch.cuda.device(args[0].device):
+            return run(*args)
+
+    return launch
 
 
 def forced_backend() -> str | None:

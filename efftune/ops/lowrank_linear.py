@@ -36,7 +36,7 @@ OP = Op(
 
 
 # On a GPU two backends compete: this one (cuBLAS, then addmm in place: one more pass over y) and the fused kernel
-# below. The order here is the default; docs/benchmarks.md says by which measurement.
+# below. The order here is the default. Until bench/gpu.sh has measured the two, cuBLAS is the safe choice.
 @OP.backend("torch", "cpu", "cuda")
 def _torch(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # In place: a separate product and an add cost three more passes over y; concatenating K and R copies x and W.
@@ -66,7 +66,8 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
         b: (N, R), any strides.   bias: (N,) or None.   All of one dtype and device.
     Returns: (M, N), dtype of x.
     Numerics: products accumulate in f32. "torch" rounds y to its dtype twice (before and after the rank-R term),
-        "triton" and the reference once.
+        "triton" and the reference once. On a GPU torch lets cuBLAS add partial sums of 16-bit products in 16 bits; see
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
     Saved for backward: nothing; the caller owns the gradient (`efftune.linear`).
     Raises: RuntimeError on shapes that do not fit, or if a forced backend refuses.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.

@@ -52,6 +52,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.pending and any(p.grad is not None for _, p in self.named_parameters()):
+            raise EfftuneError(
+                "ZerothOrderSGD takes its gradients from tuner.backward(batch, loss_fn), not loss.backward()."
+            )
         for group in self.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if group["weight_decay"] and any(id(parameter) in seen for _, _, seen in self.pending):

@@ -118,6 +118,32 @@ def test_a_classification_head_is_trained_and_saved(tmp_path):
     torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_nested_classification_head(tmp_path):
+    from tests.methods.test_contract import classifier
+
+    ids = torch.randint(2, 50, (2, 7))
+    tuner = efftune.apply(classifier("Roberta"), "lora(r=2, target_modules='query|value')")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    assert json.loads((tmp_path / files.CONFIG).read_text())["modules_to_save"] == ["classifier"]
+    theirs = peft.PeftModel.from_pretrained(classifier("Roberta"), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, tuner.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_whose_names_end_alike(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+
+    x = torch.randn(3, 6)
+    tuner = efftune.apply(network(), "lora(r=2, target_modules='^0') + lora(r=3, target_modules='^1.0')")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(network(), tmp_path)(x), tuner.model(x))
+    (tmp_path / "efftune_config.json").unlink()
+    torch.testing.assert_close(efftune.load(network(), tmp_path).model(x), tuner.model(x))
+
+
 def test_the_written_layout(tmp_path):
     from safetensors import safe_open
 
@@ -151,6 +177,7 @@ def test_merge_gives_a_plain_hugging_face_checkpoint(tmp_path):
     [
         (dict(peft_type="IA3"), "IA3 adapter; only LORA"),
         (dict(use_dora=True), "uses use_dora"),
+        (dict(init_lora_weights="pissa"), "begun by 'pissa'"),
         (dict(r=3), "does not fit"),
         (dict(target_modules=["k_proj"]), "does not fit"),
         (dict(target_modules=["nothing"]), "matches no linear layer"),
@@ -181,6 +208,9 @@ def test_damaged_missing_and_pickled_files_are_refused(tmp_path):
         efftune.load(llama(), tmp_path)
     torch.save({}, weights)
     with pytest.raises(EfftuneError, match="is a pickle"):
+        efftune.load(llama(), tmp_path)
+    (tmp_path / "efftune_config.json").write_text("{}")
+    with pytest.raises(EfftuneError, match="has no 'recipe'"):
         efftune.load(llama(), tmp_path)
     (tmp_path / "efftune_config.json").write_text("{")
     with pytest.raises(EfftuneError, match="is not JSON"):

@@ -360,7 +360,9 @@ def test_from_linear_shares_the_weight_and_keeps_the_other_axes():
         Linear.from_linear(nn.LayerNorm(4))
 
 
-@pytest.mark.parametrize("bad", [dict(r=0), dict(r=-3), dict(lora_dropout=1.0), dict(dtype="int8"), dict(dtype="f32")])
+@pytest.mark.parametrize(
+    "bad", [dict(r=0), dict(r=-3), dict(lora_dropout=1.0), dict(dtype="int8"), dict(dtype="f32"), dict(dtype="Tensor")]
+)
 def test_lora_settings_out_of_range(bad):
     with pytest.raises(EfftuneError):
         LoRA(**bad)

@@ -270,3 +270,88 @@ def test_one_clock():
     assert tuner.step == 3
     second.step()
     assert tuner.step == 4
+
+
+def classifier(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    config = getattr(transformers, f"{kind}Config")(**sizes, pad_token_id=1)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+def test_a_new_classification_head_trains_whole_over_any_base():
+    tuner = efftune.apply(classifier("Bert"), "int8(group=8) + lora(r=2)")
+    assert type(tuner.model.classifier) is torch.nn.Linear and "classifier.weight" in tuner.named_trained()
+    with pytest.raises(EfftuneError, match="classifier: full trains the stored weight itself"):
+        efftune.apply(classifier("Bert"), "int8(group=8, target_modules='classifier|query') + lora(r=2)")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "lora(r=4, target_modules='lm_head') + full(target_modules='embed_tokens')",
+        "lora(r=4, target_modules='lm_head', modules_to_save=['embed_tokens'])",
+        "full(target_modules='embed_tokens') + lora(r=4, target_modules='lm_head')",
+    ],
+)
+def test_a_tied_weight_that_trains_elsewhere_is_refused(recipe):
+    with pytest.raises(EfftuneError, match="tied to it trains|already trained as full"):
+        efftune.apply(llama(tie=True), recipe)
+    with pytest.raises(EfftuneError, match="shares its weight"):
+        efftune.apply(llama(tie=True), "lora(r=4, target_modules='lm_head') + int8(target_modules='lm_head')")
+
+
+def test_a_weight_unfrozen_by_hand_is_refused():
+    model = efftune.apply(llama(), "lora(r=4)").model
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="does not train the weight"):
+        loss_fn(model, batch())
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(EfftuneError, match=r"model.layers.1.mlp.up_proj: int8_quantize takes finite weights"):
+        efftune.apply(model, "int8 + lora(r=4)")
+
+
+def test_layers_whose_weight_is_read_without_a_call_are_left_alone():
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(EfftuneError, match="has no linear layer"):
+        efftune.apply(encoder, "lora(r=2)")
+    model = torch.nn.Sequential(encoder, torch.nn.Linear(8, 8))
+    assert list(efftune.apply(model, "lora(r=2)").named_trained()) == ["1.lora_a", "1.lora_b"]
+
+
+def test_a_layer_alone_and_a_layer_with_hooks_are_refused():
+    with pytest.raises(EfftuneError, match="use efftune.Linear.from_linear"):
+        efftune.apply(torch.nn.Linear(4, 4), "lora(r=2)")
+    model = llama()
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(EfftuneError, match="q_proj: it has hooks"):
+        efftune.apply(model, "lora(r=2)")
+
+
+def test_models_that_cannot_be_copied_deeply_are_tuned():
+    import threading
+
+    model = llama()
+    model.lock = threading.Lock()
+    model.cached = model.lm_head.weight * 2  # not a leaf
+    assert efftune.apply(model, "lora(r=2)").named_trained()
+
+
+def test_running_statistics_are_saved_and_loaded(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
+
+    tuner = efftune.apply(network(), "full")
+    x = torch.randn(32, 4) + 3
+    tuner.backward(x, lambda m, x: m(x).square().mean())
+    tuner.save(tmp_path)
+    again = efftune.load(network(), tmp_path)
+    assert torch.equal(again.model.eval()(x), tuner.model.eval()(x))

@@ -133,6 +133,27 @@ def test_a_parameter_that_no_forward_uses_is_reported():
     assert torch.equal(model.inner.weight, before)
 
 
+def test_loss_backward_is_refused():
+    """As Hugging Face's Trainer would: gradients that nobody applies must not pass in silence."""
+    tuner = efftune.apply(Perceptron(), "mezo")
+    optimizer = tuner.optimizer(lr=0.1)
+    tuner.model(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(efftune.EfftuneError, match="tuner.backward"):
+        optimizer.step()
+
+
+def test_modes_are_restored_each_in_its_own_even_after_an_error():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    tuner = efftune.apply(model, "mezo")
+    tuner.optimizer(lr=0.1)
+    model.train()
+    model[1].eval()
+    tuner.backward(torch.randn(3, 4), lambda m, x: m(x).sum())
+    with pytest.raises(ZeroDivisionError):
+        tuner.backward(torch.randn(3, 4), lambda m, x: 1 / 0)
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
 def test_another_optimizer_is_refused():
     tuner = efftune.apply(Perceptron(), "mezo")
     tuner.attach(torch.optim.SGD(tuner.param_groups(), lr=0.1))

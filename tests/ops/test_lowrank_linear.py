@@ -29,7 +29,8 @@ def check(backend, args):
     with use_backend(backend):
         y = lowrank_linear(*args)
     assert y.dtype == args[0].dtype and y.is_contiguous()
-    assert_within_budget(y, product(args, torch.float64), product(args, torch.float32))
+    args = [None if t is None else t.cpu() for t in args]  # one float32 yardstick, whatever cuBLAS would pick
+    assert_within_budget(y.cpu(), product(args, torch.float64), product(args, torch.float32))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,6 +101,9 @@ def test_forced_backend_gives_its_reason():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 1030, 256), (4096, 4096, 4096, 16)])
 def test_triton_on_a_gpu_is_within_budget(shape, dtype):
+    # Else cuBLAS may add the partial sums of a split K in 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     args = [None if t is None else t.cuda() for t in operands(shape, dtype)]
     for backend in ("triton", "torch"):
         check(backend, args)

@@ -50,7 +50,8 @@ class LoRA(Delta):
             raise EfftuneError(f"lora needs a rank of at least 1, not r={self.r}; 16 is usual.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise EfftuneError(f"lora_dropout is a probability in [0, 1), not {self.lora_dropout}.")
-        if self.dtype is not None and not getattr(getattr(torch, self.dtype, None), "is_floating_point", False):
+        dtype = torch.float32 if self.dtype is None else getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise EfftuneError(f"lora's dtype is 'float32', 'bfloat16', 'float16' or None, not {self.dtype!r}.")
 
     @property

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
 from efftune.linear import LoRA
-from efftune.methods._base import ALL_LINEAR, Method, matches, swap, target_layers
-
-CLASSIFIERS = ("classifier", "score")  # heads that are new in a classification model: PEFT trains them whole, too
+from efftune.methods._base import ALL_LINEAR, CLASSIFIERS, Method, matches, swap, target_layers, train_wholly
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,8 @@ class LoraMethod(Method):
         r, lora_alpha, lora_dropout, use_rslora, freeze_a, dtype: see `efftune.linear.LoRA`.
         target_modules: a regular expression, a list of path endings, or "all-linear" (all but the output head).
         bias: "none", "lora_only" (of the layers with adapters) or "all".
-        modules_to_save: path endings of modules that train whole beside the adapters. None: a classification head.
+        modules_to_save: path endings of modules that train whole beside the adapters. None: a classification head,
+            which is new in a model made from an encoder.
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
@@ -46,19 +45,24 @@ class LoraMethod(Method):
 
     def prepare(self, model):
         wholly = CLASSIFIERS if self.modules_to_save is None else self.modules_to_save
-        saved = {name: m for name, m in model.named_modules() if wholly and matches(name, wholly)}
+        saved = [name for name, _ in model.named_modules() if wholly and matches(name, wholly)]
         for missing in self.modules_to_save or ():
             if not any(matches(name, (missing,)) for name in saved):
                 raise EfftuneError(f"modules_to_save names {missing!r}, which is no module of {type(model).__name__}.")
         inside = tuple(f"{name}." for name in saved)
-        for name in target_layers(self, model, self.target_modules):
-            if name in saved or name.startswith(inside):
-                continue
-            layer = swap(model, name, delta=self.delta())
-            if self.bias != "none" and layer.bias is not None:
-                layer.bias.requires_grad_(True)
-        for module in saved.values():
-            module.requires_grad_(True)
+        targets = [
+            name
+            for name in target_layers(self, model, self.target_modules)
+            if name not in saved and not name.startswith(inside)
+        ]
+        swap(model, targets, delta=self.delta())
+        if self.bias != "none":
+            for name in targets:
+                bias = model.get_submodule(name).bias
+                if bias is not None:
+                    bias.requires_grad_(True)
+        for name in saved:
+            train_wholly(model, name)
         if self.bias == "all":
             for name, parameter in model.named_parameters():
                 if name.rpartition(".")[2] == "bias":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.linear import Int8, Linear
+from efftune.linear import Int8
 from efftune.methods._base import ALL_LINEAR, Method, shared_parameters, swap, target_layers
 
 
@@ -14,7 +14,8 @@ class Int8Method(Method):
     """Stores the layers that `target_modules` means as `efftune.linear.Int8(group)`: about 1 byte per weight.
 
     Says nothing about what trains: "int8 + lora(r=16)" trains adapters over the integers.
-    Raises: EfftuneError where a layer's weight is tied to another module's, or trains itself.
+    Raises: EfftuneError where a layer's weight is tied to another module's, trains itself, or is not finite (the layers
+        before it are then already stored as integers).
     """
 
     group: int = 64
@@ -27,12 +28,15 @@ class Int8Method(Method):
 
     def prepare(self, model):
         tied = shared_parameters(model)
-        for name, layer in target_layers(self, model, self.target_modules).items():
-            weight = None if isinstance(layer, Linear) else layer.weight
-            others = [n for n in tied.get(id(weight), ()) if n != f"{name}.weight"]
+        names = target_layers(self, model, self.target_modules)
+        for name in names:
+            layer = model.get_submodule(name)
+            others = (
+                [n for n in tied.get(id(layer.weight), ()) if n != f"{name}.weight"] if hasattr(layer, "weight") else ()
+            )
             if others:
                 raise EfftuneError(
                     f"{name} shares its weight with {' and '.join(others)}, and integers would untie them; "
                     "leave it out of int8's target_modules."
                 )
-            swap(model, name, base=Int8(self.group))
+        swap(model, names, base=Int8(self.group))

@@ -14,6 +14,7 @@ from torch import nn
 
 from efftune.errors import EfftuneError
 from efftune.methods._base import Method
+from efftune.modes import evaluation_mode
 from efftune.ops.perturb import perturb
 from efftune.optim.zeroth_order import ZerothOrderSGD, stream_of
 
@@ -24,8 +25,9 @@ class Mezo(Method):
 
     Whatever else the recipe says trains is what is perturbed. Runs in evaluation mode (no dropout), so that both signs
     see one function. Every layer is perturbed into a scratch copy as it is called and gets its own tensors back after
-    it, so the weights are bit for bit what they were. Extra memory: one layer's trained weights. Cost: two forward
-    passes. Gradient accumulation: all micro-batches of a step share z, their scalars add.
+    it, so the weights are bit for bit what they were. A weight that some module uses without calling the one that owns
+    it is not perturbed there. Gradient accumulation: all micro-batches of a step share z, and their scalars add.
+    Memory: one layer's trained weights. Cost: two forward passes.
     Numerics: a in float64 from the two losses; E[a·z] = ∇L + O(ε²).
     Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1 (ε = 1e-3, lr 1e-7..1e-6 for full weights).
     """
@@ -50,13 +52,10 @@ class Mezo(Method):
         if not isinstance(optimizer, ZerothOrderSGD):
             raise EfftuneError("mezo has no gradient tensors to give; make the optimizer with tuner.optimizer(lr=...).")
         seed = random.Random(f"{self.seed}:{step}").getrandbits(62)
-        was_training = model.training
-        model.eval()
         losses = []
         for eps in (self.eps, -self.eps):
-            with perturbed(model, optimizer, eps, seed, self.dist) as seen:
+            with evaluation_mode(model), perturbed(model, optimizer, eps, seed, self.dist) as seen:
                 losses.append(loss_fn(model, batch).detach())
-        model.train(was_training)
         if step == 0:
             unseen = [n for n, p in optimizer.named_parameters() if p.requires_grad and id(p) not in seen]
             if unseen:
