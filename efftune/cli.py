@@ -115,10 +115,10 @@ def _merge(arguments: argparse.Namespace) -> None:
     from efftune.train.models import quiet
 
     out = rundir.choose(arguments.out, resume=False)
-    tuner, prepared = run.finished(arguments.source)
+    tuner, tokenizer = run.finished(arguments.source)
     with rundir.writing(out), quiet():
         tuner.merge().save_pretrained(out)
-        prepared.tokenizer.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     print(f"{out} holds the merged model; from_pretrained('{out}') loads it.")
 
 

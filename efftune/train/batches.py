@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from efftune.errors import EfftuneError
+from efftune.modes import evaluation_mode
 from efftune.train.data import IGNORED, Example
 
 Batch = dict[str, torch.Tensor]
@@ -31,6 +32,7 @@ class Data:
     seed: int = 0
     row_tokens: int = 0  # above 0: pack examples into rows of at most that many tokens
     shuffle: bool = True
+    source: str = ""  # digest of what the examples are from; a run resumes with the same only
 
     def rows(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, as indices of examples: a function of (seed, epoch) alone."""
@@ -142,14 +144,12 @@ def separates_documents(model: Any) -> str | None:
     b[0, :4] = a[0, :4].flip(0)
     b[0, 7] = a[0, 0]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
-    training = model.training
-    model.eval()
-    try:
-        out = [model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:7].float() for ids in (a, b)]
-    except TypeError:
-        return "it takes no position_ids"
-    finally:
-        model.train(training)
+    with evaluation_mode(model):
+        try:
+            rows = [model(input_ids=ids, position_ids=positions, use_cache=False).logits for ids in (a, b)]
+        except TypeError:
+            return "it takes no position_ids"
+    out = [logits[0, 4:7].float() for logits in rows]
     # rounding may differ where tokens are grouped by value (mixtures of experts); a leak is far larger
     allowed = 8 * torch.finfo(model.dtype).eps * float(out[0].abs().max())
     return None if float((out[0] - out[1]).abs().max()) <= allowed else "a document sees another one or a later token"

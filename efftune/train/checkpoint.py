@@ -25,7 +25,12 @@ from efftune.errors import EfftuneError
 from efftune.files import refuse_pickle
 
 TRAINED, REST, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
-IDENTITY = {"recipe": "the recipe", "base": "the base model"}  # what must match, and its name in an error
+NAMES = {  # of what must match, in an error; the rest are options
+    "recipe": "the recipe",
+    "base": "the base model",
+    "data": "the training data",
+    "eval_data": "the held-out data",
+}
 
 
 class Damaged(EfftuneError):
@@ -33,13 +38,13 @@ class Damaged(EfftuneError):
 
 
 def save(
-    root: Path, step: int, trained: dict[str, torch.Tensor], rest: Any, identity: dict[str, str], keep: int
+    root: Path, step: int, trained: dict[str, torch.Tensor], rest: Any, identity: dict[str, Any], keep: int
 ) -> Path:
-    """Writes `root/step-<step>`, then deletes all but the newest `keep`.
+    """Writes `root/step-<step>`, then deletes earlier ones, so that `keep` are left. Later ones stay: they are damaged.
 
     Args:
         rest: nested dicts, lists, tuples, numbers, strings and tensors, such as an optimizer's state_dict.
-        identity: recipe and base-model fingerprint that a later `load` must present.
+        identity: recipe, base-model fingerprint and settings that a later `load` must present.
     Raises: EfftuneError in one sentence when the disk is full or not writable; earlier checkpoints stay.
     """
     final = root / f"step-{step:08d}"
@@ -54,7 +59,7 @@ def save(
         save_file(_storable(trained), temporary / TRAINED, metadata={"format": "pt"})
         save_file(_storable(tensors), temporary / REST, metadata={"format": "pt"})
         files = {name: sha256(temporary / name) for name in (TRAINED, REST)}
-        state = {"step": step, **identity, "files": files, "tree": tree}
+        state = {"step": step, "identity": identity, "files": files, "tree": tree}
         (temporary / STATE).write_text(json.dumps(state | {"sha256": _digest(state)}) + "\n")
         for name in (TRAINED, REST, STATE):
             _sync(temporary / name)
@@ -63,13 +68,13 @@ def save(
             _remove(final)
         temporary.rename(final)
         _sync(root)
-        for old in steps_in(root)[:-keep]:
+        for old in [*_before(final), final][:-keep]:
             _remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # an OSError prints the temporary path; what matters is the reason
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        previous = steps_in(root)
+        previous = _before(final)
         kept = f"the previous one, {previous[-1]}, is intact" if previous else "there is no earlier one"
         raise EfftuneError(
             f"The checkpoint of step {step} could not be written ({reason}): {kept}; "
@@ -80,6 +85,10 @@ def save(
 
 def steps_in(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if path.is_dir())
+
+
+def _before(final: Path) -> list[Path]:
+    return [path for path in steps_in(final.parent) if path.name < final.name]
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[str]]:
@@ -107,6 +116,8 @@ def verify(path: Path) -> dict[str, Any]:
                 raise Damaged(
                     f"{path} is damaged ({name} is truncated or altered); delete it to go on from an earlier one."
                 )
+        if not isinstance(state["identity"], dict) or {"step", "tree"} - set(state):
+            raise KeyError
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, EfftuneError):
             raise
@@ -115,24 +126,31 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, identity: dict[str, str]) -> tuple[int, dict[str, torch.Tensor], Any]:
-    """(step, trained tensors, rest). Nothing is given out before files, recipe and base model are proved right."""
+def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor], Any]:
+    """(step, trained tensors, rest). Nothing is given out before the files and all of `identity` are proved right."""
     state = verify(path)
-    for key, name in IDENTITY.items():
-        if state[key] != identity[key]:
-            was = f" ('{state[key]}', now '{identity[key]}')" if key == "recipe" else ""
+    for key, now in identity.items():
+        before = state["identity"].get(key)
+        if before != now:
+            name = NAMES.get(key, "--" + key.replace("_", "-"))
+            was = "" if key in ("base", "data", "eval_data") else f" ({before!r}, now {now!r})"  # those are digests
             raise EfftuneError(
                 f"{path} does not fit: {name} is another one{was}; resume with what the run began with, "
                 "or start a new run with another --out."
             )
-    return state["step"], load_file(path / TRAINED), unflatten(state["tree"], load_file(path / REST))
+    try:
+        rest = unflatten(state["tree"], load_file(path / REST))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{path} is damaged ({STATE} was altered); delete it to go on from an earlier one.") from error
+    return state["step"], load_file(path / TRAINED), rest
 
 
 def flatten(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
-    """`value` as JSON, its tensors put aside under their path. Keys that are no strings and tuples survive."""
+    """`value` as JSON, its tensors put aside and numbered. Keys that are no strings and tuples survive."""
     if isinstance(value, torch.Tensor):
-        tensors[at] = value
-        return {"tensor": at}
+        name = str(len(tensors))  # not `at`: the keys 1 and "1" have the same path
+        tensors[name] = value
+        return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, flatten(v, tensors, f"{at}/{key}")] for key, v in value.items()]}
     if isinstance(value, (list, tuple)):

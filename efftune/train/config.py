@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from efftune.errors import EfftuneError
+from efftune.files import read_json
 from efftune.train.rundir import write_atomically
 
 
@@ -26,7 +27,9 @@ class TrainConfig:
     data: str | None = _setting(None, "training file: .jsonl, .json, .txt, .md, .csv, .tsv or .parquet")
     recipe: str = _setting("lora(r=16)", "what trains and how, for example 'int8 + lora(r=8)'")
     out: str | None = _setting(None, "run directory (default: the next free runs/train-NNN)")
-    resume: bool = _setting(False, "continue the run in --out from its newest intact checkpoint")
+    resume: bool = _setting(
+        False, "continue the run in --out from its newest intact checkpoint; --steps or --epochs may be new"
+    )
 
     task: Literal["auto", "causal-lm", "classification"] = _setting("auto", "auto: from the columns of the data")
     eval_data: str | None = _setting(None, "held-out file (default: a part of the training file)")
@@ -69,6 +72,9 @@ class TrainConfig:
             choices = get_args(kind) if get_origin(kind) is Literal else None
             if choices and value not in choices:
                 raise EfftuneError(f"{option(name)} is {value!r}; it can be {' | '.join(choices)}.")
+            absent = value is None and getattr(TrainConfig, name) is None
+            if not choices and not absent and not isinstance(value, (int, float) if kind is float else kind):
+                raise EfftuneError(f"{option(name)} is {value!r}; it must be of type {kind.__name__}.")
         for name in ("seq_len", "batch_size", "grad_accum", "keep_last", "lr", "epochs"):
             if not getattr(self, name) > 0:
                 raise EfftuneError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
@@ -87,18 +93,23 @@ class TrainConfig:
         if not 0 <= self.eval_fraction < 1:
             raise EfftuneError(f"--eval-fraction is {self.eval_fraction}; it must be at least 0 and below 1.")
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+    def save(self, path: Path, labels: list[str] | None) -> None:
+        """Writes the settings, their paths absolute, and the names of the classes (None: a causal language model)."""
+        settings = dataclasses.asdict(self)
+        for name in ("model", "data", "eval_data", "out"):
+            if settings[name] and (name != "model" or Path(settings[name]).is_dir()):
+                settings[name] = str(Path(settings[name]).absolute())
+        write_atomically(path, json.dumps(settings | {"labels": labels}, indent=2) + "\n")
 
     @staticmethod
-    def load_settings(path: Path) -> dict[str, Any]:
-        """The settings of an earlier run, to start from when it is resumed."""
-        try:
-            settings = json.loads(path.read_text())
-        except ValueError as error:
-            raise EfftuneError(f"{path} is not JSON ({error}); restore it or start again with another --out.") from None
+    def load_settings(path: Path) -> tuple[dict[str, Any], list[str] | None]:
+        """The settings of an earlier run and the names of its classes, as `save` wrote them."""
+        settings = read_json(path)
         known = _kinds()
-        return {name: value for name, value in settings.items() if name in known}
+        missing = [name for name in (*known, "labels") if name not in settings]
+        if missing:
+            raise EfftuneError(f"{path} lacks '{missing[0]}'; restore it or start again with another --out.")
+        return {name: settings[name] for name in known}, settings["labels"]
 
 
 def option(name: str) -> str:

@@ -148,7 +148,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
                     f"{len(first)}; correct that line."
                 )
             rows += 1
-            if len(fields) == 2:
+            if rows > 1 and len(fields) == 2:
                 second_column.add(fields[1])
     # na_filter: pandas would read the sentence "null" as missing
     options = dialect | {"na_filter": False}
@@ -220,6 +220,8 @@ def _encode_messages(table: Table, n: int, messages: list[dict], tokenizer: Any)
             "Messages need a fast tokenizer; install `tokenizers`, or rewrite them as prompt + completion."
         )
 
+    from jinja2 import TemplateError
+
     def render(part: list[dict], prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=prompt)
 
@@ -235,6 +237,12 @@ def _encode_messages(table: Table, n: int, messages: list[dict], tokenizer: Any)
                         "cannot be told apart; rewrite the data as prompt + completion."
                     )
                 spans.append((len(before), len(after)))
+    except TemplateError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise EfftuneError(
+            f"{table.path}: row {n}: the model's chat template refuses these messages ({reason}); "
+            "correct that row, or rewrite the data as prompt + completion."
+        ) from error
     except (KeyError, TypeError) as error:
         raise EfftuneError(
             f"{table.path}: row {n}: messages must be a list of objects with 'role' and 'content' ({error!r})."

@@ -66,11 +66,12 @@ def cached(kind: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path
         temporary = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=final.parent))
         try:
             make(temporary)
-            if not final.is_dir():  # else another process was first
-                temporary.rename(final)
+            temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
+        if final.is_dir():  # another process was first
+            return final
         raise EfftuneError(
             f"{final} cannot be written ({error.strerror or error}); free some space or set XDG_CACHE_HOME."
         ) from error

@@ -17,12 +17,19 @@ import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
+from efftune.modes import evaluation_mode
 from efftune.train import checkpoint, meter, state
 from efftune.train.batches import Data
 from efftune.train.config import TrainConfig
 from efftune.train.nonfinite import locate
 from efftune.train.rundir import RunDir
 from efftune.train.task import Task, autocast
+
+# Settings that a resumed run keeps, beside recipe, base model, data and seed; see Trainer.resume.
+FIXED = (
+    "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule", "warmup",
+    "weight_decay", "clip", "dtype",
+)  # fmt: skip
 
 
 class NonFinite(EfftuneError):
@@ -62,16 +69,13 @@ def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], task: Task, device: torch.device) -> dict[str, float]:
     """Means over all terms of the batches: eval_loss, and eval_accuracy for classification. Draws no random numbers."""
-    training = model.training
-    model.eval()
     sums: dict[str, float] = {}
     terms = 0
-    with torch.random.fork_rng():
+    with evaluation_mode(model), torch.random.fork_rng():
         for batch in batches:
             for name, value in task.sums(model, to_device(batch, device)).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             terms += task.terms(batch)
-    model.train(training)
     return {f"eval_{name}": value / max(1, terms) for name, value in sums.items()}
 
 
@@ -136,16 +140,19 @@ class Trainer:
         self.step, self.epoch, self.row, self.seconds = 0, 0, 0, 0.0
         self.watch = state.Watch(self.model)
         base = state.fingerprint(self.model, set(tuner.named_delta())) if run else ""
-        self.identity = {"recipe": str(tuner.recipe), "base": base}
+        self.identity = {"recipe": str(tuner.recipe), "base": base, "data": data.source, "seed": data.seed}
+        self.identity |= {"eval_data": eval_data.source if eval_data else ""}
+        self.identity |= {name: getattr(config, name) for name in FIXED}
 
     def fit(self) -> dict[str, Any]:
         """Trains to the end and returns the last evaluation. A resumed run goes on where its checkpoint stands."""
         run, config = self.run, self.config
-        if run and run.resumed:
+        if run and run.resumed and not self.step:
             self.resume(run)
         if self.step == 0 and not (run and run.find("before")):
             self.log({"step": 0, "when": "before", **self.assess()})
-        self.model.train()
+        if not self.model.training:  # else what is in eval() inside it is meant to be
+            self.model.train()
         with meter.Progress(self.total, self.step) as progress:
             position = self.data.from_position(self.epoch, self.row, self.rows_per_step)
             while self.step < self.total:
@@ -208,14 +215,24 @@ class Trainer:
         checkpoint.save(run.checkpoints, self.step, trained, rest, self.identity, self.config.keep_last)
 
     def resume(self, run: RunDir) -> None:
-        """Goes to the newest intact checkpoint, if there is one; metrics after it are cut off."""
+        """Goes to the newest intact checkpoint, if there is one; metrics after it are cut off.
+
+        With the settings that the run began with, what follows is bit for bit what an unbroken run does. What decides
+        which rows a step reads and how it updates may therefore not change, and is refused before anything is written.
+        Steps and epochs may: the run becomes longer or shorter, and the schedule runs to its new end from here on.
+        Device, evaluation, sample and checkpoint settings may too.
+        """
         path, damaged = checkpoint.newest_intact(run.checkpoints)
         for sentence in damaged:
             print(sentence)
         if path is None and damaged:
             raise EfftuneError(f"No checkpoint in {run.checkpoints} is intact; start a new run with another --out.")
         if path:
-            self.step, trained, rest = checkpoint.load(path, self.identity)
+            step, trained, rest = checkpoint.load(path, self.identity)
+            missing = {*state.RESTORED, "epoch", "row", "seconds"} - set(rest)
+            if missing:
+                raise EfftuneError(f"{path} lacks '{min(missing)}'; delete it to go on from an earlier one.")
+            self.step = step
             state.restore(self.tuner, self.optimizer, self.scheduler, trained, rest)
             self.epoch, self.row, self.seconds = rest["epoch"], rest["row"], rest["seconds"]
             print(f"Resuming from {path}.")

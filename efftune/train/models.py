@@ -12,6 +12,7 @@ from torch import nn
 
 from efftune.errors import EfftuneError
 from efftune.files import refuse_pickle
+from efftune.modes import evaluation_mode
 
 
 @contextmanager
@@ -96,16 +97,13 @@ def sampler(tokenizer: Any, prompt_ids: list[int], tokens: int, seed: int) -> Ca
 
     @torch.no_grad()
     def sample(model: Any) -> str:
-        training = model.training
-        model.eval()
         ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-        with torch.random.fork_rng(), quiet():
+        with evaluation_mode(model), torch.random.fork_rng(), quiet():
             torch.manual_seed(seed)
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, max_new_tokens=tokens,
                 do_sample=True, temperature=0.8, top_k=50,
             )  # fmt: skip
-        model.train(training)
         return tokenizer.decode(out[0], skip_special_tokens=True)
 
     return sample

@@ -29,6 +29,7 @@ class Prepared:
     train: Data
     held_out: Data | None
     prompt: list[int]  # tokens that a sample continues
+    labels: list[str] | None  # names of the classes
     new: list[str]  # parameters that the model's file does not hold
 
 
@@ -47,9 +48,9 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     state.set_seed(config.seed)  # the recipe's draws do not depend on what was drawn to get here
     tuner = efftune.apply(prepared.model, config.recipe)
     check_new_parts(tuner, prepared.new)
-    with rundir.writing(out):  # not before: what is refused up to here leaves no directory behind
-        out.mkdir(parents=True, exist_ok=True)
-        config.save(out / "config.json")
+    if not config.resume:  # not before: what is refused up to here leaves no directory behind
+        out = rundir.create(out, numbered=not given.get("out"))
+        config.out = str(out)
     held_out = len(prepared.held_out.examples) if prepared.held_out else 0
     print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
 
@@ -60,6 +61,10 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     trainer = Trainer(
         tuner, config, prepared.train, task=prepared.task, eval_data=prepared.held_out, run=run, sample=sample
     )
+    if config.resume:
+        trainer.resume(run)  # first: a refused one leaves the directory as it was
+    with rundir.writing(out):
+        config.save(out / "config.json", prepared.labels)
     after = trainer.fit()
     with rundir.writing(out):
         tuner.save(run.adapter)
@@ -72,7 +77,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     saved = out / "config.json"
     if given.get("resume") and saved.exists():
-        given = {**TrainConfig.load_settings(saved), **given}
+        given = {**TrainConfig.load_settings(saved)[0], **given}
     elif not given.get("data"):
         given = {**default_job.SETTINGS, **given}
     config = TrainConfig(**{**given, "out": str(out)})
@@ -83,9 +88,7 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Loads model, tokenizer and data as the settings say. Raises: EfftuneError for what does not fit together."""
-    name, train_file, eval_file = config.model, config.data, config.eval_data
-    if name is None:
-        name = str(default_job.small_model())
+    train_file, eval_file = config.data, config.eval_data
     if train_file is None:
         train_file, eval_file = map(str, default_job.prose())
     table = data.read_table(train_file)
@@ -93,16 +96,8 @@ def prepare(config: TrainConfig) -> Prepared:
     classify = config.task == "classification" or (config.task == "auto" and table.layout == "label")
     labels = data.label_names(table) if classify else None
 
-    models.check_folder(name)
-    tokenizer = models.load_tokenizer(name)
+    model, tokenizer, new = load(config, labels)
     pad_id = tokenizer.pad_token_id
-    model, new = models.load_model(name, config.dtype, labels, pad_id)
-    longest = models.longest_sequence(model)
-    if longest and config.seq_len > longest:
-        raise EfftuneError(
-            f"--seq-len {config.seq_len} is more than this model allows; use --seq-len {longest} or less."
-        )
-    model.to(choose_device(config.device))
 
     def encode(table: data.Table) -> list[data.Example]:
         if labels:
@@ -117,14 +112,33 @@ def prepare(config: TrainConfig) -> Prepared:
     if packing:
         check_packing(model)
     collate = collate_packed(pad_id) if packing else collate_padded(pad_id, classify)
-    made = [Data(e, collate, config.seed, config.seq_len if packing else 0) for e in (examples, held_out)]
+    row_tokens = config.seq_len if packing else 0
+    source = checkpoint.sha256(Path(train_file))
+    eval_source = checkpoint.sha256(Path(eval_file)) if eval_file else source
+    made = [
+        Data(e, collate, config.seed, row_tokens, source=s) for e, s in ((examples, source), (held_out, eval_source))
+    ]
     prompt = (
         tokenizer(config.sample_prompt)["input_ids"]
         if config.sample_prompt
         else data.prompt_of((held_out or examples)[0])
     )
     task = CLASSIFICATION if classify else CAUSAL_LM
-    return Prepared(model, tokenizer, task, made[0], made[1] if held_out else None, prompt, new)
+    return Prepared(model, tokenizer, task, made[0], made[1] if held_out else None, prompt, labels, new)
+
+
+def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any, list[str]]:
+    """(model on its device, tokenizer, names of parameters that the model's file does not hold)."""
+    name = config.model or str(default_job.small_model())
+    models.check_folder(name)
+    tokenizer = models.load_tokenizer(name)
+    model, new = models.load_model(name, config.dtype, labels, tokenizer.pad_token_id)
+    longest = models.longest_sequence(model)
+    if longest and config.seq_len > longest:
+        raise EfftuneError(
+            f"--seq-len {config.seq_len} is more than this model allows; use --seq-len {longest} or less."
+        )
+    return model.to(choose_device(config.device)), tokenizer, new
 
 
 def choose_device(name: str) -> torch.device:
@@ -160,20 +174,21 @@ def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
     print(f"\n{out}/report.html shows the run; {out}/adapter holds what was trained.")
 
 
-def finished(run: str) -> tuple[Any, Prepared]:
-    """(tuner, what it was made from) of a run directory, as its newest intact checkpoint has it."""
+def finished(run: str) -> tuple[Any, Any]:
+    """(tuner, tokenizer) of a run directory, as its newest intact checkpoint has it. The data is not read."""
     path = Path(run)
     if not (path / "config.json").exists():
         raise EfftuneError(f"{run} is no run directory; give one that efftune train has written.")
-    config = TrainConfig(**TrainConfig.load_settings(path / "config.json"))
+    settings, labels = TrainConfig.load_settings(path / "config.json")
+    config = TrainConfig(**settings)
     newest, _ = checkpoint.newest_intact(path / "checkpoints")
     if newest is None:
         raise EfftuneError(f"{run} has no intact checkpoint; continue it with efftune train --out {run} --resume.")
     state.set_seed(config.seed)
-    prepared = prepare(config)
+    model, tokenizer, _ = load(config, labels)
     state.set_seed(config.seed)
-    tuner = efftune.apply(prepared.model, config.recipe)
+    tuner = efftune.apply(model, config.recipe)
     identity = {"recipe": tuner.recipe, "base": state.fingerprint(tuner.model, set(tuner.named_delta()))}
     _, trained, _ = checkpoint.load(newest, identity)
     state.restore_tensors(tuner, trained)
-    return tuner, prepared
+    return tuner, tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ class RunDir:
     def __init__(self, path: Path, resumed: bool, tensorboard: bool = False):
         self.path, self.resumed = path, resumed
         self.metrics, self.checkpoints, self.adapter = path / "metrics.jsonl", path / "checkpoints", path / "adapter"
-        self.events = None
+        self.events: Any = None
+        self.open_events: Callable[[], Any] | None = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -28,13 +29,14 @@ class RunDir:
                 raise EfftuneError(
                     "--tensorboard needs the package tensorboard; install it or leave the option out."
                 ) from None
-            self.events = SummaryWriter(str(path / "tensorboard"))
+            self.open_events = lambda: SummaryWriter(str(path / "tensorboard"))
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends one line."""
         with writing(self.path), self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.events:
+        if self.open_events:
+            self.events = self.events or self.open_events()
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.events.add_scalar(name, value, record["step"])
@@ -108,3 +110,16 @@ def choose(out: str | None, resume: bool) -> Path:
     if not resume and path.is_dir() and any(path.iterdir()):
         raise EfftuneError(f"{out} is not empty; add --resume to continue the run in it, or give another --out.")
     return path
+
+
+def create(path: Path, numbered: bool) -> Path:
+    """Makes the directory of a new run; if it is a numbered one that another run has just taken, the next free one."""
+    with writing(path):
+        while True:
+            try:
+                path.mkdir(parents=True, exist_ok=not numbered)
+                return path
+            except FileExistsError:
+                if not numbered:
+                    raise
+                path = choose(None, resume=False)

@@ -12,6 +12,7 @@ import torch
 from efftune.errors import EfftuneError
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
+RESTORED = ("requires_grad", "optimizer", "scheduler", "generators", "tuner")  # what `restore` needs beside tensors
 BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
 
 
@@ -95,6 +96,9 @@ def restore(tuner: Any, optimizer: Any, scheduler: Any, trained: dict[str, torch
     optimizer.load_state_dict(rest["optimizer"])
     _undo_casts(optimizer, rest["optimizer"])
     scheduler.load_state_dict(rest["scheduler"])
+    # the same numbers, unless the run now ends elsewhere: the saved rate is that of the old schedule, at its end 0
+    for group, lr, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = lr * factor(scheduler.last_epoch)
     restore_generators(rest["generators"])
 
 

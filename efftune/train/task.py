@@ -46,9 +46,9 @@ def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def causal_lm_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Sum of the cross-entropies of all labelled tokens, in float32."""
-    targets = batch["labels"][:, 1:].flatten()
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()  # (B·T,): what each position predicts
     counted = (targets != IGNORED).nonzero().squeeze(1)
-    logits = _forward(model, batch)[:, :-1].flatten(0, 1)
+    logits = _forward(model, batch).flatten(0, 1)  # (B·T, V), a view; [:, :-1] would copy them all
     # selected before the cast: prompts and padding cost no float32 logits
     return F.cross_entropy(logits.index_select(0, counted).float(), targets[counted], reduction="sum")
 

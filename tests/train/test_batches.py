@@ -1,5 +1,8 @@
+import types
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from efftune import EfftuneError
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded, pack, separates_documents
@@ -38,6 +41,28 @@ def test_the_loss_is_the_models_own():
     batch = collate_padded(1)([[e] for e in examples(5)])
     own = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
     torch.testing.assert_close(causal_lm_loss(model, batch) / CAUSAL_LM.terms(batch), own)
+
+
+def test_the_loss_copies_only_the_logits_that_count():
+    logits = torch.randn(3, 5, 50)
+    labels = torch.full((3, 5), IGNORED)
+    labels[:, 4] = labels[1, 0] = 7  # the first of a row is predicted by nothing
+    large = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.data_ptr() != logits.data_ptr() and out.numel() >= 3 * 4 * 50:
+                large.append(str(func))
+            return out
+
+    def model(input_ids):
+        return types.SimpleNamespace(logits=logits)
+
+    with Sizes():
+        loss = causal_lm_loss(model, {"input_ids": labels, "labels": labels})
+    assert large == []
+    torch.testing.assert_close(loss, -logits[:, 3].log_softmax(-1)[:, 7].sum())
 
 
 def test_a_model_that_mixes_documents_is_refused(monkeypatch):

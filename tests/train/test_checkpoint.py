@@ -11,6 +11,7 @@ import torch
 from efftune import EfftuneError
 from efftune.train import checkpoint, state
 from efftune.train.checkpoint import Damaged, newest_intact, save, steps_in
+from efftune.train.loop import learning_rate_factor
 
 from .conftest import llama, packed, trainer
 
@@ -65,6 +66,59 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, name, damage):
         checkpoint.load(tmp_path / "step-00000002", IDENTITY)
     path, damaged = newest_intact(tmp_path)
     assert path.name == "step-00000001" and len(damaged) == 1 and "step-00000002" in damaged[0]
+
+
+def test_a_damaged_later_one_does_not_count_among_the_last(tmp_path, monkeypatch):
+    put(tmp_path, 10, keep=1)
+    (put(tmp_path, 20, keep=2) / "trained.safetensors").write_bytes(b"")
+    put(tmp_path, 12, keep=1)
+    path, damaged = newest_intact(tmp_path)
+    assert path.name == "step-00000012" and len(damaged) == 1
+    assert [p.name for p in steps_in(tmp_path)] == ["step-00000012", "step-00000020"]
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(EfftuneError, match="step-00000012, is intact"):
+        put(tmp_path, 14)
+
+
+def test_keys_that_look_alike_keep_their_tensors(tmp_path):
+    rest = {"state": {1: torch.zeros(2), "1": torch.ones(2), "a/b": torch.full((2,), 2.0), "a": {"b": torch.zeros(1)}}}
+    _, _, back = checkpoint.load(save(tmp_path, 1, {}, rest, IDENTITY, 1), IDENTITY)
+    state = back["state"]
+    assert [float(state[key][0]) for key in (1, "1", "a/b")] == [0, 1, 2] and state["a"]["b"].numel() == 1
+
+
+def sign(path, change):
+    content = json.loads((path / "state.json").read_text())
+    del content["sha256"]
+    change(content)
+    (path / "state.json").write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
+
+
+@pytest.mark.parametrize("key", ["step", "identity", "files", "tree"])
+def test_a_state_without_an_expected_key_is_a_sentence(tmp_path, key):
+    path = put(tmp_path, 1)
+    sign(path, lambda content: content.pop(key))
+    with pytest.raises(Damaged, match="is damaged"):
+        checkpoint.load(path, IDENTITY)
+
+
+def test_a_state_with_less_in_it_is_a_sentence(tmp_path):
+    trainer(run=tmp_path / "run", steps=2).fit()
+    (path,) = steps_in(tmp_path / "run/checkpoints")
+    sign(path, lambda content: content["identity"].pop("batch_size"))
+    with pytest.raises(EfftuneError, match="--batch-size is another one"):
+        trainer(run=tmp_path / "run", steps=2, resumed=True).fit()
+    sign(path, lambda content: content["identity"].update(batch_size=2))
+    sign(path, lambda content: content["tree"]["dict"].pop(0))
+    with pytest.raises(EfftuneError, match="lacks 'requires_grad'"):
+        trainer(run=tmp_path / "run", steps=2, resumed=True).fit()
+    sign(path, lambda content: content.update(tree={"dict": [["a", {"tensor": "none"}]]}))
+    with pytest.raises(EfftuneError, match="was altered"):
+        trainer(run=tmp_path / "run", steps=2, resumed=True).fit()
 
 
 def test_another_recipe_or_model_is_refused(tmp_path):
@@ -260,3 +314,13 @@ def test_metrics_after_the_checkpoint_and_half_lines_are_cut(tmp_path):
     again.resume(again.run)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert again.step == 6 and max(steps) == 6 and steps.count(6) == 1
+
+
+def test_a_longer_run_follows_its_longer_schedule_at_once(tmp_path):
+    rates = []
+    trainer(run=tmp_path / "a", steps=4).fit()
+    longer = trainer(run=tmp_path / "a", steps=8, resumed=True)
+    longer.on_step = lambda record: rates.append(record.get("lr"))
+    longer.fit()
+    unbroken = learning_rate_factor("cosine", 2, 8)
+    assert [r for r in rates if r is not None] == [1e-2 * unbroken(step) for step in range(4, 8)]

@@ -54,6 +54,7 @@ def test_parquet_is_read(tmp_path):
         ("a.csv", "text,label\na,1\nb,1,2\n", "malformed at line 3"),
         ("a.jsonl", '{"body": "a", "title": "b"}\n', "has the columns body, title; rename them to one of prompt"),
         ("a.csv", "foo,bar\na,1\nb,0\n", "has the columns foo, bar"),
+        ("a.csv", "review,sentiment\na,pos\nb,neg\nc,pos\nd,neg\ne,pos\nf,neg\n", "has the columns review, sentiment"),
         ("a.parquet", "no parquet", "is not a readable parquet file"),
     ],
 )
@@ -92,6 +93,10 @@ def test_only_the_assistant_counts_in_a_chat(write, tokenizer):
         tokenizer.chat_template = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '-' }}")
         with pytest.raises(EfftuneError, match="rewrites earlier turns"):
             encode_lm(read_table(path), tokenizer, 64, "error")
+        tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
+        with pytest.raises(EfftuneError, match=r"a.jsonl: row 1: .*chat template refuses .*only two turns"):
+            encode_lm(read_table(path), tokenizer, 64, "error")
+        tokenizer.chat_template = CHAT
         bad = write("b.jsonl", [{"messages": [{"from": "user", "content": "x"}]}])
         with pytest.raises(EfftuneError, match="'role' and 'content'"):
             encode_lm(read_table(bad), tokenizer, 64, "error")

@@ -183,3 +183,32 @@ def test_a_full_disk_stops_the_metrics_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(EfftuneError, match="cannot be written"):
         run.metrics = tmp_path / "no" / "such" / "folder"
         run.log({"step": 1})
+
+
+def test_what_is_in_evaluation_mode_stays_so(tokenizer):
+    from efftune.train.batches import separates_documents
+    from efftune.train.models import sampler
+
+    t = trainer(steps=1)
+    frozen = t.model.model.layers[0]
+    frozen.eval()
+    expected = {name: module.training for name, module in t.model.named_modules()}
+    assert True in expected.values() and False in expected.values()
+
+    evaluate(t.model, t.data.batches(t.data.rows(0)[:1], 1), t.task, t.device)
+    sampler(tokenizer, [5, 6], 2, 0)(t.model)
+    separates_documents(t.model)
+    t.eval_data = t.data
+    t.fit()
+    assert {name: module.training for name, module in t.model.named_modules()} == expected
+
+    broken = Task(lambda m, b: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(t.model, t.data.batches(t.data.rows(0)[:1], 1), broken, t.device)
+    assert {name: module.training for name, module in t.model.named_modules()} == expected
+
+
+def test_a_model_in_evaluation_mode_is_put_into_training_mode():
+    t = trainer(steps=1, model=llama().eval())
+    t.fit()
+    assert all(module.training for module in t.model.modules())

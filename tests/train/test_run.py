@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import efftune
 from efftune import cli
-from efftune.train import checkpoint, default_job, models
+from efftune.train import checkpoint, default_job, models, rundir
 from efftune.train.config import TrainConfig
 from efftune.train.run import train
 
@@ -76,9 +76,79 @@ def test_resume_goes_on_with_the_settings_of_the_run(options, tmp_path):
     assert again["after"]["eval_loss"] == result["after"]["eval_loss"]
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_touches_nothing(options, tmp_path, write, capsys):
+    other = str(write("other.jsonl", [{"question": sentence(i), "answer": sentence(i)} for i in range(30)]))
+    assert cli.main(arguments(options | {"steps": 2})) == 0
+    run = tmp_path / "run"
+    before = contents(run)
+    resume = ["train", "--resume", "--out", str(run), "--steps", "4"]
+    for change, said in (
+        (["--recipe", "lora(r=2)"], "the recipe is another one ('lora(r=4)', now 'lora(r=2)')"),
+        (["--data", other], "the training data is another one;"),
+        (["--eval-data", other], "the held-out data is another one;"),
+        (["--batch-size", "4"], "--batch-size is another one (2, now 4)"),
+        (["--grad-accum", "2"], "--grad-accum is another one"),
+        (["--seq-len", "60"], "--seq-len is another one"),
+        (["--seed", "1"], "--seed is another one"),
+        (["--no-packing"], "--packing is another one"),
+        (["--too-long", "drop"], "--too-long is another one"),
+        (["--eval-fraction", "0.2"], "--eval-fraction is another one"),
+        (["--lr", "1e-3"], "--lr is another one"),
+        (["--tensorboard", "--clip", "2"], "--clip is another one"),
+    ):
+        assert cli.main([*resume, *change]) == 1
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+        assert contents(run) == before
+    assert cli.main([*resume, "--eval-every", "1", "--save-every", "1"]) == 0
+    assert [p.name for p in checkpoint.steps_in(run / "checkpoints")] == ["step-00000003", "step-00000004"]
+
+
+def test_paths_are_kept_absolute(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(options | {"data": "qa.jsonl", "out": "run", "steps": 1})
+    monkeypatch.chdir("/")
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["data"] == str(tmp_path / "qa.jsonl") and saved["out"] == str(tmp_path / "run")
+    assert train({"out": str(tmp_path / "run"), "resume": True, "steps": 2})["after"]["step"] == 2
+
+
+def test_settings_that_were_altered_are_a_sentence(options, tmp_path, capsys):
+    train(options | {"steps": 1})
+    file = tmp_path / "run/config.json"
+    saved = json.loads(file.read_text())
+    for altered, said in (
+        ({k: v for k, v in saved.items() if k != "batch_size"}, "config.json lacks 'batch_size'"),
+        ({k: v for k, v in saved.items() if k != "labels"}, "config.json lacks 'labels'"),
+        (saved | {"lr": "fast"}, "--lr is 'fast'; it must be of type float"),
+        (saved | {"batch_size": None}, "--batch-size is None; it must be of type int"),
+        ([], "holds no JSON object"),
+    ):
+        file.write_text(json.dumps(altered))
+        for command in (["train", "--resume", "--out", options["out"]], ["merge", options["out"], "--out", "x"]):
+            assert cli.main(command) == 1
+            error = capsys.readouterr().err
+            assert said in error and error.count("\n") == 1
+
+
+def test_runs_that_start_together_take_different_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = [rundir.choose(None, resume=False) for _ in range(2)]
+    made = [rundir.create(path, numbered=True).as_posix() for path in chosen]
+    assert made == ["runs/train-001", "runs/train-002"]
+    Path("file").write_text("")
+    with pytest.raises(efftune.EfftuneError, match="cannot be written"):
+        rundir.create(Path("file"), numbered=False)
+
+
 def test_a_finished_run_can_be_exported_and_merged(options, tmp_path):
     result = train(options)
     run = str(result["out"])
+    Path(options["data"]).unlink()  # neither needs it
     assert cli.main(["export", run, "--out", str(tmp_path / "adapter")]) == 0
     ours = load_file(tmp_path / "adapter/adapter_model.safetensors")
     theirs = load_file(result["out"] / "adapter/adapter_model.safetensors")
@@ -112,6 +182,10 @@ def test_classification(write, tmp_path, tokenizer, recipe):
         and result["after"]["eval_accuracy"] > result["before"]["eval_accuracy"]
     )
     assert "held-out accuracy" in (tmp_path / "run/report.html").read_text()
+    path.unlink()
+    assert cli.main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    merged, new = models.load_model(str(tmp_path / "merged"), "float32", ["0", "1"], 1)
+    assert new == [] and json.loads((tmp_path / "merged/config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
 
 
 def test_tensorboard_on_request(options, tmp_path):
@@ -213,7 +287,7 @@ def test_the_default_job_at_a_small_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train({"steps": 2, "eval_rows": 4})
     assert result["out"].as_posix() == "runs/train-001" and result["after"]["sample"].startswith("The try statement")
-    assert TrainConfig.load_settings(result["out"] / "config.json")["recipe"] == default_job.SETTINGS["recipe"]
+    assert TrainConfig.load_settings(result["out"] / "config.json")[0]["recipe"] == default_job.SETTINGS["recipe"]
     monkeypatch.setattr(default_job, "pretrain", None)  # cached
     assert train({"steps": 1, "eval_rows": 4})["out"].as_posix() == "runs/train-002"
     assert train({"resume": True, "steps": 2})["out"].as_posix() == "runs/train-002"
@@ -229,6 +303,24 @@ def test_a_cache_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(efftune.EfftuneError, match="No space left on device.*set XDG_CACHE_HOME"):
         default_job.cached("thing", {}, half)
     assert list((tmp_path / "efftune").iterdir()) == []
+
+
+def test_a_cache_that_another_process_filled_first_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(folder):
+        (folder / "x").write_text("ours")
+        rename = Path.rename
+
+        def late(self, target):
+            Path(target).mkdir()
+            (Path(target) / "x").write_text("theirs")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+
+    assert (default_job.cached("thing", {}, make) / "x").read_text() == "theirs"
+    assert len(list((tmp_path / "efftune").iterdir())) == 1
 
 
 def test_the_other_commands(capsys):
