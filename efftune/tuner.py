@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def check_tied(model: nn.Module) -> None:
                 )
 
 
-def skeleton(model: nn.Module, made: dict[int, object] | None = None) -> nn.Module:
+def skeleton(model: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are on the meta device; what is shared stays shared."""
     made = {} if made is None else made
     if id(model) in made:
@@ -68,7 +69,7 @@ def skeleton(model: nn.Module, made: dict[int, object] | None = None) -> nn.Modu
     return twin
 
 
-def _meta(tensor: Tensor | None, made: dict[int, object]):
+def _meta(tensor: Tensor | None, made: dict[int, Any]) -> Any:
     if tensor is not None and id(tensor) not in made:
         empty = tensor.detach().to("meta")
         made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
