@@ -48,4 +48,29 @@ struct Int8Args {
 
 void int8_dequantize(const Int8Args& args, int threads);
 
+struct PackArgs {
+    const void* x;  // rows of cols elements, `stride` elements apart
+    uint8_t* codes;
+    uint16_t* stats;  // bfloat16: min and scale of each group
+    int64_t rows, cols, stride, group;
+    int bits;
+    Dtype dtype;
+    bool stochastic;
+    uint64_t seed;
+    uint32_t stream;
+};
+
+void pack_act(const PackArgs& args, int threads);
+
+struct UnpackArgs {
+    const uint8_t* codes;
+    const uint16_t* stats;
+    void* out;
+    int64_t rows, cols, group;
+    int bits;
+    Dtype dtype;
+};
+
+void unpack_act(const UnpackArgs& args, int threads);
+
 }  // namespace efftune
