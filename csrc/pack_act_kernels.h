@@ -3,6 +3,21 @@
 
 #include "philox_lanes.h"
 
+// body(0) .. body(n - 1), in loops whose counts are known: of a loop over n GCC leaves a group of 32 half scalar.
+template <class Body>
+static EFFTUNE_INLINE void each(int n, const Body& body) {
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+#pragma omp simd
+        for (int k = i; k < i + 64; ++k) body(k);
+    }
+    for (; i + 32 <= n; i += 32) {
+#pragma omp simd
+        for (int k = i; k < i + 32; ++k) body(k);
+    }
+    for (; i < n; ++i) body(i);
+}
+
 // Floats as integers of the same order, and back: NaN and infinities lie at the two ends.
 static inline int16_t order(uint16_t h) {
     const auto s = static_cast<int16_t>(h);
@@ -17,116 +32,146 @@ static inline float unorder(int32_t key) {
     return as_float(static_cast<uint32_t>(order(as_float(static_cast<uint32_t>(key)))));
 }
 
-// The 16-bit draws of a run of elements, made many at a time and in order.
+constexpr int kPiece = 256;  // elements quantised at a time
+constexpr float kFraction = 131072.0f, kSmallest = 0x1p-100f;
+
+// The 16-bit draws of consecutive elements, made many at a time and in order; all one half to round to nearest.
 struct Draws {
     static constexpr int kBlocks = 256, kElements = 8 * kBlocks;
+    const PackArgs& p;
+    const uint64_t last;  // one after the last element that will be asked for
+    uint64_t begin = 0, end = 0;
     alignas(64) uint32_t words[4][kBlocks];
     alignas(64) uint32_t ordered[4 * kBlocks];
-    uint64_t begin = 0, end = 0;  // of the elements in `ordered`
 
-    // n is at most kElements - 7; `last` bounds what is worth making.
-    const uint16_t* at(const PackArgs& p, uint64_t element, int n, uint64_t last) {
-        if (element < begin || element + n > end) {
-            begin = element & ~uint64_t{7};
-            const uint64_t want = last - begin < kElements ? last - begin : kElements;
-            const int blocks = (static_cast<int>(want) + 127) / 128 * 16;
-            fill_words(words, blocks, p.seed, begin / 8, p.stream, kRounding);
+    Draws(const PackArgs& p, uint64_t last) : p(p), last(last) {
+        for (int j = 0; j < kPiece / 2; ++j) ordered[j] = 0x80008000u;
+    }
+
+    const uint16_t* at(uint64_t element, int n) {
+        const auto* halves = reinterpret_cast<const uint16_t*>(ordered);
+        if (!p.stochastic) return halves;
+        if (element < begin || element + n > end) make(element);
+        return halves + (element - begin);
+    }
+
+    void make(uint64_t element) {
+        begin = element & ~uint64_t{7};
+        const uint64_t wanted = last - begin < kElements ? last - begin : kElements;
+        const int blocks = (static_cast<int>(wanted) + 127) / 128 * 16;
+        fill_words(words, blocks, p.seed, begin / 8, p.stream, kRounding);
 #pragma omp simd
-            for (int j = 0; j < blocks; ++j) {
-                ordered[4 * j] = words[0][j], ordered[4 * j + 1] = words[1][j];
-                ordered[4 * j + 2] = words[2][j], ordered[4 * j + 3] = words[3][j];
-            }
-            end = begin + 8 * blocks;
+        for (int j = 0; j < blocks; ++j) {
+            ordered[4 * j] = words[0][j], ordered[4 * j + 1] = words[1][j];
+            ordered[4 * j + 2] = words[2][j], ordered[4 * j + 3] = words[3][j];
         }
-        return reinterpret_cast<const uint16_t*>(ordered) + (element - begin);
+        end = begin + 8 * static_cast<uint64_t>(blocks);
     }
 };
 
-constexpr int kPiece = 256;  // elements quantised at a time
-constexpr float kFraction = 131072.0f, kSmallest = 0x1p-100f;
+static EFFTUNE_INLINE uint8_t quantize(float above_low, float inverse, float top, uint16_t draw) {
+    const float scaled = above_low * inverse, positive = scaled > 0.0f ? scaled : 0.0f;  // NaN becomes 0
+    return static_cast<uint8_t>((static_cast<int32_t>(positive < top ? positive : top) + 2 * draw + 1) >> 17);
+}
 
 template <class T>
 static inline void quantize_piece(const typename T::Storage* x, int n, float low, float inverse, float top,
                                   const uint16_t* draw, uint8_t* codes) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        const float scaled = (T::load(x[i]) - low) * inverse, above = scaled > 0.0f ? scaled : 0.0f;
-        const int32_t position = static_cast<int32_t>(above < top ? above : top);
-        codes[i] = static_cast<uint8_t>((position + 2 * draw[i] + 1) >> 17);
-    }
+    each(n, [=](int i) { codes[i] = quantize(T::load(x[i]) - low, inverse, top, draw[i]); });
 }
 
-template <class T>
-static inline void quantize_piece_nearest(const typename T::Storage* x, int n, float low, float inverse, float top,
-                                          uint8_t* codes) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) {
-        const float scaled = (T::load(x[i]) - low) * inverse, above = scaled > 0.0f ? scaled : 0.0f;
-        const int32_t position = static_cast<int32_t>(above < top ? above : top);
-        codes[i] = static_cast<uint8_t>((position + 65536) >> 17);
-    }
-}
-
-// Element 2j in the low half of byte j; for an odd n, codes[n] is 0.
+// Element 2j in the low half of byte j; the high half after an odd last element is 0.
 static inline void join_halves(const uint8_t* codes, int n, uint8_t* out) {
-#pragma omp simd
-    for (int j = 0; j < (n + 1) / 2; ++j) out[j] = static_cast<uint8_t>(codes[2 * j] | codes[2 * j + 1] << 4);
+    each(n / 2, [=](int j) {
+        uint16_t pair;
+        memcpy(&pair, codes + 2 * j, 2);
+        out[j] = static_cast<uint8_t>(pair | pair >> 4);
+    });
+    if (n % 2) out[n / 2] = codes[n - 1];
 }
 
+// The least and the greatest of a group; one of them is not finite if any element is not.
 template <class T>
-static inline void pack_group(const PackArgs& p, const typename T::Storage* x, int64_t n, uint64_t element,
-                              uint64_t last, uint8_t* codes, uint16_t* stats, Draws& draws) {
-    auto least = order(x[0]), most = least;
-#pragma omp simd reduction(min : least) reduction(max : most)
+static inline void group_range(const typename T::Storage* x, int64_t n, float& least, float& most) {
+    auto low = order(x[0]), high = low;
+#pragma omp simd reduction(min : low) reduction(max : high)
     for (int64_t i = 0; i < n; ++i) {
         const auto key = order(x[i]);
-        least = key < least ? key : least;
-        most = key > most ? key : most;
+        low = key < low ? key : low;
+        high = key > high ? key : high;
     }
-    const float levels = p.bits == 8 ? 255.0f : 15.0f;
-    const float high = T::load(unorder(most)), least_value = T::load(unorder(least)) + 0.0f;  // -0 becomes 0
-    const uint32_t least_bits = as_bits(least_value);
-    const uint32_t low_bits = (least_bits >> 31 ? least_bits + 0xFFFFu : least_bits) & 0xFFFF0000u;
-    const float low = as_float(low_bits), extent = high - low;
-    // A negative NaN may round to a finite number, hence both.
-    if (!(extent <= 0x1.fffffep127f) || least_value != least_value) {
-        stats[0] = stats[1] = 0x7FC0u;
-        memset(codes, 0, static_cast<size_t>(p.bits == 8 ? n : (n + 1) / 2));
-        return;
-    }
-    const float rounded = as_float((as_bits(extent / levels) + 0xFFFFu) & 0xFFFF0000u);
-    const float scale = extent == 0.0f ? 0.0f : rounded < kSmallest ? kSmallest : rounded;
-    const float inverse = extent == 0.0f ? 0.0f : kFraction / scale;
-    stats[0] = static_cast<uint16_t>(low_bits >> 16);
-    stats[1] = static_cast<uint16_t>(as_bits(scale) >> 16);
-    alignas(64) uint8_t whole[kPiece];
-    for (int64_t i = 0; i < n; i += kPiece) {
-        const int count = n - i < kPiece ? static_cast<int>(n - i) : kPiece;
-        uint8_t* to = p.bits == 8 ? codes + i : whole;
-        if (p.stochastic)
-            quantize_piece<T>(x + i, count, low, inverse, levels * kFraction, draws.at(p, element + i, count, last),
-                              to);
-        else
-            quantize_piece_nearest<T>(x + i, count, low, inverse, levels * kFraction, to);
-        if (p.bits == 4) {
-            if (count % 2) whole[count] = 0;
-            join_halves(whole, count, codes + i / 2);
-        }
+    least = T::load(unorder(low));
+    most = T::load(unorder(high));
+}
+
+constexpr int kRun = 16;  // groups whose stats are computed together, to overlap the latencies of two divisions
+
+struct Run {
+    float least[kRun], most[kRun];
+    uint32_t low[kRun], scale[kRun];  // bits of the floats
+    float inverse[kRun];
+};
+
+static inline void group_stats(Run& r, float levels) {
+#pragma omp simd
+    for (int j = 0; j < kRun; ++j) {
+        const float least = r.least[j] + 0.0f;  // -0 becomes 0
+        const uint32_t up = as_bits(least) >> 31 ? 0xFFFFu : 0u, low = (as_bits(least) + up) & 0xFFFF0000u;
+        const float extent = r.most[j] - as_float(low);
+        const float rounded = as_float((as_bits(extent / levels) + 0xFFFFu) & 0xFFFF0000u);
+        const float scale = rounded < kSmallest ? kSmallest : rounded;
+        // A negative NaN may have been rounded to a finite number, hence both.
+        const bool finite = (extent <= 0x1.fffffep127f) & (least == least), constant = extent == 0.0f;
+        r.low[j] = finite ? low : 0x7FC00000u;
+        r.scale[j] = finite ? (constant ? 0u : as_bits(scale)) : 0x7FC00000u;
+        r.inverse[j] = finite & !constant ? kFraction / scale : 0.0f;
     }
 }
+
+// Where a group lies, counted over all rows.
+struct Place {
+    int64_t cols, group, row, col;
+
+    Place(int64_t cols, int64_t group, int64_t at) : cols(cols), group(group) {
+        const int64_t groups = (cols + group - 1) / group;
+        row = at / groups, col = at % groups * group;
+    }
+    int64_t size() const { return cols - col < group ? cols - col : group; }
+    void next() {
+        col += group;
+        if (col >= cols) col = 0, ++row;
+    }
+    int64_t element() const { return row * cols + col; }
+    int64_t byte(int bits) const { return bits == 8 ? element() : row * ((cols + 1) / 2) + col / 2; }
+};
 
 template <class T>
 static inline void pack_groups_of(const PackArgs& p, int64_t begin, int64_t end) {
-    const int64_t groups = (p.cols + p.group - 1) / p.group, width = p.bits == 8 ? p.cols : (p.cols + 1) / 2;
-    Draws draws;
-    int64_t row = begin / groups, col = begin % groups * p.group;
-    const int64_t last = end / groups * p.cols + end % groups * p.group;
-    for (int64_t g = begin; g < end; ++g) {
-        const int64_t n = p.cols - col < p.group ? p.cols - col : p.group;
-        pack_group<T>(p, static_cast<const typename T::Storage*>(p.x) + row * p.stride + col, n, row * p.cols + col,
-                      last, p.codes + row * width + col * p.bits / 8, p.stats + 2 * g, draws);
-        col += n;
-        if (col == p.cols) col = 0, ++row;
+    const auto* x = static_cast<const typename T::Storage*>(p.x);
+    const float levels = p.bits == 8 ? 255.0f : 15.0f;
+    Place ranged(p.cols, p.group, begin), at = ranged;
+    Draws draws(p, Place(p.cols, p.group, end).element());
+    Run run{};
+    alignas(64) uint8_t whole[kPiece];
+    for (int64_t g = begin; g < end; g += kRun) {
+        const int count = end - g < kRun ? static_cast<int>(end - g) : kRun;
+        for (int j = 0; j < count; ++j, ranged.next())
+            group_range<T>(x + ranged.row * p.stride + ranged.col, ranged.size(), run.least[j], run.most[j]);
+        group_stats(run, levels);
+        for (int j = 0; j < count; ++j, at.next()) {
+            p.stats[2 * (g + j)] = static_cast<uint16_t>(run.low[j] >> 16);
+            p.stats[2 * (g + j) + 1] = static_cast<uint16_t>(run.scale[j] >> 16);
+            const auto* from = x + at.row * p.stride + at.col;
+            uint8_t* codes = p.codes + at.byte(p.bits);
+            const int64_t n = at.size();
+            for (int64_t i = 0; i < n; i += kPiece) {
+                const int m = n - i < kPiece ? static_cast<int>(n - i) : kPiece;
+                uint8_t* to = p.bits == 8 ? codes + i : whole;
+                const float low = as_float(run.low[j]), inverse = run.inverse[j], top = levels * kFraction;
+                quantize_piece<T>(from + i, m, low, inverse, top, draws.at(at.element() + i, m), to);
+                if (p.bits == 4) join_halves(whole, m, codes + i / 2);
+            }
+        }
     }
 }
 
@@ -144,32 +189,30 @@ __attribute__((noinline)) static void pack_groups(const PackArgs& p, int64_t beg
 
 template <class T>
 static inline void unpack_piece(const uint8_t* codes, int n, float low, float scale, typename T::Storage* out) {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) out[i] = T::store(low + scale * static_cast<float>(codes[i]));
+    each(n, [=](int i) { out[i] = T::store(low + scale * static_cast<float>(codes[i])); });
 }
 
 static inline void split_halves(const uint8_t* codes, int n, uint8_t* out) {
-#pragma omp simd
-    for (int j = 0; j < (n + 1) / 2; ++j) out[2 * j] = codes[j] & 15, out[2 * j + 1] = codes[j] >> 4;
+    each((n + 1) / 2, [=](int j) {
+        const auto pair = static_cast<uint16_t>((codes[j] | codes[j] << 4) & 0x0F0F);
+        memcpy(out + 2 * j, &pair, 2);
+    });
 }
 
 template <class T>
 static inline void unpack_groups_of(const UnpackArgs& u, int64_t begin, int64_t end) {
-    const int64_t groups = (u.cols + u.group - 1) / u.group, width = u.bits == 8 ? u.cols : (u.cols + 1) / 2;
-    int64_t row = begin / groups, col = begin % groups * u.group;
+    Place at(u.cols, u.group, begin);
     alignas(64) uint8_t whole[kPiece];
-    for (int64_t g = begin; g < end; ++g) {
-        const int64_t n = u.cols - col < u.group ? u.cols - col : u.group;
+    for (int64_t g = begin; g < end; ++g, at.next()) {
         const float low = BFloat16::load(u.stats[2 * g]), scale = BFloat16::load(u.stats[2 * g + 1]);
-        const uint8_t* codes = u.codes + row * width + col * u.bits / 8;
-        auto* out = static_cast<typename T::Storage*>(u.out) + row * u.cols + col;
+        const uint8_t* codes = u.codes + at.byte(u.bits);
+        auto* out = static_cast<typename T::Storage*>(u.out) + at.element();
+        const int64_t n = at.size();
         for (int64_t i = 0; i < n; i += kPiece) {
-            const int count = n - i < kPiece ? static_cast<int>(n - i) : kPiece;
-            if (u.bits == 4) split_halves(codes + i / 2, count, whole);
-            unpack_piece<T>(u.bits == 8 ? codes + i : whole, count, low, scale, out + i);
+            const int m = n - i < kPiece ? static_cast<int>(n - i) : kPiece;
+            if (u.bits == 4) split_halves(codes + i / 2, m, whole);
+            unpack_piece<T>(u.bits == 8 ? codes + i : whole, m, low, scale, out + i);
         }
-        col += n;
-        if (col == u.cols) col = 0, ++row;
     }
 }
 

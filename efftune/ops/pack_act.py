@@ -16,9 +16,9 @@ _SMALLEST = 2.0**-100  # least scale of a group that is not constant: 2^17 / sca
 
 def _row_stride(x: Tensor) -> int | None:
     """Elements from one row (last dimension) to the next if one number says it and rows are dense, else None."""
-    stride, expected = x.shape[-1], None
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if x.ndim == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
         return None
+    stride, expected = x.shape[-1], None
     for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
             continue
@@ -54,14 +54,14 @@ def _reference(x, bits, group, seed, stream):
     finite = extent.abs() < torch.inf
     scale = _to_bfloat16(extent / levels, up=True).clamp(min=_SMALLEST)
     scale = torch.where(extent == 0, 0.0, scale)
-    stats.copy_(torch.stack([low, scale], -1).masked_fill_(~finite[..., None], torch.nan))
+    stats.copy_(torch.stack([low, scale], -1)).masked_fill_(~finite[..., None], torch.nan)
     inverse = torch.where(extent == 0, 0.0, _FRACTION / scale.to(compute))
     position = ((grouped - low[..., None]) * inverse[..., None]).clamp(0, levels * _FRACTION)
     position = position.masked_fill_(~finite[..., None], 0).flatten(-2)[..., :cols].to(torch.int64)
-    draw = _FRACTION // 2
+    draw = 2**15
     if seed is not None:
-        draw = 2 * philox.rounding_bits(int(seed), stream, torch.arange(x.numel(), device=x.device)).view(x.shape) + 1
-    whole = ((position + draw) // _FRACTION).to(torch.uint8)
+        draw = philox.rounding_bits(int(seed), stream, torch.arange(x.numel(), device=x.device)).view(x.shape)
+    whole = ((position + 2 * draw + 1) // _FRACTION).to(torch.uint8)
     if bits == 4:
         whole = torch.nn.functional.pad(whole, (0, cols % 2)).unflatten(-1, (-1, 2))
         whole = whole[..., 0] | whole[..., 1] << 4
@@ -138,11 +138,22 @@ def _rows_why_not(x: Tensor) -> str | None:
 
 
 def _pack_cpp_why_not(x, *_):
-    return cpp_why_not(x[:0].contiguous()) or _dtype_why_not(x.dtype) or _rows_why_not(x)
+    return _rows_why_not(x) or cpp_why_not(x[:0]) or _dtype_why_not(x.dtype)  # an empty slice is contiguous
 
 
 def _unpack_cpp_why_not(codes, stats, bits, group, cols, dtype):
     return cpp_why_not(codes, stats) or _dtype_why_not(dtype)
+
+
+def _pack_triton_why_not(x, bits, group, *_):
+    too_long = None if group <= 8192 else f"a group of {group} does not fit one tile (8192)"
+    return triton_why_not(x) or _dtype_why_not(x.dtype) or _rows_why_not(x) or too_long
+
+
+def _unpack_triton_why_not(codes, stats, bits, group, cols, dtype):
+    if not (codes.is_contiguous() and stats.is_contiguous()):
+        return "the Triton kernel takes contiguous tensors"
+    return triton_why_not(codes, stats) or _dtype_why_not(dtype)
 
 
 def _rows(x: Tensor) -> int:
@@ -187,8 +198,26 @@ def _unpack_cpp(codes, stats, bits, group, cols, dtype):
     return out
 
 
+@pack_op.backend("triton", "cuda", why_not=_pack_triton_why_not)
+def _pack_triton(x, bits, group, seed, stream):
+    from efftune.triton_kernels.pack_act import pack_act
+
+    codes, stats = _fake(x, bits, group, seed, stream)
+    pack_act(x, codes, stats, _row_stride(x), bits, group, None if seed is None else int(seed), stream)
+    return codes, stats
+
+
+@unpack_op.backend("triton", "cuda", why_not=_unpack_triton_why_not)
+def _unpack_triton(codes, stats, bits, group, cols, dtype):
+    from efftune.triton_kernels.pack_act import unpack_act
+
+    out = _unpack_fake(codes, stats, bits, group, cols, dtype)
+    unpack_act(codes, stats, out, bits, group)
+    return out
+
+
 def pack_act(x: Tensor, bits: int, group: int, seed: Tensor | None, stream: int = 0) -> tuple[Tensor, Tensor]:
-    """code = ⌊(x - min) / scale + u⌋ in each group of a row, u uniform in (0, 1); `unpack_act` gives min + scale · code.
+    """code = ⌊(x - min) / scale + u⌋ in each group of a row, u uniform in (0, 1); `unpack_act` is min + scale · code.
 
     Args:
         x: (..., K), f64 | f32 | bf16 | f16. Dense rows at one common stride (one half of a merged projection) are read
@@ -199,20 +228,20 @@ def pack_act(x: Tensor, bits: int, group: int, seed: Tensor | None, stream: int 
     Returns: codes (..., ⌈K · bits / 8⌉) uint8, with 4 bits element 2j in the low half of byte j and 2j + 1 in the high
         half; stats (..., ⌈K / group⌉, 2) bf16, min and scale. bits/8 + 4/group bytes for each element. No gradient.
     Numerics: min is rounded down to bf16, scale = (max - min) / (2^bits - 1) with this min is rounded up: what is
-        stored spans the group, no element is clamped. E[min + scale · code] = x to float32 rounding of (x - min), and to
-        2^-17 of a scale for the 16 bits of u; |error| < scale (≤ scale / 2 for None, both to float32 rounding).
-        (x - min) is multiplied by 1 / scale, in float32 (float64 for f64). Codes and stats are equal bit for bit on all
-        backends: u belongs to the element's index in contiguous x (Philox, purpose ROUNDING).
+        stored spans the group, and no element is clamped but by float32 rounding. E[min + scale · code] = x, to float32
+        rounding of (x - min) and to 2^-17 of a scale for u's 16 bits; |error| < scale (scale / 2 for seed=None), to
+        float32 rounding. (x - min) is multiplied by 1 / scale, in float32 (float64 for f64). Codes and stats are equal
+        bit for bit on all backends: u belongs to the element's index in contiguous x (Philox, purpose ROUNDING).
         A constant group has scale 0 and is exact if bf16 holds its value: always for a bf16 x. Otherwise rounding min
         widens the range by up to an ulp of bf16 at min: unbiased still, but a group of f32 or f16 that is narrow and
         far from 0 gets a coarser scale. The scale of any other group is at least 2^-100.
-        A group with a NaN or an infinity, or with a range that float32 or a min that bf16 cannot hold, has min and scale
+        A group with a NaN or an infinity, with a min below bf16's range or a range above float32's, has min and scale
         NaN and codes 0: it comes back as NaN, never as finite numbers.
     Saved for backward: nothing; codes and stats are what a caller saves instead of x.
     Raises: ValueError for an integer or 0-d x, other bits, a group below 1 or odd with 4 bits, or another kind of seed.
     Source: Pan et al. 2021, arXiv:2111.11124 (Mesa), section 3; here the statistics are those of the packed tensor.
     """
-    return pack_op(x if x.ndim == 0 or _row_stride(x) is not None else x.contiguous(), bits, group, seed, stream)
+    return pack_op(x if _row_stride(x) is not None else x.contiguous(), bits, group, seed, stream)
 
 
 def unpack_act(codes: Tensor, stats: Tensor, bits: int, group: int, cols: int, dtype: torch.dtype) -> Tensor:
