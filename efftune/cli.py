@@ -1,4 +1,4 @@
-"""The command line: `efftune train | methods | info | bench | export | merge`."""
+"""The command line: `efftune train | compare | verify | methods | info | bench | export | merge`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def parser() -> argparse.ArgumentParser:
     add_options(train)
     train.set_defaults(run=_train)
 
+    compare = commands.add_parser("compare", help="train under several recipes: loss, saved bytes, peak, tokens/s")
+    compare.add_argument("--recipes", nargs="+", required=True, metavar="RECIPE")
+    add_options(compare, without=("recipe", "resume"))
+    compare.set_defaults(run=_compare)
+
+    verify = commands.add_parser("verify", help="measure bias and variance of a recipe's gradients; fails if biased")
+    verify.add_argument("--seeds", type=int, default=32, metavar="N", help="draws of one batch's gradient [32]")
+    verify.add_argument("--batches", type=int, default=8, metavar="N", help="batches that tell SGD's own noise [8]")
+    verify.add_argument(
+        "--max-bias", type=float, default=0.02, metavar="X", help="of a gradient's norm; beyond it it fails [0.02]"
+    )
+    add_options(verify, without=("resume",))
+    verify.set_defaults(run=_verify)
+
     commands.add_parser("methods", help="what a recipe can be made of").set_defaults(run=_methods)
     commands.add_parser("info", help="versions, and operator x backend: available, or why not").set_defaults(run=_info)
 
@@ -61,6 +75,20 @@ def _train(arguments: argparse.Namespace) -> None:
     from efftune.train.run import train
 
     train(given_options(arguments))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from efftune.train.compare import compare
+    from efftune.train.config import given_options
+
+    compare(arguments.recipes, given_options(arguments))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from efftune.train.config import given_options
+    from efftune.train.verify import verify
+
+    verify(given_options(arguments), arguments.seeds, arguments.batches, arguments.max_bias)
 
 
 def _methods(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,26 @@ from torch import Tensor, nn
 from efftune.errors import EfftuneError
 from efftune.files import read_json, read_tensors, required
 from efftune.interop import peft
-from efftune.linear import Linear
-from efftune.methods._base import Method, places, shared_parameters
+from efftune.linear import Exact, Linear
+from efftune.linear.contracts import Keep
+from efftune.linear.module import is_conv1d
+from efftune.memory.meter import saved_for_backward
+from efftune.methods._base import Method, in_classifier, linear_layers, output_head, places, shared_parameters, swap
 from efftune.methods.full import FullFineTuning
+from efftune.nn.blocks import Blocks, has_hooks, install
 from efftune.recipe import format_recipe, parse
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
 
 
-def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
+def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True) -> Tuner:
     """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle to train it.
 
     A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
+
+    Args:
+        blocks: also swap norms, gated MLPs, activations and sdpa attention for those of efftune.nn, whose outputs
+            backward makes again instead of keeping them: less memory, the same gradients up to rounding.
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
     """
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
@@ -35,6 +44,7 @@ def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
             raise EfftuneError(f"{' and '.join(rivals)} each bring their own {hook}; a recipe takes one of them.")
     if not any(m.trains for m in methods):
         methods.insert(0, FullFineTuning())
+    keep = block_keep(methods)
     # First on a skeleton without data: what refuses does so before the model is touched, and no dense weight has to be
     # kept for an undo while its layer is being quantised.
     for target in (skeleton(model), model):
@@ -42,7 +52,32 @@ def apply(model: nn.Module, recipe: str | Iterable[Method]) -> Tuner:
         for method in methods:
             method.prepare(target)
         check_tied(target)
-    return Tuner(model, methods)
+    return Tuner(model, methods, install_blocks(model, keep) if blocks else Blocks())
+
+
+def block_keep(methods: list[Method]) -> Keep | None:
+    keeps = {keep for method in methods if (keep := method.block_keep()) is not None}
+    if len(keeps) > 1:
+        raise EfftuneError(f"a block keeps its activations one way, not as {' and as '.join(sorted(map(str, keeps)))}.")
+    return next(iter(keeps), None)
+
+
+def install_blocks(model: nn.Module, keep: Keep | None) -> Blocks:
+    done = install(model, keep)
+    if done.swaps:
+        # An nn.Linear saves its input whatever made it; efftune.Linear keeps what the input is made of.
+        head = output_head(model)
+        layers = {n: model.get_submodule(n) for n in linear_layers(model) if not in_classifier(n)}
+        trained = {
+            n: m
+            for n, m in layers.items()
+            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not has_hooks(m)
+        }
+        where = places(model)
+        swap(model, trained)
+        for name, layer in trained.items():
+            done.swaps += [(parent, child, layer, model.get_submodule(name)) for parent, child in where[id(layer)]]
+    return done
 
 
 def check_tied(model: nn.Module) -> None:
@@ -63,6 +98,9 @@ def skeleton(model: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
         return made[id(model)]
     # Shallow, module by module: models hold locks and other things that no deep copy takes.
     twin = made[id(model)] = copy.copy(model)
+    for name, value in vars(model).items():
+        if isinstance(value, OrderedDict):  # hooks: those that a method adds to the skeleton are not the model's
+            setattr(twin, name, value.copy())
     twin._parameters = {name: _meta(p, made) for name, p in model._parameters.items()}
     twin._buffers = {name: _meta(b, made) for name, b in model._buffers.items()}
     twin._modules = {name: None if m is None else skeleton(m, made) for name, m in model._modules.items()}
@@ -112,8 +150,8 @@ class Tuner:
     """A model with a recipe applied. The optimizer it makes is its clock: each optimizer.step() ends a step, whoever's
     loop calls it, so a hand-written loop, `efftune.train` and Hugging Face's Trainer all drive the recipe alike."""
 
-    def __init__(self, model: nn.Module, methods: list[Method]):
-        self.model = model
+    def __init__(self, model: nn.Module, methods: list[Method], blocks: Blocks):
+        self.model, self.blocks = model, blocks
         self.methods = methods
         self.step = 0
         self._optimizer: torch.optim.Optimizer | None = None
@@ -192,12 +230,18 @@ class Tuner:
 
         Returns: the loss, detached.
         """
+        for method in self.methods:
+            method.before_backward(self.model, batch)
         method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
-        return method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
+        loss = method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
+        for method in self.methods:
+            method.after_backward(self.model, batch)
+        return loss
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns the model, now plain."""
+        """Takes the blocks out and replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns the
+        model, now plain."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
         tied = shared_parameters(self.model)
         for name, layer in layers:  # all refusals before the first change
@@ -207,11 +251,23 @@ class Tuner:
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
                 )
+        self.blocks.remove()
+        return self._plain(lambda layer: layer.merge())
+
+    def remove(self) -> nn.Module:
+        """Takes out everything that `apply` put in: blocks, adapters (not merged) and the layers' own storage. Weights
+        that trained themselves keep what they have learned. Returns the model, now plain."""
+        for method in self.methods:
+            method.remove(self.model)
+        self.blocks.remove()
+        return self._plain(lambda layer: Linear.from_linear(layer, delta=layer.delta.bare(), keep=Exact()).merge())
+
+    def _plain(self, make: Callable[[Linear], nn.Module]) -> nn.Module:
         where = places(self.model)
-        for _, layer in layers:
-            merged = layer.merge()
+        for layer in [m for m in self.model.modules() if isinstance(m, Linear)]:
+            plain = make(layer)
             for parent, child in where[id(layer)]:
-                setattr(parent, child, merged)
+                setattr(parent, child, plain)
         return self.model
 
     def save(self, path: str | Path) -> None:
@@ -229,8 +285,12 @@ class Tuner:
         config = {"format": 1, "recipe": self.recipe}
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def summary(self) -> str:
-        """What trains, what is frozen, and how each kind of layer stores, trains and keeps; parameters and bytes."""
+    def summary(self, batch=None, loss_fn: Callable[[nn.Module, object], Tensor] | None = None) -> str:
+        """What trains, what is frozen, and how each kind of layer stores, trains and keeps; parameters and bytes.
+
+        With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
+        module, from one forward pass whose result is dropped.
+        """
         trained = {id(p) for p in self.named_trained().values()}
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         sizes = {True: [0, 0], False: [0, 0]}
@@ -249,9 +309,9 @@ class Tuner:
             if isinstance(module, Linear):
                 keep = module.keep if module.delta.needs_keep() else "Nothing()"
                 kind = str(module.base), str(module.delta), str(keep)
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, nn.Linear) or is_conv1d(module):
                 full = id(module.weight) in trained
-                kind = "nn.Linear", "Full()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
+                kind = type(module).__name__, "Full()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
             else:
                 continue
             count = kinds.setdefault(kind, [0, 0])
@@ -259,6 +319,14 @@ class Tuner:
             count[1] += sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         for (base, delta, keep), (count, size) in kinds.items():
             lines.append(f"{count:>5} x    {base} · {delta} · {keep}  {mebibytes(size)}")
+        lines.append(f"blocks     {self.blocks}")
+        lines += [line for method in self.methods if (line := method.report(self.model)) is not None]
+        if batch is not None and loss_fn is not None:
+            kept = saved_for_backward(self.model, lambda: loss_fn(self.model, batch))
+            lines.append(f"backward keeps {mebibytes(kept.total)} of this batch:")
+            lines += [
+                f"{count:>5} x    {kind}  {mebibytes(size)}" for kind, (count, size) in kept.by_kind(self.model).items()
+            ]
         return "\n".join(lines)
 
 

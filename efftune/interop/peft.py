@@ -22,7 +22,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 # What PEFT can do to a LoRA layer and this library's cannot: a file that uses it is refused, not half read.
 FOREIGN = (
-    "use_dora", "fan_in_fan_out", "layer_replication", "megatron_config", "trainable_token_indices",
+    "use_dora", "layer_replication", "megatron_config", "trainable_token_indices",
     "target_parameters", "exclude_modules", "layers_to_transform", "use_qalora", "alora_invocation_tokens",
     "lora_bias", "arrow_config",
 )  # fmt: skip
@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path)
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.conv1d is not None for layer in layers.values()),
         "bias": "none" if not biases else "lora_only" if _only_in(trained, layers) else "all",
         "target_modules": endings(model, set(layers)),
         "rank_pattern": {exactly([n]): d.r for n, d in others.items() if d.r != first.r},

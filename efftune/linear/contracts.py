@@ -1,9 +1,9 @@
 """The three axes of a Linear, y = base(W)·x + delta(x) while backward keeps keep(x), and what each of them promises.
 
 A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors; its tensors travel beside it in
-flat tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved). Bases and keeps are leaves;
-the delta is the small program that calls them, forward and backward. So every delta works with every base and every
-keep, and a new kind is one file.
+flat tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved; here a handle may stand for a
+tensor that is made again, see `handle.py`). Bases and keeps are leaves; the delta is the small program that calls them,
+forward and backward. So every delta works with every base and every keep, and a new kind is one file.
 
 Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flattens leading dimensions.
 """
@@ -16,7 +16,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from efftune.linear.handle import Handle, Source
+
 Tensors = tuple[Tensor, ...]
+Kept = tuple[Tensor | Handle, ...]
 
 
 class Need(NamedTuple):
@@ -82,12 +85,20 @@ class Keep(Axis):
 
     keeps: ClassVar[bool] = True  # whether weight_grad can answer
     random: ClassVar[bool] = False  # draws; then `seed` is a 0-d int64 tensor on the CPU, else None
+    restores: ClassVar[bool] = False  # whether `hold` can answer: what norms, activations and attention keep with
 
-    def save(self, z: Tensor, seed: Tensor | None) -> Tensors:
+    def save(self, z: Tensor, source: Source | None, seed: Tensor | None) -> Kept:
+        """z, or what stands for it. `source` is what is known about z: how backward can make it again, and what layers
+        that read the same tensor took of it already; None where nothing is, and under torch.compile."""
         raise NotImplementedError
 
-    def weight_grad(self, g: Tensor, kept: Tensors) -> Tensor:
+    def weight_grad(self, g: Tensor, kept: Kept) -> Tensor:
         """g (M, S), a column slice of a gradient as well as a whole one -> gᵀ·z̃ (S, K), exact or unbiased."""
+        raise NotImplementedError
+
+    def hold(self, z: Tensor, seed: Tensor | None, stream: int = 0) -> Tensor | Handle:
+        """z (M, K) so that `handle.load` gives z̃: itself, or a handle to its codes. Several tensors that share a seed
+        take different streams."""
         raise NotImplementedError
 
 
@@ -114,12 +125,16 @@ class Delta(Axis):
         """The same delta as it acts in evaluation mode."""
         return self
 
+    def bare(self) -> Delta:
+        """The delta of the same layer once this one is taken out: itself where it is the stored weight that trains."""
+        return self
+
     def why_not(self, base: Base, keep: Keep, shape: tuple[int, int]) -> str | None:
         """Why this delta cannot work over base and keep on a layer of (N, K): a sentence with the remedy, or None."""
         return None
 
-    def forward(self, base, keep, x, bias, w, p, seed, need: Need) -> tuple[Tensor, Tensors]:
-        """-> y (M, N), saved. Saves only what the gradients in `need` take."""
+    def forward(self, base, keep, x, bias, w, p, seed, need: Need, source: Source | None) -> tuple[Tensor, Kept]:
+        """-> y (M, N), saved. Saves only what the gradients in `need` take; `source` is that of x, for keep.save."""
         raise NotImplementedError
 
     def backward(self, base, keep, dy, w, p, saved, seed, need: Need):

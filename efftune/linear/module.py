@@ -11,8 +11,15 @@ from efftune.linear.contracts import Base, Delta, Keep, Need, check
 from efftune.linear.delta.full import Full
 from efftune.linear.delta.none import NoDelta
 from efftune.linear.function import LinearFunction, as_matrix
+from efftune.linear.handle import Source, source_of
+from efftune.linear.scores import TokenScores
 from efftune.linear.keep.exact import Exact
 from efftune.ops.draw_seed import draw_seed
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with W stored as (K, N)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 class Linear(nn.Module):
@@ -30,6 +37,8 @@ class Linear(nn.Module):
     bias: nn.Parameter | None
     in_features: int
     out_features: int
+    conv1d: type | None = None  # the class of the plain layer, where it is transformers' Conv1D
+    scores: TokenScores | None = None  # of a keep that samples: which rows' gradients are expected to be large
 
     def __init__(self, base: Base, w, delta: Delta, keep: Keep, bias: nn.Parameter | None = None, p=None):
         super().__init__()
@@ -56,7 +65,8 @@ class Linear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, base: Base | None = None, delta: Delta | None = None, keep: Keep | None = None
     ) -> Linear:
-        """The layer `linear` (nn.Linear or efftune.Linear) with the given axes replaced and the others as they are.
+        """The layer `linear` (nn.Linear, transformers' Conv1D or efftune.Linear) with the given axes replaced and the
+        others as they are.
 
         W and the bias are shared, not copied, unless `base` stores them otherwise. An nn.Linear counts as `Dense`, as
         `Full` if its weight requires grad and `NoDelta` if not, and as `Exact`.
@@ -64,11 +74,11 @@ class Linear(nn.Module):
         if isinstance(linear, Linear):
             w, p, bias = linear.stored(), linear.added(), linear.bias
             old = linear.base, linear.delta, linear.keep
-        elif isinstance(linear, nn.Linear):
+        elif isinstance(linear, nn.Linear) or is_conv1d(linear):
             w, p, bias = (linear.weight,), (), linear.bias
-            old = Dense(), Full() if linear.weight.requires_grad else NoDelta(), Exact()
+            old = Dense(is_conv1d(linear)), Full() if linear.weight.requires_grad else NoDelta(), Exact()
         else:
-            raise EfftuneError(f"from_linear takes an nn.Linear or an efftune.Linear, not {type(linear).__name__}.")
+            raise EfftuneError(f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}.")
         if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):
             raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
         if base is not None and base != old[0]:
@@ -79,6 +89,7 @@ class Linear(nn.Module):
             if bias is not None and not isinstance(delta, Full):
                 bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
         new = cls(base or old[0], w, delta or old[1], keep or old[2], bias, p)
+        new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
         return new.train(linear.training)
 
     def stored(self) -> tuple[Tensor, ...]:
@@ -88,18 +99,23 @@ class Linear(nn.Module):
         return tuple([getattr(self, name) for name in self.delta.names])
 
     def forward(self, x: Tensor) -> Tensor:
-        device, w = x.device.type, self.stored()
+        device, w, source = x.device.type, self.stored(), None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            source = source_of(x, create=self.keep.random or self.delta.random)
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
-            x = x.to(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            if source is not None and x.dtype != dtype:
+                source = source.cast(dtype)
+            x = x.to(dtype)
             with torch.autocast(device, enabled=False):
-                return self._forward(x, w)
+                return self._forward(x, w, source)
         dtype = self.base.dtype(w)
         if x.dtype != dtype:
             raise TypeError(f"x is {x.dtype} and the layer is {dtype}; cast one of them or run under torch.autocast.")
-        return self._forward(x, w)
+        return self._forward(x, w, source)
 
-    def _forward(self, x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
+    def _forward(self, x: Tensor, w: tuple[Tensor, ...], source: Source | None) -> Tensor:
         p, bias = self.added(), self.bias
         delta = self.delta if self.training else self._eval_delta
         if torch.is_grad_enabled():
@@ -121,17 +137,23 @@ class Linear(nn.Module):
         needed = need.any()
         seed = draw_seed() if delta.random or (self.keep.random and needed) else None
         if needed:
-            return LinearFunction.apply((self.base, delta, self.keep), need, len(w), seed, x, bias, *w, *p)
-        y, _ = delta.forward(self.base, self.keep, as_matrix(x), bias, w, p, seed, need)
+            if source is not None and self.scores is not None:
+                source.scores = self.scores.of_rows(x)
+            return LinearFunction.apply((self.base, delta, self.keep), need, len(w), source, seed, x, bias, *w, *p)
+        y, _ = delta.forward(self.base, self.keep, as_matrix(x), bias, w, p, seed, need, None)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """The plain nn.Linear with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's
+    def merge(self) -> nn.Module:
+        """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's
         dtype. Shares what did not change."""
         w, p, dtype = self.stored(), self.added(), self.base.dtype(self.stored())
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
-        if self.delta.rows(p, 0, 0) is None and self.base == Dense():
+        if self.conv1d is None:
+            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
+        else:
+            with torch.device("meta"):
+                linear = self.conv1d(self.out_features, self.in_features)
+        if self.delta.rows(p, 0, 0) is None and self.base == Dense(self.conv1d is not None):
             linear.weight = w[0]
         else:
             weight = torch.empty(self.out_features, self.in_features, device=w[0].device, dtype=dtype)
@@ -141,7 +163,7 @@ class Linear(nn.Module):
                 added = self.delta.rows(p, a, b)
                 rows = self.base.rows(w, a, b, dtype if added is None else added.dtype)
                 weight[a:b] = rows if added is None else rows + added
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.weight = nn.Parameter(weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 

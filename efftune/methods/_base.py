@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
-from efftune.linear import Full, Linear
-from efftune.linear.contracts import brief
+from efftune.linear import Exact, Full, Linear
+from efftune.linear.contracts import Keep, brief
+from efftune.linear.module import is_conv1d
 
-LINEAR = (nn.Linear, Linear)
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ALL_LINEAR = "all-linear"
 CLASSIFIERS = ("classifier", "score")  # what Hugging Face and PEFT call a classification head
@@ -42,6 +43,25 @@ class Method:
 
     def optimizer(self, groups: list[dict], **defaults) -> torch.optim.Optimizer | None:
         """The optimizer this method needs, or None for AdamW."""
+
+    def block_keep(self) -> Keep | None:
+        """What norms, activations and attention in the blocks keep for backward, or None for no say in it."""
+
+    def before_backward(self, model: nn.Module, batch) -> None:
+        """Called before the forward and backward passes of each micro-batch that goes through `Tuner.backward`."""
+
+    def after_backward(self, model: nn.Module, batch) -> None:
+        """Called after them."""
+
+    def exactly(self, model: nn.Module) -> AbstractContextManager:
+        """Within it, the method approximates nothing: what `efftune verify` holds it against."""
+        return nullcontext()
+
+    def remove(self, model: nn.Module) -> None:
+        """Takes back what `prepare` added besides layers (hooks)."""
+
+    def report(self, model: nn.Module) -> str | None:
+        """A line for `Tuner.summary`: what cannot be read off the settings."""
 
     def before_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called before the first micro-batch of step 0, 1, 2, ..."""
@@ -69,6 +89,12 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return get() if get is not None else None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether the layer can be swapped: nn.Linear itself, transformers' Conv1D and efftune.Linear, and no subclass, whose
+    meaning is its own."""
+    return type(module) in (nn.Linear, Linear) or is_conv1d(module)
+
+
 def matches(name: str, target_modules: str | Iterable[str]) -> bool:
     """Whether the module path `name` is meant: a list names path endings, a string is a regular expression for the
     path or for an ending of it that begins at a dot ("q_proj|v_proj" and ".*\\.q_proj" both work)."""
@@ -78,15 +104,13 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that can be swapped: nn.Linear itself and efftune.Linear.
-
-    Not subclasses, whose meaning is their own, and not the children of torch's Transformer modules, which read
+    """The names of the layers that can be swapped: linear ones, but not the children of torch's Transformer modules, which read
     `.weight` without calling the layer: an adapter there would silently do nothing.
     """
     unseen = {
         id(child) for parent in model.modules() if isinstance(parent, READ_WEIGHTS) for child in parent.children()
     }
-    return [name for name, m in model.named_modules() if type(m) in LINEAR and id(m) not in unseen]
+    return [name for name, m in model.named_modules() if is_linear(m) and id(m) not in unseen]
 
 
 def target_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
@@ -95,7 +119,7 @@ def target_layers(method: Method, model: nn.Module, target_modules: str | Iterab
 
     Raises: EfftuneError if it matches nothing, or matches only layers that are not linear.
     """
-    if type(model) in LINEAR:
+    if is_linear(model):
         raise EfftuneError(
             f"{method.name} swaps layers inside a model, and this is a layer; use efftune.Linear.from_linear on it."
         )
@@ -153,6 +177,41 @@ def swap(model: nn.Module, names: Iterable[str], **axes) -> None:
             raise EfftuneError(f"{name}: {error}") from None
         for parent, child in where[id(layer)]:
             setattr(parent, child, new)
+
+
+def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str], keep: Keep) -> list[str]:
+    """Lets the trained ones among the layers that `target_modules` means keep their input with `keep`; their names.
+
+    Raises: EfftuneError if none of them trains: a frozen layer keeps nothing, so there is nothing to save.
+    """
+    chosen = target_layers(method, model, target_modules)
+    trained = [name for name in chosen if _needs_input(model.get_submodule(name))]
+    if not trained:
+        raise EfftuneError(
+            f"{method} acts on what trained layers keep, and none of the {len(chosen)} layers that it means keeps its "
+            "input; put it after the method that trains them."
+        )
+    swap(model, trained, keep=keep)
+    return trained
+
+
+@contextmanager
+def exact_keeps(model: nn.Module) -> Iterator[None]:
+    """Within it, everything in `model` that backward keeps is kept exactly."""
+    kept = [(m, m.keep) for m in model.modules() if isinstance(getattr(m, "keep", None), Keep) and m.keep.random]
+    for module, _ in kept:
+        module.keep = Exact()
+    try:
+        yield
+    finally:
+        for module, keep in kept:
+            module.keep = keep
+
+
+def _needs_input(layer: nn.Module) -> bool:
+    if isinstance(layer, Linear):
+        return layer.delta.needs_keep() and trained_by(layer) is not None
+    return layer.weight.requires_grad
 
 
 def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

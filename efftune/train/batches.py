@@ -1,6 +1,7 @@
 """From encoded examples to batches, deterministically: the data position is (epoch, row) and nothing else.
 
-A batch is a dict of tensors with `input_ids`, `labels`, `sample_ids` (the examples in it, in order) and
+A batch is a dict of tensors with `input_ids`, `labels`, `sample_ids` (n,), the examples in it, `sample_spans` (n, 3), the
+row, first column and length of each, and
 - packed: `position_ids`, which start again at 0 with each example, and no attention mask. Transformers models derive
   the block-diagonal mask from the restarts (`separates_documents` checks that a given model does);
 - padded: `attention_mask`.
@@ -128,7 +129,14 @@ def collate_padded(pad_id: int, classes: bool = False) -> Callable[[list[list[Ex
 
 
 def _with_ids(rows: list[list[Example]], **tensors: torch.Tensor) -> Batch:
-    return tensors | {"sample_ids": torch.tensor([example.sample_id for row in rows for example in row])}
+    ids, spans = [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for example in row:
+            ids.append(example.sample_id)
+            spans.append((r, at, len(example.input_ids)))
+            at += len(example.input_ids)
+    return tensors | {"sample_ids": torch.tensor(ids), "sample_spans": torch.tensor(spans)}
 
 
 @torch.no_grad()

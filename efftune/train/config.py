@@ -126,10 +126,12 @@ def _kinds() -> dict[str, Any]:
     return kinds
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """One option for each field. What is not given stays absent, so that a job or a resumed run can fill it in."""
+def add_options(parser: ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """One option for each field but those in `without`. What is not given stays absent, so that a job or a resumed run can fill it in."""
     kinds = _kinds()
     for field in dataclasses.fields(TrainConfig):
+        if field.name in without:
+            continue
         kind, text = kinds[field.name], field.metadata["help"].replace("%", "%%")
         if field.default is not None and field.default is not False:
             text += f" [{field.default}]"

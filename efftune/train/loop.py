@@ -40,7 +40,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
-        return {name: to_device(value, device) for name, value in batch.items()}
+        # sample_ids and sample_spans are read on the host: on a GPU that would wait for it
+        return {n: v if str(n).startswith("sample_") else to_device(v, device) for n, v in batch.items()}
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch

@@ -71,6 +71,20 @@ def _table(rows: list[tuple]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
+def comparison(rows: list[dict[str, Any]]) -> bytes:
+    """Loss curves of several runs as a PNG; rows as `efftune compare` makes them."""
+
+    def draw(axes: Any, rows: list[dict[str, Any]], _: Any) -> None:
+        for number, row in enumerate(rows):
+            steps = [r for r in row["records"] if "loss" in r]
+            held = [r for r in row["records"] if "eval_loss" in r]
+            axes.plot([r["step"] for r in steps], _smooth(steps), color=f"C{number}", label=row["recipe"])
+            axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o", color=f"C{number}")
+        axes.set_ylabel("loss (line: training, smoothed; dots: held out)")
+
+    return _draw(draw, rows, [])
+
+
 def _draw(draw: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
@@ -87,12 +101,16 @@ def _draw(draw: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]])
     return png.getvalue()
 
 
-def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="C0", alpha=0.35, label="training")
+def _smooth(steps: list[dict[str, Any]]) -> list[float]:
     smooth: list[float] = []
     for r in steps:
         smooth.append(r["loss"] if not smooth else 0.9 * smooth[-1] + 0.1 * r["loss"])
-    axes.plot([r["step"] for r in steps], smooth, color="C0", label="training, smoothed")
+    return smooth
+
+
+def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="C0", alpha=0.35, label="training")
+    axes.plot([r["step"] for r in steps], _smooth(steps), color="C0", label="training, smoothed")
     held = [r for r in records if "eval_loss" in r]
     if held:
         axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", color="C1", label="held out")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from efftune.errors import EfftuneError
 
-NUMBERED = "runs/train-{:03d}"
+NUMBERED = "runs/{}-{:03d}"
 
 
 class RunDir:
@@ -88,20 +88,20 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def choose(out: str | None, resume: bool) -> Path:
+def choose(out: str | None, resume: bool, kind: str = "train") -> Path:
     """The run directory that is meant.
 
     Raises: EfftuneError for a folder with something in it and no --resume, and for --resume without a run.
     """
     if out is None:
         number = 1
-        while Path(NUMBERED.format(number)).exists():
+        while Path(NUMBERED.format(kind, number)).exists():
             number += 1
         if not resume:
-            return Path(NUMBERED.format(number))
+            return Path(NUMBERED.format(kind, number))
         if number == 1:
             raise EfftuneError("--resume finds no run in runs/; name one with --out.")
-        return Path(NUMBERED.format(number - 1))
+        return Path(NUMBERED.format(kind, number - 1))
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise EfftuneError(f"--out {out} is a file; give a folder.")
@@ -112,7 +112,7 @@ def choose(out: str | None, resume: bool) -> Path:
     return path
 
 
-def create(path: Path, numbered: bool) -> Path:
+def create(path: Path, numbered: bool, kind: str = "train") -> Path:
     """Makes the directory of a new run; if it is a numbered one that another run has just taken, the next free one."""
     with writing(path):
         while True:
@@ -122,4 +122,4 @@ def create(path: Path, numbered: bool) -> Path:
             except FileExistsError:
                 if not numbered:
                     raise
-                path = choose(None, resume=False)
+                path = choose(None, resume=False, kind=kind)

@@ -16,39 +16,45 @@ from efftune.ops.lowrank_linear import lowrank_linear
 class Dense(Base):
     """W as it is, in float32, bfloat16, float16 or float64. `weight` is the state_dict's name, as in nn.Linear.
 
+    Args:
+        transposed: stored as (K, N), as GPT-2's Conv1D has it.
     Numerics: one product with f32 accumulation, rounded to x.dtype; a weight of another dtype than x (autocast) is
         rounded to x.dtype first. With a low-rank term see `ops.lowrank_linear`.
     """
+
+    transposed: bool = False
 
     names = ("weight",)
     trains = True
 
     def store(self, weight: Tensor) -> Tensors:
-        return (weight,)
+        return (weight.t().contiguous() if self.transposed else weight,)
 
     def shape(self, w):
-        return tuple(w[0].shape)
+        n, k = w[0].shape
+        return (k, n) if self.transposed else (n, k)
 
     def dtype(self, w):
         return w[0].dtype
 
     def linear(self, w, x, low_rank=None, bias=None, add=None):
-        return product(x, _as(w[0], x.dtype), low_rank, bias, add)
+        return product(x, self._matrix(w, x.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
         if low_rank is not None:
             low_rank = (low_rank[0], low_rank[1].t())
-        return product(dy, _as(w[0], dy.dtype).t(), low_rank, None, add)
+        return product(dy, self._matrix(w, dy.dtype).t(), low_rank, None, add)
 
     def rows(self, w, a, b, dtype):
-        return w[0][a:b].to(dtype)
+        return (w[0][:, a:b].t() if self.transposed else w[0][a:b]).to(dtype)
 
     def weight_vjp(self, w, dw_rows, a, b):
-        return (dw_rows,)
+        return (dw_rows.t() if self.transposed else dw_rows,)
 
-
-def _as(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else weight.to(dtype)  # under autocast
+    def _matrix(self, w: Tensors, dtype: torch.dtype) -> Tensor:
+        """(N, K)."""
+        weight = w[0] if w[0].dtype == dtype else w[0].to(dtype)  # under autocast
+        return weight.t() if self.transposed else weight
 
 
 def product(x: Tensor, weight: Tensor, low_rank, bias: Tensor | None, add: Tensor | None) -> Tensor:

@@ -22,8 +22,8 @@ class Full(Delta):
             return f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16)"
         return None
 
-    def forward(self, base, keep, x, bias, w, p, seed, need):
-        return base.linear(w, x, bias=bias), keep.save(x, seed) if any(need.w) else ()
+    def forward(self, base, keep, x, bias, w, p, seed, need, source):
+        return base.linear(w, x, bias=bias), keep.save(x, source, seed) if any(need.w) else ()
 
     def backward(self, base, keep, dy, w, p, saved, seed, need):
         dx = base.linear_t(w, dy) if need.x else None

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.linear.contracts import Delta, Tensors
+from efftune.linear.delta.none import NoDelta
+from efftune.linear.handle import Handle, Source
 from efftune.ops.dropout import dropout
 
 DROPOUT_STREAM = 1  # keep draws from stream 0 of the same seed: one stream for both gives biased gradients
@@ -29,8 +31,8 @@ class LoRA(Delta):
     Gradients: x, A, B (and the bias, if it trains); never W.
     Numerics: A and B are rounded to x.dtype; products accumulate in f32; scale · x Aᵀ is rounded to x.dtype once,
         and so are the gradients of A and B.
-    Saved for backward: keep(drop(x)), which without dropout is x itself, unless A is frozen; and scale · x Aᵀ (M·r
-        elements).
+    Saved for backward: keep(x), with dropout the seed besides (the mask is drawn again), unless A is frozen; and
+        scale · x Aᵀ (M·r elements).
     Raises: EfftuneError (a ValueError) on a rank, dropout or dtype out of range.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; frozen A: Zhu et al.
         2024, arXiv:2402.16842.
@@ -79,6 +81,9 @@ class LoRA(Delta):
     def eval(self):
         return replace(self, lora_dropout=0.0)
 
+    def bare(self):
+        return NoDelta()
+
     def why_not(self, base, keep, shape):
         if self.r > min(shape):
             return (
@@ -86,12 +91,14 @@ class LoRA(Delta):
             )
         return None
 
-    def forward(self, base, keep, x, bias, w, p, seed, need):
+    def forward(self, base, keep, x, bias, w, p, seed, need, source):
         a, b = _as(p, x.dtype)
         z = dropout(x, self.lora_dropout, seed, DROPOUT_STREAM) if self.lora_dropout else x
+        if self.lora_dropout and source is not None:
+            source = _dropped(x, source, self.lora_dropout, seed)
         h = _scaled_product(z, a.t(), self.scale)  # (M, R)
         y = base.linear(w, x, (h, b), bias)
-        kept = keep.save(z, seed) if need.p[0] else ()
+        kept = keep.save(z, source, seed) if need.p[0] else ()
         return y, (h, *kept) if need.p[1] else kept
 
     def backward(self, base, keep, dy, w, p, saved, seed, need):
@@ -113,6 +120,16 @@ class LoRA(Delta):
     def rows(self, p, a, b):
         lora_a, lora_b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in p)
         return self.scale * (lora_b[a:b] @ lora_a)
+
+
+def _dropped(x: Tensor, source: Source, p: float, seed: Tensor) -> Source:
+    """drop(x) is x, which layers that read it share, and a seed of its own."""
+
+    def again(x: Tensor, seed: Tensor) -> Tensor:
+        return dropout(x, p, seed, DROPOUT_STREAM)
+
+    known = source.handle
+    return Source(Handle(again, (known or x.detach(),), (seed,), rowwise=False, held=known is not None and known.held))
 
 
 def _as(p: Tensors, dtype: torch.dtype) -> Tensors:

@@ -17,7 +17,7 @@ class NoDelta(Delta):
     def needs_keep(self):
         return False
 
-    def forward(self, base, keep, x, bias, w, p, seed, need):
+    def forward(self, base, keep, x, bias, w, p, seed, need, source):
         return base.linear(w, x, bias=bias), ()
 
     def backward(self, base, keep, dy, w, p, saved, seed, need):

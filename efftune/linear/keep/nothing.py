@@ -13,7 +13,7 @@ class Nothing(Keep):
 
     keeps = False
 
-    def save(self, z, seed):
+    def save(self, z, source, seed):
         return ()
 
     def weight_grad(self, g, kept):

@@ -1,0 +1,167 @@
+"""Handles: tensors that backward makes again instead of keeping them.
+
+A norm's output, act(gate)·up, a dequantised activation: each follows element-wise from tensors that backward has anyway.
+The operation that makes such a tensor attaches a `Source` to it; a Linear that reads the tensor finds the source, and
+puts the handle's tensors, not the input itself, into its own saved tensors. A source that gets lost (by an operation in
+between, or under torch.compile, where the compiler decides what to recompute) costs memory and nothing else.
+
+All tensors of a handle go through save_for_backward: every meter and every saved-tensor hook sees them, autograd frees
+them, and a change in place is noticed. Between forward and backward a handle holds nothing outside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTRIBUTE = "_efftune_source"
+
+
+class _Shared:
+    """One rebuilt tensor for all who load it in one backward: the first makes it, the last lets it go."""
+
+    def __init__(self) -> None:
+        self.users = self.left = 0
+        self.value: Tensor | None = None
+
+    def get(self, make: Callable[[], Tensor]) -> Tensor:
+        if self.value is None:
+            self.value, self.left = make(), self.users
+        value = self.value
+        self.skip()
+        return value
+
+    def skip(self) -> None:
+        """For a user who makes do without the whole tensor."""
+        if self.value is None:
+            self.users -= 1
+            return
+        self.left -= 1
+        if self.left == 0:
+            self.value = None
+
+
+@dataclass(eq=False)
+class Handle:
+    """How to make a tensor (M, K) again: make(*rows, *shared).
+
+    Args:
+        rows: tensors (M, ...), or handles of such.   shared: tensors that do not belong to rows (weights, seeds).
+        rowwise: row i of the result depends on row i of `rows` only, so that a few rows can be made alone.
+        held: whether backward holds the tensors of `rows` for somebody else in any case, so that keeping the handle
+            costs nothing.
+    """
+
+    make: Callable[..., Tensor]
+    rows: tuple[Tensor | Handle, ...]
+    shared: tuple[Tensor, ...] = ()
+    rowwise: bool = True
+    held: bool = True
+    _once: _Shared = field(default_factory=_Shared)
+
+    def keep(self) -> Handle:
+        """Counts a user: whoever saves the handle calls it once."""
+        if self._once.users == 0:
+            for part in self.rows:
+                if isinstance(part, Handle):
+                    part.keep()
+        self._once.users += 1
+        return self
+
+    def load(self, index: Tensor | None = None) -> Tensor:
+        """The tensor, or its rows `index`."""
+        if index is not None and self.rowwise:
+            self._once.skip()
+            return self._make(index)
+        if index is not None:
+            return self.load().index_select(0, index)
+        return self._make(None) if self._once.users < 2 else self._once.get(lambda: self._make(None))
+
+    def _make(self, index: Tensor | None) -> Tensor:
+        return self.make(*(load(part, index) for part in self.rows), *self.shared)
+
+
+def load(part: Tensor | Handle, index: Tensor | None = None) -> Tensor:
+    """A tensor that was saved as it is, or as a handle; or its rows `index`."""
+    if isinstance(part, Handle):
+        return part.load(index)
+    return part if index is None else part.index_select(0, index)
+
+
+@dataclass(eq=False)
+class Source:
+    """What is known about a tensor that linear layers read."""
+
+    handle: Handle | None = None
+    scores: Tensor | None = None  # (M,) float32: how large each row's gradient is expected to be
+    kept: dict = field(default_factory=dict)  # keep -> what it took, one sample for all layers that read the tensor
+    casts: dict = field(default_factory=dict)  # dtype -> the Source of the tensor cast to it
+
+    def cast(self, dtype: torch.dtype) -> Source:
+        if dtype not in self.casts:
+            handle = self.handle
+            if handle is not None:
+                handle = Handle(lambda x: x.to(dtype), (handle,), rowwise=handle.rowwise, held=handle.held)
+            self.casts[dtype] = Source(handle)
+        return self.casts[dtype]
+
+
+def attach(x: Tensor, handle: Handle) -> Tensor:
+    """Returns x, which `handle` can make again, as a matrix in the order of x's memory."""
+    source = Source(handle)
+    setattr(x, _ATTRIBUTE, source)
+    if x._base is not None:  # a further view of x has the same base, and does not know x
+        setattr(x._base, _ATTRIBUTE, source)
+    return x
+
+
+def source_of(x: Tensor, create: bool = False) -> Source | None:
+    """The source of x, or of the tensor that x is a reshaped view of; None where there is none."""
+    source = getattr(x, _ATTRIBUTE, None)
+    base = x._base
+    if source is None and base is not None and x.is_contiguous() and x.numel() == base.numel():
+        # A view of the whole storage in the order of memory: attention's (B, H, T, D), read as (B, T, H·D).
+        if x.untyped_storage().nbytes() == x.numel() * x.element_size():
+            source = getattr(base, _ATTRIBUTE, None)
+    if source is None and create:
+        source = Source()
+        setattr(x, _ATTRIBUTE, source)
+    return source
+
+
+# Autograd saves a flat list of tensors. A structure is what remains of nested handles without them.
+
+
+def flatten(saved: tuple) -> tuple[list[Tensor], tuple | None]:
+    """A tuple of tensors and handles -> its tensors, and what `unflatten` needs; None if there are only tensors."""
+    tensors: list[Tensor] = []
+    structure = tuple(_strip(part, tensors) for part in saved)
+    return tensors, structure if any(part is not None for part in structure) else None
+
+
+def _strip(part: Tensor | Handle, tensors: list[Tensor]) -> Any:
+    if isinstance(part, Tensor):
+        tensors.append(part)
+        return None
+    rows = tuple(_strip(row, tensors) for row in part.rows)
+    tensors.extend(part.shared)
+    return part.make, rows, len(part.shared), part.rowwise, part.held, part._once
+
+
+def unflatten(tensors: tuple[Tensor, ...], structure: tuple | None) -> tuple:
+    if structure is None:
+        return tuple(tensors)
+    remaining = iter(tensors)
+    return tuple(_restore(part, remaining) for part in structure)
+
+
+def _restore(part: Any, tensors: Iterator[Tensor]) -> Tensor | Handle:
+    if part is None:
+        return next(tensors)
+    make, rows, num_shared, rowwise, held, once = part
+    made = tuple(_restore(row, tensors) for row in rows)
+    return Handle(make, made, tuple(next(tensors) for _ in range(num_shared)), rowwise, held, once)

@@ -1,0 +1,1 @@
+"""Backward that keeps or computes less."""

@@ -1,0 +1,99 @@
+"""WTA-CRS: weight gradients from a random, reweighted part of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efftune.errors import EfftuneError
+from efftune.linear import Linear
+from efftune.linear.keep.sampled import Sampled, fallbacks
+from efftune.linear.scores import TokenScores
+from efftune.methods._base import ALL_LINEAR, Method, blocks, exact_keeps, keep_in_layers
+
+
+@dataclass(frozen=True)
+class WtaCrs(Method):
+    """The trained linear layers that `target_modules` means estimate dW = dyᵀ·x from `ratio` of the tokens, without
+    bias; dx stays exact. See `efftune.linear.keep.sampled.Sampled` for the samplers, and for when rows are drawn.
+
+    Scores: ‖x_i‖ · ‖dy_i‖ of each token. Where rows are drawn in forward, ‖dy_i‖ is remembered from the last time the
+    sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says how
+    often there was one.
+    Memory: `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor; an input that
+        backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
+    Raises: EfftuneError for a ratio outside (0, 1], for sampler="topk" without biased=True, and where no layer trains.
+    Source: Liu et al. 2023, arXiv:2305.15265.
+    """
+
+    ratio: float = 0.3
+    sampler: str = "systematic"
+    min_rows: int = 16
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    biased: bool = False
+
+    name = "wtacrs"
+
+    def __post_init__(self):
+        Sampled(self.ratio, self.sampler, self.min_rows)  # raises on a value out of range
+        if self.sampler == "topk" and not self.biased:
+            raise EfftuneError(
+                "wtacrs(sampler='topk') drops the small rows for good: its gradient is biased; add biased=True if that "
+                "is what you want to look at, or use the unbiased 'systematic'."
+            )
+
+    def prepare(self, model):
+        keep = Sampled(self.ratio, self.sampler, self.min_rows)
+        layers = keep_in_layers(self, model, self.target_modules, keep)
+        scores = TokenScores()
+        for name in layers:
+            model.get_submodule(name).scores = scores
+        for block in _stack(model):
+            block.register_forward_hook(_Observer(scores))
+
+    def before_backward(self, model, batch):
+        _scores(model).begin(batch)
+
+    def after_backward(self, model, batch):
+        _scores(model).end()
+
+    def state_dict(self, model):
+        return _scores(model).state_dict()
+
+    def load_state_dict(self, model, state):
+        _scores(model).load_state_dict(state, next(model.parameters()).device)
+
+    def exactly(self, model):
+        return exact_keeps(model)
+
+    def remove(self, model):
+        for block in _stack(model):
+            for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, _Observer)]:
+                del block._forward_hooks[key]
+
+    def report(self, model):
+        text = f"token scores: {_scores(model)}"
+        count = fallbacks()
+        return text + (f"; {count} draws had no finite scores and were uniform" if count else "")
+
+
+def _stack(model):
+    try:
+        return blocks(model)[1]
+    except EfftuneError:
+        return []  # then nothing is remembered, and the norms of the inputs are the scores
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """Forward hook of a block: lets `scores` see the gradient of its output."""
+
+    scores: TokenScores
+
+    def __call__(self, module, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        if output.requires_grad:
+            output.register_hook(self.scores.observe)
+
+
+def _scores(model) -> TokenScores:
+    return next(m.scores for m in model.modules() if isinstance(m, Linear) and m.scores is not None)

@@ -1,0 +1,207 @@
+"""Scaled-dot-product attention that keeps q, k, v and its output as `keep` says, k and v as they come (not expanded to
+the number of query heads), and shares one additive mask between all layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efftune.linear import Exact
+from efftune.linear.contracts import Keep
+from efftune.linear.handle import Handle, attach, flatten, load, unflatten
+from efftune.ops.draw_seed import draw_seed
+
+aten = torch.ops.aten
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keep: Keep, seed, causal: bool, scale: float, dropout: float, made: list, q, k, v, mask):
+        rows = [_rows(t) for t in (q, k, v)]
+        q, k, v = (_heads(t, like) for t, like in zip(rows, (q, k, v), strict=True))
+        out, rest = _forward(q, k, v, mask, causal, scale, dropout)
+        held = [keep.hold(t.detach(), seed, stream) for stream, t in enumerate((*rows, _rows(out)))]
+        for part in held:
+            if isinstance(part, Handle):
+                part.keep()
+        made.append(held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],)))
+        ctx.num_rest = len(rest)
+        saved, ctx.structure = flatten((*held, *rest))
+        ctx.save_for_backward(mask, *saved)
+        ctx.settings, ctx.shapes = (causal, scale, dropout), [t.shape for t in (q, k, v, out)]
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        mask, *saved = ctx.saved_tensors
+        saved = unflatten(tuple(saved), ctx.structure)
+        q, k, v, out = (_heads(load(part), shape) for part, shape in zip(saved[:4], ctx.shapes, strict=True))
+        dq, dk, dv = _backward(dout, q, k, v, mask, out, saved[4:], *ctx.settings)
+        return None, None, None, None, None, None, dq, dk, dv, None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B·T, H·D): a view of what a projection gave; a copy of another layout."""
+    return t.transpose(1, 2).reshape(t.shape[0] * t.shape[2], -1)
+
+
+def _heads(rows: Tensor, like: Tensor | torch.Size) -> Tensor:
+    b, h, t, d = like.shape if isinstance(like, Tensor) else like
+    return rows.view(b, t, h, d).transpose(1, 2)
+
+
+# The kernels below sdpa. Its own saved-tensor hooks would hide what is packed from any meter around the model (only the
+# innermost hooks are called), so a Function calls the kernels and saves for itself.
+
+
+def _forward(q, k, v, mask, causal, scale, dropout) -> tuple[Tensor, tuple]:
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, (lse,)
+    if mask is None:
+        out, lse, cum_q, cum_k, _, _, rng, offset, _ = aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout, causal, scale=scale
+        )
+        empty = q.new_empty(0, dtype=torch.int32)
+        return out, (lse, empty if cum_q is None else cum_q, empty if cum_k is None else cum_k, rng, offset)
+    k, v, bias = _expanded(k, q), _expanded(v, q), _bias(mask, q, k)
+    out, lse, rng, offset = aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, dropout, causal, scale=scale
+    )
+    return out, (lse, rng, offset)
+
+
+def _backward(dout, q, k, v, mask, out, rest, causal, scale, dropout) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, rest[0], 0.0, causal, attn_mask=mask, scale=scale
+        )
+    if mask is None:
+        lse, cum_q, cum_k, rng, offset = rest
+        cum_q, cum_k = (None if t.numel() == 0 else t for t in (cum_q, cum_k))
+        return aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, cum_q, cum_k, q.shape[2], k.shape[2], dropout, causal, rng, offset, scale=scale
+        )
+    lse, rng, offset = rest
+    wide_k, wide_v = _expanded(k, q), _expanded(v, q)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, wide_k, wide_v, _bias(mask, q, wide_k), out, lse, rng, offset, dropout,
+        [True, True, True, False], causal, scale=scale,
+    )  # fmt: skip
+    return dq, _reduced(dk, k), _reduced(dv, v)
+
+
+def _expanded(t: Tensor, q: Tensor) -> Tensor:
+    """k or v with as many heads as q, for a kernel that takes no groups: for the duration of the call."""
+    return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
+def _reduced(dt: Tensor, t: Tensor) -> Tensor:
+    return dt if dt.shape == t.shape else dt.view(t.shape[0], t.shape[1], -1, *t.shape[2:]).sum(2)
+
+
+def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The boolean mask (True: attend) as 0 and -inf, once for all layers that are given the same tensor."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    made = getattr(mask, "_efftune_additive", None)
+    if made is None or made.dtype != dtype:
+        made = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+        mask._efftune_additive = made  # type: ignore[attr-defined]
+    return made
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+    """None, or why these arguments are left to torch's scaled_dot_product_attention."""
+    if torch.compiler.is_compiling():
+        return "the compiler decides what backward keeps"
+    if not (q.ndim == k.ndim == v.ndim == 4) or v.shape[-1] != q.shape[-1] or q.shape[1] % k.shape[1]:
+        return "it takes q (B, H, T, D), k and v (B, Hkv, S, D)"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, not {q.dtype}"
+    if mask is not None and mask.requires_grad:
+        return "a mask that trains (a position bias) needs its own gradient"
+    if q.device.type == "cpu":
+        return "the CPU's kernel has no dropout" if dropout else None
+    if q.device.type != "cuda":
+        return f"there is no kernel for {q.device.type}"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"the GPU kernels take head sizes of at most 256 in multiples of 8, not {q.shape[-1]}"
+    if mask is None:
+        return "the flash kernel takes bfloat16 and float16" if q.dtype == torch.float32 else None
+    return "the GPU kernel takes masks whose last size is a multiple of 8" if mask.shape[-1] % 8 else None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, scale: float | None = None,
+    dropout: float = 0.0, keep: Keep | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale · q kᵀ + mask) v.
+
+    Args:
+        q: (B, H, T, D).   k, v: (B, Hkv, S, D), Hkv a divisor of H (grouped queries).   f32 | bf16 | f16.
+        mask: broadcastable to (B, H, T, S), boolean (True: attend) or additive.   causal: without a mask only.
+        scale: 1/√D if None.   dropout: probability for the attention weights (GPU only).
+        keep: how backward keeps q, k, v and the output, `Exact()` or `Quantized(bits)`.
+    Returns: (B, H, T, D), laid out as (B, T, H, D). Linear layers of efftune that read it keep no input of their own.
+    Numerics: those of torch's fused kernels (softmax in float32). With a quantised keep the gradients are those at what
+        was kept; the log-sum-exp is kept exactly, so the recomputed weights need not sum to 1.
+    Saved for backward: keep(q), keep(k), keep(v), keep(output), 4·H bytes a row, and one mask for all layers.
+    Raises: ValueError where `why_not` has a reason.
+    Source: Dao et al. 2022, arXiv:2205.14135.
+    """
+    reason = why_not(q, k, v, mask, dropout)
+    if reason is not None:
+        raise ValueError(f"attention cannot run this ({reason}); use torch's scaled_dot_product_attention.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keep = Exact() if keep is None else keep
+    if mask is not None:
+        mask = additive(mask, q.dtype)
+    if not torch.is_grad_enabled():
+        return _forward(q, k, v, mask, causal, scale, dropout)[0]
+    made: list[Handle] = []
+    seed = draw_seed() if keep.random else None
+    out = _Attention.apply(keep, seed, causal, scale, dropout, made, q, k, v, mask)
+    return attach(out, made[0])
+
+
+NAME, KEEP = "efftune", "keep"  # the attribute of an attention module, as of the other modules of a block
+
+
+def register() -> None:
+    """Makes `attention` known to transformers under `NAME`, for models whose config asks for it; others see nothing."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, for_transformers)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
+    """transformers' attention interface. What `attention` cannot do goes to transformers' own sdpa."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    q, k, v = query, key, value
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+    other = any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    whole = q.shape[2] == k.shape[2] or attention_mask is not None
+    if other or not whole or why_not(q, k, v, attention_mask, dropout) is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
+    causal = bool(causal) and attention_mask is None and q.shape[2] > 1
+    keep = getattr(module, KEEP, None)
+    with torch.autocast(device, enabled=False):
+        out = attention(q, k, v, attention_mask, causal=causal, scale=scaling, dropout=dropout, keep=keep)
+    return out.transpose(1, 2), None

@@ -1,0 +1,165 @@
+"""The parts of a transformer block around its linear layers, swapped on the instance and back.
+
+Norms, gated MLPs, activations and the attention of Hugging Face models are recognised by what they compute, not by their
+class: a candidate is tried on a few numbers against the formula, and left alone where it computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efftune.linear import Exact
+from efftune.linear.contracts import Keep
+from efftune.nn import attention
+from efftune.nn.glu import Activation, GatedMLP
+from efftune.nn.norm import LayerNorm, RMSNorm
+from efftune.ops.glu import ACTIVATIONS, glu_reference
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Blocks:
+    """What `install` changed, and the way back."""
+
+    swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)  # parent, name, old, new
+    attention: list[tuple[Any, str]] = field(default_factory=list)  # config, what it asked for
+    keeps: list[nn.Module] = field(default_factory=list)
+
+    def remove(self) -> None:
+        for parent, name, old, new in reversed(self.swaps):
+            if parent._modules.get(name) is new:
+                for child in old._modules.keys() & new._modules.keys():
+                    old._modules[child] = new._modules[child]  # layers may have been swapped since
+                parent._modules[name] = old.train(new.training)
+        for config, implementation in self.attention:
+            config._attn_implementation = implementation
+        for module in self.keeps:
+            delattr(module, attention.KEEP)
+        self.swaps, self.attention, self.keeps = [], [], []
+
+    def __str__(self) -> str:
+        kinds: dict[str, int] = {}
+        for _, _, _, new in self.swaps:
+            kinds[type(new).__name__] = kinds.get(type(new).__name__, 0) + 1
+        kinds |= {"attention": len(self.keeps)} if self.keeps else {}
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+
+
+@torch.no_grad()
+def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
+    """Swaps norms, gated MLPs and activations inside `model` for those of efftune.nn, and routes the attention of a
+    transformers model that uses sdpa through `attention`. Parameters are shared and keep their names."""
+    keep, done = keep or Exact(), Blocks()
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            new = None if child is None or has_hooks(child) else twin(child, keep)
+            if new is not None:
+                parent._modules[name] = new.train(child.training)
+                done.swaps.append((parent, name, child, new))
+    _install_attention(model, keep, done)
+    return done
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or "forward" in vars(
+        module
+    )
+
+
+def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
+    """The module of efftune.nn that computes what `module` does, over the same parameters; None if there is none."""
+    kind = type(module)
+    if kind in (RMSNorm, LayerNorm, GatedMLP, Activation) or any(p.is_meta for p in module.parameters()):
+        return None
+    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return LayerNorm(module.weight, module.bias, module.eps, keep)
+    if kind is nn.RMSNorm and len(module.normalized_shape) == 1:
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return RMSNorm(module.weight, eps, 0.0, keep)
+    if kind.__name__.endswith("RMSNorm"):
+        return _rms_norm(module, keep)
+    if tuple(module._modules)[:3] == GATED and len(module._modules) <= 4:
+        return _gated_mlp(module, keep)
+    if not module._modules and not module._parameters and not module._buffers:
+        activation = recognise(module)
+        return None if activation is None else Activation(activation, keep)
+    return None
+
+
+def _rms_norm(module: nn.Module, keep: Keep) -> nn.Module | None:
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(module.parameters())) != 1:
+        return None
+    x = _probe((4, weight.shape[0]), weight)
+    for offset in (0.0, 1.0):
+        new = RMSNorm(weight, eps, offset, keep)
+        if _same(module, new, x):
+            return new
+    return None
+
+
+def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
+    parts = [getattr(module, name) for name in GATED]
+    act = getattr(module, "act_fn", None)
+    activation = recognise(act) if callable(act) else None
+    if activation is None or not all(hasattr(part, "in_features") for part in parts):
+        return None
+    new = GatedMLP(*parts, activation, keep)
+    weight = next(module.parameters())
+    return new if _same(module, new, _probe((2, parts[0].in_features), weight)) else None
+
+
+def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
+    """The name under which `glu` knows the element-wise function `act`, or None."""
+    x = torch.linspace(-8, 8, 1025)
+    try:
+        y = act(x)
+    except Exception:  # whatever it is, it is not an activation
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    fits = (name for name in ACTIVATIONS if torch.allclose(y, glu_reference(x, None, name), rtol=1e-5, atol=2e-6))
+    return next(fits, None)
+
+
+def _probe(shape: tuple[int, int], like: Tensor) -> Tensor:
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(like.device, dtype)
+
+
+def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
+    training = old.training
+    try:
+        expected = old.eval()(x)
+    except Exception:  # it wants other arguments, so it is something else
+        return False
+    finally:
+        old.train(training)
+    actual = new.eval()(x)
+    new.train(training)
+    if not isinstance(expected, Tensor) or expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    error = (actual.double() - expected.double()).norm()
+    return bool(error <= 4 * torch.finfo(x.dtype).eps * expected.double().norm())
+
+
+def _install_attention(model: nn.Module, keep: Keep, done: Blocks) -> None:
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "model_type")}
+    for config in configs.values():
+        if getattr(config, "_attn_implementation", None) == "sdpa":
+            attention.register()
+            done.attention.append((config, "sdpa"))
+            config._attn_implementation = attention.NAME
+    ours = {id(config) for config, _ in done.attention}
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in ours and hasattr(module, "is_causal"):
+            setattr(module, attention.KEEP, keep)
+            done.keeps.append(module)

@@ -1,0 +1,96 @@
+"""act(gate) · up, and act(x): what backward keeps is their inputs, never their output."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from efftune.linear import Exact
+from efftune.linear.contracts import Keep
+from efftune.linear.function import as_matrix
+from efftune.linear.handle import Handle, attach, flatten, load, unflatten
+from efftune.ops.draw_seed import draw_seed
+from efftune.ops.glu import glu as activate
+from efftune.ops.glu import glu_backward, glu_reference
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keep: Keep, activation: str, seed, made: list, gate, up):
+        rows = [as_matrix(t) for t in (gate, up) if t is not None]
+        y = activate(rows[0], rows[1] if up is not None else None, activation)
+        held = tuple(keep.hold(t.detach(), seed, stream) for stream, t in enumerate(rows))
+        for part in held:
+            if isinstance(part, Handle):
+                part.keep()
+        made.append(Handle(partial(_again, activation), held))
+        saved, ctx.structure = flatten(held)
+        ctx.save_for_backward(*saved)
+        ctx.activation = activation
+        return y.view(gate.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, *up = (load(part) for part in unflatten(ctx.saved_tensors, ctx.structure))
+        dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, ctx.activation)
+        return None, None, None, None, dgate.view(dy.shape), dup.view(dy.shape) if up else None
+
+
+def _again(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    return activate(gate, up, activation)
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = None) -> Tensor:
+    """y = act(gate) · up, or act(gate) without `up`.
+
+    Args:
+        gate, up: (..., F) f32 | bf16 | f16; also the two halves of a merged projection, without a copy.
+        activation: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
+        keep: how backward keeps gate and up, `Exact()` or `Quantized(bits)`.
+    Returns: (..., F), dtype of gate. Linear layers of efftune that read it keep no input of their own.
+    Numerics: float32 inside, rounded once (transformers rounds act(gate), too). With a quantised keep the gradients are
+        those at the inputs that were kept.
+    Saved for backward: keep(gate) and keep(up).
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    if torch.compiler.is_compiling():
+        return glu_reference(gate, up, activation)  # the compiler fuses it, and recomputes it in backward
+    if not torch.is_grad_enabled():
+        return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(gate.shape)
+    keep = Exact() if keep is None else keep
+    made: list[Handle] = []
+    y = _Glu.apply(keep, activation, draw_seed() if keep.random else None, made, gate, up)
+    return attach(y, made[0])
+
+
+class Activation(nn.Module):
+    """act(x) as a module."""
+
+    def __init__(self, activation: str, keep: Keep | None = None):
+        super().__init__()
+        self.activation, self.keep = activation, keep or Exact()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return glu(x, None, self.activation, self.keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, {self.keep}"
+
+
+class GatedMLP(nn.Module):
+    """down_proj(act(gate_proj(x)) · up_proj(x))."""
+
+    def __init__(
+        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str, keep: Keep | None = None
+    ):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.activation, self.keep = activation, keep or Exact()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.activation, self.keep))
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, {self.keep}"

@@ -1,0 +1,135 @@
+"""RMSNorm and LayerNorm whose output backward makes again instead of keeping it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efftune.linear import Exact
+from efftune.linear.contracts import Keep
+from efftune.linear.function import as_matrix
+from efftune.linear.handle import Handle, attach, flatten, load, unflatten
+from efftune.ops.draw_seed import draw_seed
+from efftune.ops.rms_norm import rms_norm as normalize
+from efftune.ops.rms_norm import rms_norm_apply, rms_norm_backward
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keep: Keep, eps: float, offset: float, center: bool, seed, made: list, x, weight, bias):
+        rows = as_matrix(x)
+        y, mean, rstd = normalize(rows, weight, bias, eps, offset, center)
+        held = keep.hold(rows.detach(), seed)
+        if isinstance(held, Handle):
+            held.keep()
+        statistics = (rstd, mean) if center else (rstd,)
+        parameters = tuple(p.detach() for p in (weight, bias) if p is not None)
+        again = partial(_again, offset, center, weight is not None)
+        made.append(Handle(again, (held, *statistics), parameters))
+        saved, ctx.structure = flatten((held, mean, rstd, *(() if weight is None else (weight,))))
+        ctx.save_for_backward(*saved)
+        ctx.offset, ctx.has_bias = offset, bias is not None
+        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        held, mean, rstd, *weight = unflatten(ctx.saved_tensors, ctx.structure)
+        _, need_weight, need_bias = ctx.needs_input_grad[6:]
+        x, weight = load(held), weight[0] if weight else None
+        dx, dw, db = rms_norm_backward(as_matrix(dy), x, weight, mean, rstd, ctx.offset, need_weight, need_bias)
+        dw = dw.to(ctx.dtypes[0]) if need_weight else None
+        db = db.to(ctx.dtypes[1]) if need_bias else None
+        return None, None, None, None, None, None, dx.view(dy.shape), dw, db
+
+
+def _again(offset: float, center: bool, has_weight: bool, x: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
+    mean, parameters = (rest[0], rest[1:]) if center else (rstd.new_empty(0), rest)
+    weight = parameters[0] if has_weight else None
+    bias = parameters[-1] if len(parameters) > has_weight else None
+    return rms_norm_apply(x, weight, bias, mean, rstd, offset)
+
+
+def _norm(x, weight, bias, eps, offset, center, keep) -> Tensor:
+    keep = Exact() if keep is None else keep
+    seed = draw_seed() if keep.random and torch.is_grad_enabled() else None
+    if not torch.is_grad_enabled():
+        return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(x.shape)
+    made: list[Handle] = []
+    y = _Norm.apply(keep, eps, offset, center, seed, made, x, weight, bias)
+    return attach(y, made[0])
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0, keep: Keep | None = None):
+    """y = x / √(mean(x²) + eps) · (offset + weight), over the last dimension.
+
+    Args:
+        x: (..., K) f32 | bf16 | f16.   weight: (K,) of any float dtype, or None.   offset: 1 where the weight is stored
+            as its difference from 1 (Gemma).
+        keep: how backward keeps x, `Exact()` or `Quantized(bits)`.
+    Returns: (..., K), dtype of x. Linear layers of efftune that read it keep no input of their own.
+    Numerics: float32 throughout, rounded once. With a quantised keep the gradients are those at x̃.
+    Saved for backward: keep(x) and 4 bytes a row. The output can be made again from them, bit for bit if keep is exact.
+    Under torch.compile with an exact keep: torch's own composition, which the compiler fuses and recomputes.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    """
+    if torch.compiler.is_compiling():
+        scaled = weight if weight is None or offset == 0 else weight + offset
+        return F.rms_norm(x, (x.shape[-1],), None if scaled is None else scaled.to(x.dtype), eps)
+    return _norm(x, weight, None, eps, offset, False, keep)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, keep: Keep | None = None):
+    """y = (x - mean(x)) / √(var(x) + eps) · weight + bias, over the last dimension.
+
+    Arguments, numerics and what is saved as in `rms_norm`; 8 bytes a row. Under CUDA autocast x is cast to float32, as
+    torch does.
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+    if torch.compiler.is_compiling():
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.float()
+    return _norm(x, weight, bias, eps, 0.0, True, keep)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` as a module with the parameter `weight` (K,)."""
+
+    def __init__(self, weight: nn.Parameter | None, eps: float = 1e-6, offset: float = 0.0, keep: Keep | None = None):
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.eps, self.offset, self.keep = eps, offset, keep or Exact()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.offset, self.keep)
+
+    def extra_repr(self) -> str:
+        size = None if self.weight is None else tuple(self.weight.shape)
+        return f"{size}, eps={self.eps}, offset={self.offset}, {self.keep}"
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` as a module with the parameters `weight` and `bias` (K,)."""
+
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None,
+        eps: float = 1e-5,
+        keep: Keep | None = None,
+    ):
+        super().__init__()
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        self.eps, self.keep = eps, keep or Exact()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, self.keep)
+
+    def extra_repr(self) -> str:
+        size = None if self.weight is None else tuple(self.weight.shape)
+        return f"{size}, eps={self.eps}, {self.keep}"

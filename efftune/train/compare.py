@@ -1,0 +1,109 @@
+"""`efftune compare`: the same training under several recipes, side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import efftune
+from efftune.errors import EfftuneError
+from efftune.memory import meter
+from efftune.train import report, rundir, state
+from efftune.train import run as runs
+from efftune.train.loop import to_device
+from efftune.train.task import autocast
+
+COLUMNS = {
+    "recipe": "recipe", "train_loss": "training loss", "eval_loss": "held-out loss", "eval_accuracy": "accuracy",
+    "saved": "saved bytes/token", "peak": "peak of a step, MiB", "tokens_per_s": "tokens/s",
+}  # fmt: skip
+
+
+def compare(recipes: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains once for each recipe, with the same data, seed and settings, and writes compare.md, compare.json and
+    compare.png into the run directory, in which each recipe has a run directory of its own.
+
+    Saved bytes are what backward keeps of one batch besides parameters; the peak is what one forward and backward pass
+    allocate above the model. Tokens/s is the median step's.
+    """
+    if len(set(recipes)) < 2:
+        raise EfftuneError("compare takes at least two different recipes.")
+    if given.get("resume"):
+        raise EfftuneError("compare cannot resume; continue one of its runs with efftune train --resume --out RUN.")
+    out = rundir.choose(given.get("out"), resume=False, kind="compare")
+    measured = [memory(recipe, given) for recipe in recipes]  # what cannot be applied refuses before the first run
+    out = rundir.create(out, numbered=not given.get("out"), kind="compare")
+    rows = []
+    for number, (recipe, bytes_) in enumerate(zip(recipes, measured, strict=True)):
+        folder = out / f"{number}-{re.sub('[^a-z0-9]+', '-', recipe.lower()).strip('-')}"
+        after = runs.train({**given, "recipe": recipe, "out": str(folder)})["after"]
+        records = rundir.RunDir(folder, resumed=False).records()
+        steps = [r for r in records if "loss" in r]
+        last = [r["loss"] for r in steps[-max(1, len(steps) // 10) :]]
+        rows.append(
+            {
+                "recipe": recipe, "train_loss": statistics.fmean(last), **_evaluations(after), **bytes_,
+                "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps), "records": records,
+            }
+        )  # fmt: skip
+    with rundir.writing(out):
+        text = table(rows)
+        rundir.write_atomically(out / "compare.md", text)
+        plain = [{name: value for name, value in row.items() if name != "records"} for row in rows]
+        rundir.write_atomically(out / "compare.json", json.dumps(plain, indent=2) + "\n")
+        (out / "compare.png").write_bytes(report.comparison(rows))
+    print(f"\n{text}\n{out}/compare.png shows the loss curves.")
+    return rows
+
+
+def _evaluations(after: dict[str, Any]) -> dict[str, float]:
+    return {name: after[name] for name in ("eval_loss", "eval_accuracy") if name in after}
+
+
+def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
+    """What one batch costs under `recipe`."""
+    config = runs.settings({**given, "recipe": recipe}, Path("."))
+    state.set_seed(config.seed)
+    prepared = runs.prepare(config)
+    tuner = efftune.apply(prepared.model, config.recipe)
+    tuner.model.train()
+    tuner.optimizer(config.lr)
+    device = next(tuner.model.parameters()).device
+    task = autocast(prepared.task, device.type) if config.dtype == "mixed" else prepared.task
+    batch = next(prepared.train.batches(prepared.train.rows(0)[: config.batch_size], config.batch_size))
+    batch = to_device(batch, device)
+    tokens = batch["input_ids"].numel()
+    kept: list[int] = []
+
+    def counted(model: nn.Module, batch: Any) -> torch.Tensor:
+        with meter.saved(model) as saved:
+            loss = task.loss(model, batch)
+        kept.append(saved.total)
+        return loss
+
+    tuner.backward(batch, counted)
+    _, peak = meter.allocated(lambda: tuner.backward(batch, task.loss), device)
+    return {"saved": max(kept) / tokens, "peak": peak / 2**20}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = [name for name in COLUMNS if any(name in row for row in rows)]
+    lines = ["| " + " | ".join(COLUMNS[name] for name in names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "recipe":
+        return f"`{value}`"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if name in ("saved", "tokens_per_s") else f"{value:.4g}"

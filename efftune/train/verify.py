@@ -1,0 +1,173 @@
+"""`efftune verify`: bias and variance of a recipe's gradients, measured on the user's own model and data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import efftune
+from efftune.errors import EfftuneError
+from efftune.memory import meter
+from efftune.train import run as runs
+from efftune.train import rundir, state
+from efftune.train.loop import to_device
+from efftune.train.task import Task, autocast
+
+COORDINATES = 4096  # of each parameter's gradient are looked at, drawn once
+
+
+@dataclass
+class Fidelity:
+    """Of one parameter's gradient, over the coordinates that were looked at."""
+
+    name: str
+    z: float  # of the squared bias, one-sided: noise alone is standard normal, about
+    bias: float  # ‖E[g] - g*‖ / ‖g*‖, at least 0
+    error: float  # √E‖g - g*‖² / ‖g*‖
+    variance_to_sgd: float  # E‖g - g*‖² / variance of g* from batch to batch
+    kept: int  # bytes that the parameter's module keeps for backward
+    variance_per_byte: float | None  # error² / kept
+
+
+@contextmanager
+def exactly(tuner: efftune.Tuner) -> Iterator[None]:
+    """The model with every approximation of its recipe switched off."""
+    with ExitStack() as stack:
+        for method in tuner.methods:
+            stack.enter_context(method.exactly(tuner.model))
+        yield
+
+
+def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: float = 0.02) -> list[Fidelity]:
+    """Draws the gradient of one batch `seeds` times, compares it with the exact one, prints a table, and writes it as
+    JSON where --out says so.
+
+    Raises: EfftuneError (so that the program fails) where a gradient is biased: the bias is significant (one-sided,
+    5 % for all parameters together) and more than `max_bias` of the gradient, or a gradient is not finite.
+    """
+    if seeds < 4 or batches < 2:
+        raise EfftuneError("verify needs at least 4 seeds and 2 batches to tell a bias from noise.")
+    config = runs.settings(given, Path(given.get("out") or "."))
+    state.set_seed(config.seed)
+    prepared = runs.prepare(config)
+    state.set_seed(config.seed)
+    tuner = efftune.apply(prepared.model, config.recipe)
+    optimizer = tuner.optimizer(config.lr)
+    model = tuner.model.eval()  # without dropout: all seeds draw from one and the same function
+    device = next(model.parameters()).device
+    task = autocast(prepared.task, device.type) if config.dtype == "mixed" else prepared.task
+    rows = prepared.train.rows(0)[: batches * config.batch_size]
+    data = [to_device(batch, device) for batch in prepared.train.batches(rows, config.batch_size)]
+    if len(data) < 2:
+        raise EfftuneError("verify needs data for at least 2 batches: SGD's own noise is what variance is held against.")
+    with exactly(tuner):  # a few steps away from the start, where LoRA's B is zero and A has no gradient
+        for batch in data[:4]:
+            tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
+            optimizer.step()
+            optimizer.zero_grad()
+    results = measure(tuner, task, data, seeds)
+    print(table(results))
+    if given.get("out"):
+        out = Path(given["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        with rundir.writing(out):
+            text = json.dumps({"recipe": tuner.recipe, "seeds": seeds, "parameters": [asdict(r) for r in results]})
+            rundir.write_atomically(out / "verify.json", text + "\n")
+    judge(results, max_bias)
+    print(f"No gradient of '{tuner.recipe}' has a bias that is both significant and above {max_bias:.0%}.")
+    return results
+
+
+def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> list[Fidelity]:
+    """`data`: batches on the device; the first is the one that is drawn from, all give SGD's noise."""
+    parameters = {n: p for n, p in tuner.named_trained().items() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    where = {
+        name: torch.randperm(p.numel(), generator=generator)[:COORDINATES].to(p.device)
+        for name, p in parameters.items()
+    }
+
+    def gradient(batch: Any) -> dict[str, Tensor]:
+        for p in parameters.values():
+            p.grad = None
+        tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
+        found = {}
+        for name, p in parameters.items():
+            flat = torch.zeros(p.numel(), device=p.device) if p.grad is None else p.grad.flatten()
+            found[name] = flat[where[name]].double().cpu()
+            p.grad = None
+        return found
+
+    with exactly(tuner):
+        exact = [gradient(batch) for batch in data]
+    drawn = [gradient(data[0]) for _ in range(seeds)]
+    kept = meter.saved_for_backward(tuner.model, lambda: task.loss(tuner.model, data[0])).by_module
+    return [
+        fidelity(
+            name,
+            torch.stack([g[name] for g in drawn]) - exact[0][name],
+            exact[0][name],
+            torch.stack([g[name] for g in exact]),
+            kept.get(name.rpartition(".")[0], 0),
+        )
+        for name in parameters
+    ]
+
+
+def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: int) -> Fidelity:
+    """errors (seeds, C), exact (C,), batches (batches, C), all float64.
+
+    The squared bias ‖E[e]‖² is estimated without bias by the mean of ⟨e_s, e_t⟩ over pairs s ≠ t; its standard error
+    without a bias is √(2 · mean ⟨e_s, e_t⟩² / (n (n - 1))).
+    """
+    n = len(errors)
+    gram = errors @ errors.t()
+    pairs = gram[~torch.eye(n, dtype=torch.bool)]
+    squared_bias, spread = float(pairs.mean()), math.sqrt(2 * float(pairs.square().mean()) / (n * (n - 1)))
+    size, error = float(exact.square().sum()), float(gram.diagonal().mean())
+    noise = float(batches.var(dim=0, unbiased=True).sum())
+    return Fidelity(
+        name,
+        z=squared_bias / spread if spread > 0 else 0.0,
+        bias=math.sqrt(max(0.0, squared_bias) / size) if size else 0.0,
+        error=math.sqrt(error / size) if size else 0.0,
+        variance_to_sgd=error / noise if noise else 0.0,
+        kept=kept,
+        variance_per_byte=error / size / kept if kept and size else None,
+    )
+
+
+def judge(results: list[Fidelity], max_bias: float) -> None:
+    """Raises: EfftuneError where a result is biased or not finite."""
+    broken = [r.name for r in results if not math.isfinite(r.error)]
+    if broken:
+        raise EfftuneError(f"The gradient of {broken[0]} is NaN or Inf.")
+    limit = NormalDist().inv_cdf(1 - 0.05 / len(results))
+    biased = [r for r in results if r.z > limit and r.bias > max_bias]
+    if biased:
+        worst = max(biased, key=lambda r: r.bias)
+        raise EfftuneError(
+            f"{len(biased)} of {len(results)} gradients are biased; the most that of {worst.name}: {worst.bias:.1%} of "
+            f"its norm (z = {worst.z:.1f}, limit {limit:.1f})."
+        )
+
+
+def table(results: list[Fidelity]) -> str:
+    width = max(len(r.name) for r in results)
+    lines = [f"{'':{width}}  {'bias':>7}  {'z':>6}  {'error':>7}  {'var/SGD':>8}  {'kept KiB':>9}  {'var/byte':>8}"]
+    for r in results:
+        per_byte = "–" if r.variance_per_byte is None else f"{r.variance_per_byte:.1e}"
+        lines.append(
+            f"{r.name:{width}}  {r.bias:7.2%}  {r.z:6.1f}  {r.error:7.2%}  {r.variance_to_sgd:8.2g}  "
+            f"{r.kept / 1024:9.1f}  {per_byte:>8}"
+        )
+    return "\n".join(lines)

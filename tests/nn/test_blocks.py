@@ -1,0 +1,211 @@
+"""The block around the Linear: swapped on the instance, the same loss and gradients, fewer bytes, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import efftune
+from efftune.linear import Exact, Linear
+from efftune.linear.keep.quantized import Quantized
+from efftune.memory import meter
+from efftune.nn.blocks import install, recognise
+from efftune.nn.norm import LayerNorm, RMSNorm
+from tests.nn.families import FAMILIES, batch, loss, model
+
+
+def gradients(model, inputs):
+    value = loss(model, inputs)
+    value.backward()
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return value.detach(), found
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_as_near_to_float64_as_the_models_own(family, dtype, padded):
+    inputs = batch(padded)
+    plain = model(family, dtype)
+    oracle_loss, oracle = gradients(copy.deepcopy(plain).double(), inputs)
+    own_loss, own = gradients(plain, inputs)
+    tuner = efftune.apply(plain, "full")
+    assert tuner.blocks.swaps and tuner.blocks.attention
+    got_loss, got = gradients(tuner.model, inputs)
+    assert got.keys() == own.keys() == oracle.keys()
+    eps = torch.finfo(dtype).eps
+
+    def within(ours, theirs, exact):
+        error, yardstick = (ours.double() - exact).norm(), (theirs.double() - exact).norm()
+        assert error <= 1.5 * yardstick + 4 * eps * exact.norm() / exact.numel() ** 0.5
+
+    within(got_loss, own_loss, oracle_loss)
+    # All together: a single small parameter's error may by chance be far below its own.
+    within(*(torch.cat([g[n].double().flatten() for n in oracle]) for g in (got, own, oracle)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remove_gives_the_model_back(family):
+    plain = model(family)
+    structure, config = str(plain), copy.deepcopy(plain.config)
+    modules = dict(plain.named_modules())
+    state = {name: t.clone() for name, t in plain.state_dict().items()}
+    expected = loss(plain, batch())
+    tuner = efftune.apply(plain, "full")
+    assert plain.state_dict().keys() == state.keys()
+    assert tuner.remove() is plain and str(plain) == structure
+    assert all(module is modules[name] for name, module in plain.named_modules())
+    assert plain.config._attn_implementation == config._attn_implementation == "sdpa"
+    assert all(torch.equal(t, state[name]) for name, t in plain.state_dict().items())
+    assert torch.equal(loss(plain, batch()), expected)
+
+
+def test_remove_takes_adapters_out_and_merge_puts_them_in():
+    for end, changed in (("remove", False), ("merge", True)):
+        plain = model("Llama")
+        structure, expected = str(plain), loss(plain, batch())
+        tuner = efftune.apply(plain, "lora(r=4)")
+        for layer in (m for m in plain.modules() if isinstance(m, Linear)):
+            nn.init.normal_(layer.lora_b)
+        getattr(tuner, end)()
+        assert str(plain) == structure
+        assert torch.equal(loss(plain, batch()), expected) != changed
+
+
+def test_blocks_can_be_left_alone():
+    tuner = efftune.apply(model("Llama"), "full", blocks=False)
+    assert not any(isinstance(m, (RMSNorm, Linear)) for m in tuner.model.modules())
+    assert tuner.model.config._attn_implementation == "sdpa"
+
+
+class Wrong(nn.Module):
+    """Named like a norm, and another function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x):
+        return x / x.norm(dim=-1, keepdim=True) * self.weight
+
+
+class OddRMSNorm(Wrong):
+    pass
+
+
+def test_what_computes_something_else_is_left_alone():
+    hooked = nn.LayerNorm(8)
+    hooked.register_forward_hook(lambda *_: None)
+    net = nn.Sequential(OddRMSNorm(), nn.LayerNorm(8), hooked, nn.RMSNorm(8), nn.Sigmoid(), nn.GELU("tanh"))
+    done = install(net)
+    assert [type(m).__name__ for m in net] == [
+        "OddRMSNorm", "LayerNorm", "LayerNorm", "RMSNorm", "Sigmoid", "Activation",
+    ]  # fmt: skip
+    assert isinstance(net[1], LayerNorm) and net[2] is hooked and isinstance(net[3], RMSNorm)
+    assert len(done.swaps) == 3
+    assert recognise(nn.SiLU()) == "silu" and recognise(nn.GELU()) == "gelu" and recognise(nn.Mish()) is None
+
+
+@pytest.mark.parametrize(
+    "recipe, reentrant",
+    [
+        ("full", False), ("full", True), ("lora(r=4, lora_dropout=0.2)", False), ("lora(r=4, lora_dropout=0.2)", True),
+        # Not with reentrant checkpointing: its forward runs without grad and draws no seeds for keeps.
+        ("full + mesa(bits=8)", False),
+    ],
+)  # fmt: skip
+def test_checkpointing_gives_the_same_bits(recipe, reentrant):
+    results = []
+    for checkpointing in (False, True):
+        plain = model("Llama")
+        torch.manual_seed(3)
+        tuner = efftune.apply(plain, recipe)
+        for layer in (m for m in plain.modules() if isinstance(m, Linear) and hasattr(m, "lora_b")):
+            nn.init.normal_(layer.lora_b)
+        if checkpointing:
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            plain.enable_input_require_grads()
+        torch.manual_seed(4)
+        results.append(gradients(tuner.model, batch()))
+    (a, first), (b, second) = results
+    assert torch.equal(a, b) and first.keys() <= second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_lost_source_costs_memory_and_nothing_else():
+    torch.manual_seed(0)
+    norm = RMSNorm(nn.Parameter(torch.rand(16)))
+    linear = Linear.from_linear(nn.Linear(16, 8, bias=False))
+    x = torch.randn(5, 16, requires_grad=True)
+    results = []
+    for lose in (False, True):
+        with meter.saved(nn.ModuleList([norm, linear])) as kept:
+            y = norm(x)
+            out = linear(y.view(1, 5, 16).view(5, 16).clone() if lose else y)
+        results.append((kept.total, *torch.autograd.grad(out.square().sum(), (x, norm.weight, linear.weight))))
+    assert results[1][0] - results[0][0] == 5 * 16 * 4
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1:], results[1][1:], strict=True))
+
+
+def test_a_source_is_found_through_a_view_and_not_through_a_part():
+    norm = RMSNorm(nn.Parameter(torch.rand(16)))
+    linear = Linear.from_linear(nn.Linear(16, 8, bias=False))
+    for view, found in ((lambda y: y.view(6, 16), True), (lambda y: y[:1].reshape(3, 16), False)):
+        x = torch.randn(2, 3, 16, requires_grad=True)
+        with meter.saved(nn.ModuleList([norm, linear])) as kept:
+            y = norm(x)
+            out = linear(view(y))
+        assert (kept.total < 2 * x.nbytes) == found
+        expected = torch.autograd.grad(out.sum(), linear.weight, retain_graph=True)[0]
+        torch.testing.assert_close(expected, view(y).sum(0).expand(8, 16))
+
+
+def test_several_backward_passes_through_one_graph():
+    tuner = efftune.apply(model("Llama"), "full")
+    value = loss(tuner.model, batch())
+    value.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in tuner.model.named_parameters()}
+    tuner.model.zero_grad()
+    value.backward()
+    assert all(torch.equal(p.grad, once[n]) for n, p in tuner.model.named_parameters())
+
+
+def test_a_change_in_place_between_forward_and_backward_is_noticed():
+    norm, linear = RMSNorm(nn.Parameter(torch.rand(16))), Linear.from_linear(nn.Linear(16, 8))
+    x = torch.randn(5, 16)
+    out = linear(norm(x))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_dropout_in_attention_is_left_to_torch():
+    tuner = efftune.apply(model("Bert", dropout=0.2), "full")
+    torch.manual_seed(0)
+    value, found = gradients(tuner.model, batch())
+    plain = model("Bert", dropout=0.2)
+    torch.manual_seed(0)
+    expected, own = gradients(plain, batch())
+    torch.testing.assert_close(value, expected)
+    for name in own:
+        torch.testing.assert_close(found[name], own[name], rtol=1e-3, atol=1e-5)
+
+
+def test_generation_and_evaluation_are_unchanged():
+    plain = model("Llama").eval()
+    ids = batch()["input_ids"][:1, :5]
+    options = dict(max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0)
+    expected = plain.generate(ids, **options)
+    tuner = efftune.apply(plain, "full + mesa(bits=4)")
+    assert torch.equal(tuner.model.eval().generate(ids, **options), expected)
+
+
+def test_keeps_of_a_block_are_one():
+    with pytest.raises(efftune.EfftuneError, match="one way"):
+        efftune.apply(model("Llama"), "full + mesa(bits=4) + mesa(bits=8)")
+    tuner = efftune.apply(model("Llama"), "full + mesa(bits=4, group=32)")
+    keeps = {str(m.keep) for m in tuner.model.modules() if hasattr(m, "keep")}
+    # the head is no block
+    assert keeps == {str(Quantized(4, 32))} and Exact() not in keeps

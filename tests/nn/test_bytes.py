@@ -1,0 +1,67 @@
+"""What backward keeps of a Llama block, in units of d bytes per token and layer: counted by saved-tensor hooks around the
+whole model, and by allocation, so that nothing hides. The difference of two depths leaves out what is around the blocks.
+"""
+
+import pytest
+import torch
+
+import efftune
+from efftune.memory import meter
+
+ROWS, TOKENS, D = 2, 128, 1024
+
+
+def llama(layers):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=D, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=512, use_cache=False, dtype=torch.bfloat16,
+    )  # fmt: skip
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+
+
+def per_token_and_layer(recipe, padded):
+    counted, allocated = [], []
+    for layers in (1, 2):
+        model = llama(layers)
+        if recipe:
+            efftune.apply(model, recipe)
+        ids = torch.randint(0, 128, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[0, -20:] = 0
+
+        def forward(model=model, ids=ids, mask=mask):
+            return model(input_ids=ids, attention_mask=mask).logits.float().sum()
+
+        counted.append(meter.saved_for_backward(model, forward).total)
+        allocated.append(meter.allocated(forward)[0])
+    unit = ROWS * TOKENS * D
+    return (counted[1] - counted[0]) / unit, (allocated[1] - allocated[0]) / unit
+
+
+@pytest.mark.parametrize(
+    "recipe, padded, most",
+    [
+        ("full", False, 20.2),
+        ("full", True, 20.3),
+        ("lora(r=16)", False, 20.5),
+        ("lora(r=16, lora_dropout=0.1)", False, 20.5),
+        ("full + mesa(bits=8)", False, 10.8),
+        ("full + mesa(bits=4)", False, 5.9),
+        ("full + wtacrs(ratio=0.3)", False, 20.2),
+        ("lora(r=16) + wtacrs(ratio=0.3) + mesa(bits=4)", False, 6.0),
+    ],
+)
+def test_bytes_of_a_block(recipe, padded, most):
+    counted, allocated = per_token_and_layer(recipe, padded)
+    print(f"{recipe}: {counted:.3f} d counted, {allocated:.3f} d allocated")
+    assert counted <= most and allocated <= most
+
+
+def test_what_transformers_keeps():
+    """The figure that the others stand beside."""
+    counted, allocated = per_token_and_layer(None, False)
+    assert counted == pytest.approx(43.1, abs=0.1) and allocated == pytest.approx(43.1, abs=0.1)
