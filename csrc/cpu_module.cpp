@@ -87,6 +87,72 @@ void bind_unpack_act(uintptr_t codes, uintptr_t stats, uintptr_t out, int64_t ro
     unpack_act(args, threads);
 }
 
+void bind_norm(uintptr_t x, uintptr_t y, uintptr_t gain, uintptr_t bias, uintptr_t mean, uintptr_t rstd, int64_t rows,
+               int64_t cols, float eps, const std::string& dtype, bool saved, int threads) {
+    check(rows >= 0 && cols > 0 && threads > 0, "rms_norm takes at least one column and at least one thread.");
+    const NormArgs args{pointer<const void>(x),
+                        pointer<void>(y),
+                        pointer<const float>(gain),
+                        pointer<const float>(bias),
+                        pointer<float>(mean),
+                        pointer<float>(rstd),
+                        rows,
+                        cols,
+                        eps,
+                        dtype_from(dtype)};
+    py::gil_scoped_release release;
+    norm(args, saved, threads);
+}
+
+void bind_norm_backward(uintptr_t dy, uintptr_t x, uintptr_t gain, uintptr_t mean, uintptr_t rstd, uintptr_t dx,
+                        uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t cols, const std::string& dtype,
+                        int threads) {
+    check(rows >= 0 && cols > 0 && threads > 0, "rms_norm takes at least one column and at least one thread.");
+    const NormBackwardArgs args{pointer<const void>(dy),
+                                pointer<const void>(x),
+                                pointer<const float>(gain),
+                                pointer<const float>(mean),
+                                pointer<const float>(rstd),
+                                pointer<void>(dx),
+                                pointer<float>(dweight),
+                                pointer<float>(dbias),
+                                rows,
+                                cols,
+                                dtype_from(dtype)};
+    py::gil_scoped_release release;
+    norm_backward(args, threads);
+}
+
+Activation activation_from(const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh") return Activation::kGeluTanh;
+    if (name == "relu") return Activation::kRelu;
+    if (name == "relu2") return Activation::kRelu2;
+    throw std::invalid_argument("glu has no activation " + name + ".");
+}
+
+void bind_glu(uintptr_t gate, uintptr_t up, uintptr_t dy, uintptr_t y, uintptr_t dgate, uintptr_t dup, int64_t rows,
+              int64_t cols, int64_t gate_stride, int64_t up_stride, int64_t dy_stride, const std::string& activation,
+              const std::string& dtype, int threads) {
+    check(rows >= 0 && cols >= 0 && threads > 0, "glu takes sizes of at least 0 and at least one thread.");
+    const GluArgs args{pointer<const void>(gate),
+                       pointer<const void>(up),
+                       pointer<const void>(dy),
+                       pointer<void>(y),
+                       pointer<void>(dgate),
+                       pointer<void>(dup),
+                       rows,
+                       cols,
+                       gate_stride,
+                       up_stride,
+                       dy_stride,
+                       activation_from(activation),
+                       dtype_from(dtype)};
+    py::gil_scoped_release release;
+    glu(args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -97,4 +163,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("int8_dequantize", &bind_int8);
     m.def("pack_act", &bind_pack_act);
     m.def("unpack_act", &bind_unpack_act);
+    m.def("norm", &bind_norm);
+    m.def("norm_backward", &bind_norm_backward);
+    m.def("glu", &bind_glu);
 }

@@ -73,4 +73,39 @@ struct UnpackArgs {
 
 void unpack_act(const UnpackArgs& args, int threads);
 
+struct NormArgs {
+    const void* x;
+    void* y;
+    const float *gain, *bias;  // bias may be nullptr
+    float *mean, *rstd;        // mean is nullptr where x is not centred
+    int64_t rows, cols;
+    float eps;
+    Dtype dtype;
+};
+
+void norm(const NormArgs& args, bool saved, int threads);  // saved: mean and rstd are given
+
+struct NormBackwardArgs {
+    const void *dy, *x;
+    const float *gain, *mean, *rstd;
+    void* dx;
+    float *dweight, *dbias;  // nullptr: not wanted
+    int64_t rows, cols;
+    Dtype dtype;
+};
+
+void norm_backward(const NormBackwardArgs& args, int threads);
+
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+
+struct GluArgs {
+    const void *gate, *up, *dy;  // up may be nullptr; dy is nullptr in forward
+    void *y, *dgate, *dup;       // y in forward, else the other two
+    int64_t rows, cols, gate_stride, up_stride, dy_stride;
+    Activation activation;
+    Dtype dtype;
+};
+
+void glu(const GluArgs& args, int threads);
+
 }  // namespace efftune

@@ -1,0 +1,71 @@
+"""act(gate) · up, forward and backward, against torch's two operators; gate and up are halves of one tensor.
+
+python -m bench.glu [--device cpu|cuda] [--rows M] [--columns F]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import print_table, run, save
+from efftune import use_backend
+from efftune.ops.glu import glu, glu_backward, glu_op
+
+TORCH = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def rows_for(device: str, dtype: torch.dtype, m: int, f: int, activation: str) -> list[dict]:
+    gate, up = torch.randn(m, 2 * f, device=device).to(dtype).chunk(2, dim=1)
+    dy = torch.randn(m, f, device=device).to(dtype)
+    act = TORCH[activation]
+
+    def composition(gate, up):
+        return act(gate) * up
+
+    def both(function):
+        leaves = [t.detach().requires_grad_() for t in (gate, up)]
+        return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
+
+    def ours(backend, backward):
+        def call():
+            with use_backend(backend):
+                glu(gate, up, activation)
+                if backward:
+                    glu_backward(dy, gate, up, activation)
+
+        return call
+
+    forwards = {"torch": composition, "torch.compile": torch.compile(composition)}
+    name = f"{activation} {str(dtype).removeprefix('torch.')} {m} x {f} {device}"
+    names = [b.name for b in glu_op.backends if device in b.devices]
+    rows = []
+    for title, backward, passes in (("forward", False, 3), ("forward + backward", True, 8)):
+        variants = {
+            label: both(function) if backward else lambda function=function: function(gate, up)
+            for label, function in forwards.items()
+        }
+        variants |= {f"efftune {backend}": ours(backend, backward) for backend in names}
+        rows += run(f"{name}, {title}", variants, device=device, bytes=passes * dy.nbytes)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--columns", type=int)
+    args = parser.parse_args()
+    m, f = args.rows or (4096 if args.device == "cpu" else 16384), args.columns or (2816 if args.device == "cpu" else 8192)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for activation in TORCH:
+            rows += rows_for(args.device, dtype, m, f, activation)
+    save(rows, f"bench/results/glu-{args.device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""RMSNorm and LayerNorm, forward and backward, against torch's and against the composition in transformers' models.
+
+python -m bench.rms_norm [--device cpu|cuda] [--rows M] [--columns K]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import print_table, run, save
+from efftune import use_backend
+from efftune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_op
+
+
+def composition(x, weight, eps):
+    """What LlamaRMSNorm does."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rows_for(device: str, dtype: torch.dtype, m: int, k: int, center: bool) -> list[dict]:
+    x, dy = (torch.randn(m, k, device=device).to(dtype) for _ in range(2))
+    weight = torch.ones(k, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(k, device=device, dtype=dtype, requires_grad=True) if center else None
+    inputs = [t for t in (weight, bias) if t is not None]
+    forwards = {
+        "torch": (lambda x: F.layer_norm(x, (k,), weight, bias)) if center else lambda x: F.rms_norm(x, (k,), weight)
+    }
+    if not center:
+        forwards["composition"] = lambda x: composition(x, weight, 1e-6)
+        forwards["torch.compile"] = torch.compile(lambda x: composition(x, weight, 1e-6))
+
+    def both(f):
+        leaf = x.detach().requires_grad_()
+        return lambda: torch.autograd.grad(f(leaf), (leaf, *inputs), dy)
+
+    def no_grad(f):
+        def call():
+            with torch.no_grad():
+                f(x)
+
+        return call
+
+    def ours(backend, backward):
+        w, b = weight.detach(), None if bias is None else bias.detach()
+
+        def call():
+            with use_backend(backend):
+                _, mean, rstd = rms_norm(x, w, b, 1e-6, 0.0, center)
+                if backward:
+                    rms_norm_backward(dy, x, w, mean, rstd, 0.0, True, center)
+
+        return call
+
+    name = f"{'layer' if center else 'rms'} norm {str(dtype).removeprefix('torch.')} {m} x {k} {device}"
+    names = [b.name for b in rms_norm_op.backends if device in b.devices]
+    rows = []
+    for title, wrap, backward, passes in (("forward", no_grad, False, 2), ("forward + backward", both, True, 5)):
+        variants = {label: wrap(f) for label, f in forwards.items()}
+        variants |= {f"efftune {backend}": ours(backend, backward) for backend in names}
+        rows += run(f"{name}, {title}", variants, device=device, bytes=passes * x.nbytes)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--columns", type=int)
+    args = parser.parse_args()
+    m, k = args.rows or (4096 if args.device == "cpu" else 16384), args.columns or (1024 if args.device == "cpu" else 4096)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for center in (False, True):
+            rows += rows_for(args.device, dtype, m, k, center)
+    save(rows, f"bench/results/rms_norm-{args.device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

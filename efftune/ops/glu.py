@@ -1,0 +1,218 @@
+"""Gated activations, act(gate) · up, and plain ones, with their gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._op import Op
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_SQRT_2_PI = math.sqrt(2 / math.pi)
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return s * (1 + x * (1 - s))
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    t = torch.tanh(_SQRT_2_PI * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _SQRT_2_PI * (1 + 3 * 0.044715 * x * x)
+
+
+_CURVES = {  # name: (value, slope)
+    "silu": (F.silu, _silu_slope),
+    "gelu": (F.gelu, _gelu_slope),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_slope),
+    "relu": (F.relu, lambda x: (~(x <= 0)).to(x.dtype)),  # as torch has it, NaN has slope 1
+    "relu2": (lambda x: F.relu(x).square(), lambda x: 2 * F.relu(x)),
+}
+ACTIVATIONS = tuple(_CURVES)
+
+# What Hugging Face configurations (hidden_act) and the classes behind them are called.
+_NAMES = {
+    "silu": ("silu", "swish", "SiLU", "SiLUActivation"),
+    "gelu": ("gelu", "gelu_python", "GELUActivation"),
+    "gelu_tanh": (
+        *("gelu_tanh", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        *("GELUTanh", "NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"),
+    ),
+    "relu": ("relu", "ReLU"),
+    "relu2": ("relu2", "ReLUSquaredActivation"),
+}
+_BY_NAME = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
+
+
+def activation_name(activation: object) -> str | None:
+    """The operator's name for a Hugging Face hidden_act string or an activation module; None for one it does not have.
+
+    An exact class name decides: a subclass may compute something else.
+    """
+    if isinstance(activation, str):
+        return _BY_NAME.get(activation)
+    if type(activation) is torch.nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return _BY_NAME.get(type(activation).__name__)
+
+
+def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:
+    if activation not in _CURVES:
+        raise ValueError(f"glu takes the activations {', '.join(ACTIVATIONS)}, not {activation!r}.")
+    if gate.ndim != 2 or gate.dtype not in (*_STORED, torch.float64):
+        raise ValueError(f"glu takes gate (M, F), float64 | 32 | 16 or bfloat16, not {gate.dtype} {tuple(gate.shape)}.")
+    if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
+        raise ValueError(
+            f"glu needs up like gate, {gate.dtype} {tuple(gate.shape)}, not {up.dtype} {tuple(up.shape)}; split a "
+            "merged tensor into halves first."
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _fake(gate, up, activation):
+    _check(gate, up, activation)
+    return gate.new_empty(gate.shape)
+
+
+def _reference(gate, up, activation):
+    out = _fake(gate, up, activation)
+    value = _CURVES[activation][0](_wide(gate))
+    return out.copy_(value if up is None else value * _wide(up))
+
+
+def _backward_fake(dy, gate, up, activation):
+    _check(gate, up, activation)
+    if dy.shape != gate.shape or dy.dtype != gate.dtype:
+        raise ValueError(
+            f"glu_backward takes dy like gate, {gate.dtype} {tuple(gate.shape)}, not {dy.dtype} {tuple(dy.shape)}."
+        )
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+
+
+def _backward_reference(dy, gate, up, activation):
+    dgate, dup = _backward_fake(dy, gate, up, activation)
+    value, slope = _CURVES[activation]
+    wide, dy = _wide(gate), _wide(dy)
+    if up is None:
+        return dgate.copy_(dy * slope(wide)), dup
+    return dgate.copy_(dy * _wide(up) * slope(wide)), dup.copy_(dy * value(wide))
+
+
+glu_op = Op("glu(Tensor gate, Tensor? up, str activation) -> Tensor", _reference, _fake)
+glu_backward_op = Op(
+    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation) -> (Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+)
+
+
+def _rows_contiguous(t: Tensor | None) -> bool:
+    return t is None or t.stride(1) == 1 or t.shape[1] <= 1
+
+
+def _tensors(*args) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def _why_not(*args) -> str | None:
+    if not all(_rows_contiguous(t) for t in _tensors(*args)):
+        return "the kernels take rows whose elements are adjacent"
+    return None if args[0].dtype in _STORED else "float64 is computed by the reference"
+
+
+def _cpp_why_not(*args):
+    return cpp_why_not(*(t[:0] for t in _tensors(*args))) or _why_not(*args)  # strides are asked about below
+
+
+def _triton_why_not(*args):
+    return triton_why_not(*_tensors(*args)) or _why_not(*args)
+
+
+def _run_cpp(dy, gate, up, activation, y, dgate, dup):
+    inputs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in (gate, up, dy)]
+    extension("_cpu").glu(
+        *(pointer for pointer, _ in inputs),
+        *(0 if t is None else t.data_ptr() for t in (y, dgate, dup)),
+        *gate.shape,
+        *(stride for _, stride in inputs),
+        activation,
+        str(gate.dtype).removeprefix("torch."),
+        torch.get_num_threads(),
+    )
+
+
+@glu_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _cpp(gate, up, activation):
+    y = _fake(gate, up, activation)
+    _run_cpp(None, gate, up, activation, y, None, None)
+    return y
+
+
+@glu_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _backward_cpp(dy, gate, up, activation):
+    dgate, dup = _backward_fake(dy, gate, up, activation)
+    _run_cpp(dy, gate, up, activation, None, dgate, dup)
+    return dgate, dup
+
+
+@glu_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _triton(gate, up, activation):
+    from efftune.triton_kernels.glu import glu
+
+    y = _fake(gate, up, activation)
+    glu(gate, up, y, activation)
+    return y
+
+
+@glu_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _backward_triton(dy, gate, up, activation):
+    from efftune.triton_kernels.glu import glu_backward
+
+    dgate, dup = _backward_fake(dy, gate, up, activation)
+    glu_backward(dy, gate, up, dgate, dup, activation)
+    return dgate, dup
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    return t if _rows_contiguous(t) else t.contiguous()
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """y = act(gate) · up, or act(gate) where up is None.
+
+    Args:
+        gate, up: (M, F) f64 | f32 | bf16 | f16. Rows may be apart, as in the halves of one merged (M, 2F) tensor; that
+            costs no copy.
+        activation: "silu", "gelu" (x · Φ(x), exact), "gelu_tanh" (its approximation by tanh), "relu", "relu2" (relu²).
+    Returns: (M, F), dtype of gate, contiguous. No gradient: see glu_backward.
+    Numerics: all arithmetic in f32 (f64 for an f64 gate), rounded once.
+    Saved for backward: nothing here; the caller keeps gate and up.
+    Raises: ValueError for another activation, a gate that is not (M, F) and floating-point, or an up unlike gate.
+    Source: Shazeer 2020, arXiv:2002.05202, eq. 5; Hendrycks and Gimpel 2016, arXiv:1606.08415; So et al. 2021,
+        arXiv:2109.08668 (relu²).
+    """
+    return glu_op(_adjacent(gate), None if up is None else _adjacent(up), activation)
+
+
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+    """dgate = dy · up · act'(gate), dup = dy · act(gate); dgate = dy · act'(gate) where up is None.
+
+    Args:
+        dy: (M, F), dtype of gate, any strides.   gate, up, activation: as given to glu.
+    Returns: dgate (M, F) and dup (M, F), dtype of gate, contiguous; dup is empty (0,) without up. act'(0) of relu is 0.
+    Numerics: all arithmetic in f32 (f64 for an f64 gate), each result rounded once.
+    Saved for backward: nothing.
+    Raises: ValueError as glu, and for a dy of another shape or dtype than gate.
+    """
+    return glu_backward_op(_adjacent(dy), _adjacent(gate), None if up is None else _adjacent(up), activation)

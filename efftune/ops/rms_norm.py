@@ -1,0 +1,291 @@
+"""RMSNorm and LayerNorm: one operator with a flag, its rebuild from saved statistics, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._op import Op
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+MAX_TRITON_COLUMNS = 16384  # one program holds a row
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _gain(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
+    """offset + weight, the factor of each column; 1 without a weight."""
+    if weight is None:
+        return torch.ones(x.shape[1], dtype=_wide(x), device=x.device)
+    return weight.to(_wide(x)) + offset if offset else weight.to(_wide(x))
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    x = x.to(_wide(x))
+    return (x - mean[:, None] if mean.numel() else x) * rstd[:, None]
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
+    if x.ndim != 2 or x.dtype not in (*_STORED, torch.float64):
+        raise ValueError(f"rms_norm takes x (M, K), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
+    if x.shape[1] == 0:
+        raise ValueError("rms_norm needs at least one column: a row of no elements has no mean.")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.shape != x.shape[1:]:
+            raise ValueError(f"rms_norm needs a {name} ({x.shape[1]},) for x {tuple(x.shape)}, not {tuple(t.shape)}.")
+        if t.dtype not in (*_STORED, torch.float64) or t.dtype == torch.float64 != x.dtype:
+            raise ValueError(f"rms_norm takes a floating-point {name}, float64 only with x, not {t.dtype}.")
+
+
+def _check_saved(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+    m = x.shape[0]
+    if rstd.shape != (m,) or mean.shape not in ((m,), (0,)):
+        raise ValueError(
+            f"rms_norm needs rstd ({m},) and mean ({m},) or (0,) for x {tuple(x.shape)}, as the forward returned them, "
+            f"not {tuple(rstd.shape)} and {tuple(mean.shape)}."
+        )
+    if rstd.dtype != _wide(x) or mean.dtype != _wide(x):
+        raise ValueError(f"rms_norm takes mean and rstd in {_wide(x)}, not {mean.dtype} and {rstd.dtype}.")
+
+
+def _fake(x, weight, bias, eps, offset, center):
+    _check(x, weight, bias)
+    m = x.shape[0]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(m if center else 0, dtype=_wide(x)),
+        x.new_empty(m, dtype=_wide(x)),
+    )
+
+
+def _reference(x, weight, bias, eps, offset, center):
+    _check(x, weight, bias)
+    wide = x.to(_wide(x))
+    mean = wide.mean(1) if center else wide.new_empty(0)
+    centred = wide - mean[:, None] if center else wide
+    rstd = (centred.square().mean(1) + eps).rsqrt()
+    return _apply_reference(x, weight, bias, mean, rstd, offset), mean, rstd
+
+
+def _apply_fake(x, weight, bias, mean, rstd, offset):
+    _check(x, weight, bias)
+    _check_saved(x, mean, rstd)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _apply_reference(x, weight, bias, mean, rstd, offset):
+    out = _apply_fake(x, weight, bias, mean, rstd, offset)
+    y = _normalised(x, mean, rstd) * _gain(x, weight, offset)
+    return out.copy_(y if bias is None else y + bias.to(y.dtype))
+
+
+def _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
+    _check(x, weight)
+    _check_saved(x, mean, rstd)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ValueError(
+            f"rms_norm_backward takes dy like x, {x.dtype} {tuple(x.shape)}, not {dy.dtype} {tuple(dy.shape)}."
+        )
+    k = x.shape[1]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(k if need_weight else 0, dtype=_wide(x)),
+        x.new_empty(k if need_bias else 0, dtype=_wide(x)),
+    )
+
+
+def _backward_reference(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
+    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
+    wide, x_hat = dy.to(_wide(x)), _normalised(x, mean, rstd)
+    g = wide * _gain(x, weight, offset)
+    inner = g - x_hat * (g * x_hat).mean(1, keepdim=True)
+    if mean.numel():
+        inner = inner - g.mean(1, keepdim=True)
+    dx.copy_(inner * rstd[:, None])
+    return (
+        dx,
+        (wide * x_hat).sum(0) if need_weight else dweight,
+        wide.sum(0) if need_bias else dbias,
+    )
+
+
+rms_norm_op = Op(
+    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool center) -> (Tensor, Tensor, Tensor)",
+    _reference,
+    _fake,
+)
+rms_norm_apply_op = Op(
+    "rms_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float offset) -> Tensor",
+    _apply_reference,
+    _apply_fake,
+)
+rms_norm_backward_op = Op(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _backward_reference,
+    _backward_fake,
+)
+
+
+def _tensors(*args) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def _dtype_why_not(*args) -> str | None:
+    return None if all(t.dtype in _STORED for t in _tensors(*args)) else "float64 is computed by the reference"
+
+
+def _cpp_why_not(*args):
+    return cpp_why_not(*_tensors(*args)) or _dtype_why_not(*args)
+
+
+def _triton_why_not(*args):
+    tensors = _tensors(*args)
+    if not all(t.is_contiguous() for t in tensors):
+        return "the Triton kernel takes contiguous tensors"
+    if tensors[0].shape[1] > MAX_TRITON_COLUMNS:
+        return f"{tensors[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
+    return triton_why_not(*tensors) or _dtype_why_not(*args)
+
+
+def _pointer(t: Tensor | None) -> int:
+    return t.data_ptr() if t is not None and t.numel() else 0
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
+    gain, bias = _gain(x, weight, offset), None if bias is None else bias.float()
+    pointers = (_pointer(t) for t in (x, y, gain, bias, mean, rstd))
+    extension("_cpu").norm(*pointers, *x.shape, eps, _name(x), saved, torch.get_num_threads())
+
+
+@rms_norm_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _cpp(x, weight, bias, eps, offset, center):
+    y, mean, rstd = _fake(x, weight, bias, eps, offset, center)
+    _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, False)
+    return y, mean, rstd
+
+
+@rms_norm_apply_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _apply_cpp(x, weight, bias, mean, rstd, offset):
+    y = _apply_fake(x, weight, bias, mean, rstd, offset)
+    _run_cpp(x, y, weight, bias, mean, rstd, offset, 0.0, True)
+    return y
+
+
+@rms_norm_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
+    outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
+    gain = _gain(x, weight, offset)
+    pointers = (_pointer(t) for t in (dy, x, gain, mean, rstd, *outputs))
+    extension("_cpu").norm_backward(*pointers, *x.shape, _name(x), torch.get_num_threads())
+    return outputs
+
+
+@rms_norm_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _triton(x, weight, bias, eps, offset, center):
+    from efftune.triton_kernels.rms_norm import rms_norm
+
+    y, mean, rstd = _fake(x, weight, bias, eps, offset, center)
+    rms_norm(x, weight, bias, y, mean, rstd, eps, offset)
+    return y, mean, rstd
+
+
+@rms_norm_apply_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _apply_triton(x, weight, bias, mean, rstd, offset):
+    from efftune.triton_kernels.rms_norm import rms_norm_apply
+
+    y = _apply_fake(x, weight, bias, mean, rstd, offset)
+    rms_norm_apply(x, weight, bias, y, mean, rstd, offset)
+    return y
+
+
+@rms_norm_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _backward_triton(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
+    from efftune.triton_kernels.rms_norm import rms_norm_backward
+
+    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
+    rms_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, offset)
+    return dx, dweight, dbias
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    center: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) · rstd · (offset + weight) + bias, row by row, with rstd = 1 / √(mean((x - mean)²) + eps).
+
+    RMSNorm is center=False, where mean counts as 0; LayerNorm is center=True.
+
+    Args:
+        x: (M, K) f64 | f32 | bf16 | f16, any strides.
+        weight, bias: (K,) or None, in a dtype of their own (f64 only with an f64 x). Without a weight the factor is 1.
+        offset: 0, or 1 where the weight is stored less 1, as in Gemma.   eps: in units of x².
+    Returns: y (M, K), dtype of x, contiguous; mean (M,), empty (0,) if not centred; rstd (M,). Statistics are f32 (f64
+        for an f64 x). No gradient: see rms_norm_backward.
+    Numerics: all arithmetic in f32 (f64 for an f64 x), y rounded once. The variance takes a second pass over the row,
+        so a large mean does not cancel it.
+    Saved for backward: nothing here; the caller keeps x and the statistics, 4 or 8 bytes a row.
+    Raises: ValueError for an x that is not (M, K) with K of at least 1, or a weight or bias that is not (K,).
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; Ba et al. 2016, arXiv:1607.06450, eq. 3.
+    """
+    return rms_norm_op(x.contiguous(), _contiguous(weight), _contiguous(bias), eps, offset, center)
+
+
+def rms_norm_apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, offset: float = 0.0
+) -> Tensor:
+    """y of rms_norm again, from its saved statistics: equal bit for bit on the backend that computed them.
+
+    Args:
+        x, weight, bias, offset: as given to rms_norm.   mean, rstd: as rms_norm returned them.
+    Returns: y (M, K), dtype of x, contiguous. No gradient.
+    Numerics: as rms_norm; element by element, without a reduction.
+    Saved for backward: nothing.
+    Raises: ValueError as rms_norm, and for statistics of another shape or dtype.
+    """
+    return rms_norm_apply_op(x.contiguous(), _contiguous(weight), _contiguous(bias), mean, rstd, offset)
+
+
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    offset: float = 0.0,
+    need_weight: bool = True,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)), g = dy · (offset + weight), x̂ = (x - mean) · rstd; without mean(g)
+    if not centred. dweight = Σ_rows dy · x̂, dbias = Σ_rows dy.
+
+    Args:
+        dy: (M, K), dtype of x, any strides (expanded too).   x, weight, offset: as given to rms_norm.
+        mean, rstd: as rms_norm returned them.
+        need_weight, need_bias: compute dweight, dbias.
+    Returns: dx (M, K), dtype of x; dweight (K,) and dbias (K,), f32 (f64 for an f64 x), empty (0,) if not needed.
+    Numerics: all arithmetic in f32 (f64 for an f64 x), dx rounded once. Sums over rows have a partition that depends on
+        M and K alone: the same bits whatever the number of threads.
+    Saved for backward: nothing. The C++ and Triton backends take a buffer of M / 64 rows (Triton: at most 512) of K.
+    Raises: ValueError as rms_norm_apply, and for a dy of another shape or dtype than x.
+    """
+    return rms_norm_backward_op(
+        dy.contiguous(), x.contiguous(), _contiguous(weight), mean, rstd, offset, need_weight, need_bias
+    )
