@@ -18,7 +18,7 @@ from efftune.linear.contracts import Keep
 from efftune.nn import attention
 from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
-from efftune.ops.glu import ACTIVATIONS, glu_reference
+from efftune.ops.glu import ACTIVATIONS, composition
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -125,7 +125,7 @@ def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
-    fits = (name for name in ACTIVATIONS if torch.allclose(y, glu_reference(x, None, name), rtol=1e-5, atol=2e-6))
+    fits = (name for name in ACTIVATIONS if torch.allclose(y, composition(x, None, name), rtol=1e-5, atol=2e-6))
     return next(fits, None)
 
 

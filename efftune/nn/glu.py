@@ -13,7 +13,7 @@ from efftune.linear.function import as_matrix
 from efftune.linear.handle import Handle, attach, flatten, load, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import glu as activate
-from efftune.ops.glu import glu_backward, glu_reference
+from efftune.ops.glu import composition, glu_backward
 
 
 class _Glu(torch.autograd.Function):
@@ -56,7 +56,7 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     if torch.compiler.is_compiling():
-        return glu_reference(gate, up, activation)  # the compiler fuses it, and recomputes it in backward
+        return composition(gate, up, activation)  # the compiler fuses it, and recomputes it in backward
     if not torch.is_grad_enabled():
         return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(gate.shape)
     keep = Exact() if keep is None else keep

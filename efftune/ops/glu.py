@@ -38,30 +38,11 @@ _CURVES = {  # name: (value, slope)
 }
 ACTIVATIONS = tuple(_CURVES)
 
-# What Hugging Face configurations (hidden_act) and the classes behind them are called.
-_NAMES = {
-    "silu": ("silu", "swish", "SiLU", "SiLUActivation"),
-    "gelu": ("gelu", "gelu_python", "GELUActivation"),
-    "gelu_tanh": (
-        *("gelu_tanh", "gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
-        *("GELUTanh", "NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"),
-    ),
-    "relu": ("relu", "ReLU"),
-    "relu2": ("relu2", "ReLUSquaredActivation"),
-}
-_BY_NAME = {alias: name for name, aliases in _NAMES.items() for alias in aliases}
 
-
-def activation_name(activation: object) -> str | None:
-    """The operator's name for a Hugging Face hidden_act string or an activation module; None for one it does not have.
-
-    An exact class name decides: a subclass may compute something else.
-    """
-    if isinstance(activation, str):
-        return _BY_NAME.get(activation)
-    if type(activation) is torch.nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    return _BY_NAME.get(type(activation).__name__)
+def composition(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """The formula in torch operations, of any shape, with their own gradients."""
+    y = _CURVES[activation][0](gate)
+    return y if up is None else y * up
 
 
 def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:
