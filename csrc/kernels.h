@@ -108,4 +108,53 @@ struct GluArgs {
 
 void glu(const GluArgs& args, int threads);
 
+struct RowNormsArgs {
+    const void* x;
+    int64_t stride;  // elements from row to row
+    float* out;
+    int64_t rows, cols;
+    Dtype dtype;
+};
+
+void row_norms(const RowNormsArgs& args, int threads);
+
+enum class Sampler : int { kSystematic = 0, kWta = 1, kCrs = 2, kTopk = 3 };  // as in efftune/ops/sample_rows.py
+
+struct SelectRowsArgs {
+    const float* scores;
+    int64_t rows, kept;
+    uint64_t seed;
+    uint32_t stream;
+    Sampler sampler;
+    int64_t* idx;
+    float* weight;
+    int32_t* fallback;
+};
+
+void select_rows(const SelectRowsArgs& args);
+constexpr int64_t kMaxCudaRows = 8192;
+const char* select_rows_cuda(const SelectRowsArgs& args, void* stream);  // systematic, up to kMaxCudaRows
+
+struct GatherRowsArgs {
+    const void* x;
+    const int64_t* idx;
+    void* out;
+    int64_t cols, stride, kept;
+    int itemsize;
+};
+
+void gather_rows(const GatherRowsArgs& args, int threads);
+
+struct ScaleRowsArgs {
+    const void* g;
+    const int64_t* idx;
+    const float* weight;
+    void* out;
+    int64_t cols, stride, kept;
+    bool transposed;
+    Dtype dtype;
+};
+
+void scale_rows(const ScaleRowsArgs& args, int threads);
+
 }  // namespace efftune

@@ -17,7 +17,7 @@
 
 namespace efftune {
 
-enum Purpose : uint32_t { kGaussian = 0, kSign = 1, kRounding = 2, kDropout = 3 };
+enum Purpose : uint32_t { kGaussian = 0, kSign = 1, kRounding = 2, kDropout = 3, kOrder = 4, kUniform = 5 };
 
 struct Words {
     uint32_t w0, w1, w2, w3;

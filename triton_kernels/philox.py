@@ -11,6 +11,8 @@ GAUSSIAN: tl.constexpr = tl.constexpr(0)
 SIGN: tl.constexpr = tl.constexpr(1)
 ROUNDING: tl.constexpr = tl.constexpr(2)
 DROPOUT: tl.constexpr = tl.constexpr(3)
+ORDER: tl.constexpr = tl.constexpr(4)
+UNIFORM: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit

@@ -9,6 +9,8 @@ key = (seed low, seed high); counter = (block low, block high, stream, purpose).
 | SIGN     | offset >> 7 | bit offset & 31 of word (offset >> 5) & 3; set → +1                               |
 | ROUNDING | offset >> 3 | half offset & 1 (low first) of word (offset >> 1) & 3                             |
 | DROPOUT  | offset >> 2 | word offset & 3                                                                   |
+| ORDER    | offset >> 2 | word offset & 3: sorting elements by it puts them into a random order             |
+| UNIFORM  | offset >> 1 | 53 bits: word 2(offset & 1), then the upper 21 bits of the word behind it         |
 
 Integers are held in int64: torch has few uint32 operations. Products below wrap modulo 2^64, as wanted.
 """
@@ -20,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-GAUSSIAN, SIGN, ROUNDING, DROPOUT = range(4)
+GAUSSIAN, SIGN, ROUNDING, DROPOUT, ORDER, UNIFORM = range(6)
 
 _LOW = 0xFFFFFFFF
 
@@ -68,6 +70,18 @@ def rounding_bits(seed: int, stream: int, offset: Tensor) -> Tensor:
 def dropout_word(seed: int, stream: int, offset: Tensor) -> Tensor:
     """32 random bits, int64, for each int64 offset."""
     return _gather_word(philox(seed, offset >> 2, stream, DROPOUT), offset & 3)
+
+
+def order_word(seed: int, stream: int, offset: Tensor) -> Tensor:
+    """32 random bits, int64, for each int64 offset."""
+    return _gather_word(philox(seed, offset >> 2, stream, ORDER), offset & 3)
+
+
+def uniform(seed: int, stream: int, offset: Tensor) -> Tensor:
+    """u in [0, 1), a multiple of 2⁻⁵³ in float64, for each int64 offset."""
+    words, first = philox(seed, offset >> 1, stream, UNIFORM), 2 * (offset & 1)
+    bits = (_gather_word(words, first) << 21) | (_gather_word(words, first + 1) >> 11)
+    return bits.to(torch.float64) * 2.0**-53
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def test_layout(seed, stream, offset):
     offsets = torch.arange(offset, offset + 300)
     normal, sign = philox.normal(seed, stream, offsets), philox.sign(seed, stream, offsets)
     bits, word = philox.rounding_bits(seed, stream, offsets), philox.dropout_word(seed, stream, offsets)
+    order, uniform = philox.order_word(seed, stream, offsets), philox.uniform(seed, stream, offsets)
     for i, o in enumerate(offsets.tolist()):
         w = scalar_words(seed, o >> 2, stream, philox.GAUSSIAN)
         w0, w1 = w[2:] if o & 2 else w[:2]
@@ -51,9 +52,12 @@ def test_layout(seed, stream, offset):
         w = scalar_words(seed, o >> 3, stream, philox.ROUNDING)
         assert bits[i].item() == w[(o >> 1) & 3] >> 16 * (o & 1) & 0xFFFF
         assert word[i].item() == scalar_words(seed, o >> 2, stream, philox.DROPOUT)[o & 3]
+        assert order[i].item() == scalar_words(seed, o >> 2, stream, philox.ORDER)[o & 3]
+        w = scalar_words(seed, o >> 1, stream, philox.UNIFORM)[2 * (o & 1) :]
+        assert uniform[i].item() == ((w[0] << 32 | w[1]) >> 11) / 2**53
 
 
 def test_purposes_differ():
     block = torch.arange(100)
-    drawn = [philox.philox(7, block, 1, purpose)[0] for purpose in range(4)]
+    drawn = [philox.philox(7, block, 1, purpose)[0] for purpose in range(6)]
     assert all((a != b).all() for i, a in enumerate(drawn) for b in drawn[:i])
