@@ -1,0 +1,117 @@
+"""Blocks of a Llama, forward + backward through transformers' own classes: what backward keeps, and what a step costs.
+
+python -m bench.block [--device cpu|cuda] [--only NAME ...] [--lora]
+
+d 1024, f 2816, 16 heads, 4 key-value heads on a CPU; the shape of a 1B Llama at 2048 tokens on a GPU. Saved bytes are per
+token and layer in units of d bytes, counted by the meter as the difference of two depths.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+import efftune
+from bench.harness import print_table, run, save
+from efftune.memory import meter
+
+FULL = {
+    "transformers": None, "efftune, exact": "full", "8-bit": "full + mesa(bits=8)", "4-bit": "full + mesa(bits=4)",
+    "sampled": "full + wtacrs(ratio=0.3)", "4-bit, sampled": "full + mesa(bits=4) + wtacrs(ratio=0.3)",
+}  # fmt: skip
+LORA = {
+    "PEFT": None, "efftune, exact": "lora(r=16)", "8-bit": "lora(r=16) + mesa(bits=8)",
+    "4-bit": "lora(r=16) + mesa(bits=4)", "4-bit, sampled": "lora(r=16) + mesa(bits=4) + wtacrs(ratio=0.3)",
+}  # fmt: skip
+SHAPES = {
+    "cpu": dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4),
+    "cuda": dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8),
+}
+SIZES = {"cpu": (4, 256, 2), "cuda": (4, 2048, 16)}  # rows, tokens, layers
+
+
+def llama(device: str, layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, num_hidden_layers=layers, max_position_embeddings=2048, use_cache=False, **SHAPES[device]
+    )
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+
+
+def prepared(recipe: str | None, lora: bool, device: str, layers: int, recompute: bool = False) -> nn.Module:
+    model = llama(device, layers)
+    if recipe:
+        efftune.apply(model, recipe)
+    elif lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear"))
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def step(model: nn.Module, ids: torch.Tensor):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def call():
+        model(input_ids=ids).logits.float().square().mean().backward()
+        for p in parameters:
+            p.grad = None
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    rows, tokens, layers = SIZES[args.device]
+    ids = torch.randint(0, 256, (rows, tokens), device=args.device)
+    recipes = LORA if args.lora else FULL
+    chosen = {name: recipe for name, recipe in recipes.items() if not args.only or name in args.only}
+    jobs = {name: (recipe, False) for name, recipe in chosen.items()}
+    if not args.only:
+        jobs["recompute"] = (next(iter(recipes.values())), True)
+
+    kept = {}
+    for name, (recipe, recompute) in jobs.items():
+        totals = []
+        for depth in (1, 2):
+            model = prepared(recipe, args.lora, args.device, depth, recompute)
+
+            def forward(model=model):
+                return model(input_ids=ids).logits.float().square().mean()
+
+            # What checkpointing keeps goes through its own hooks, and is seen in what is allocated only.
+            totals.append(
+                meter.allocated(forward, args.device)[0] if recompute else meter.saved_for_backward(model, forward).total
+            )
+        kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[args.device]["hidden_size"])
+
+    models = {name: prepared(recipe, args.lora, args.device, layers, again) for name, (recipe, again) in jobs.items()}
+    if args.device == "cuda" and not args.only:
+        models["torch.compile"] = torch.compile(prepared(None, args.lora, args.device, layers))
+    variants = {name: step(model, ids) for name, model in models.items()}
+    name = f"{'lora' if args.lora else 'full'} bf16 {rows}x{tokens}, {layers} layers"
+    found = run(name, variants, device=args.device, dtype=torch.bfloat16, repeats=args.repeats)
+    for row in found:
+        row["saved_d"] = kept.get(row["variant"])
+        row["tokens_per_s"] = rows * tokens / row["median_s"]
+    save(found, f"bench/results/block-{'lora' if args.lora else 'full'}-{args.device}.json")
+    print_table(found)
+    for row in found:
+        if row["saved_d"] is not None:
+            print(f"{row['variant']:16} keeps {row['saved_d']:6.2f} d per token and layer, {row['tokens_per_s']:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
