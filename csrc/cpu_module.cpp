@@ -162,7 +162,7 @@ void bind_row_norms(uintptr_t x, int64_t stride, uintptr_t out, int64_t rows, in
 }
 
 void bind_select_rows(uintptr_t scores, int64_t rows, int64_t kept, uint64_t seed, uint32_t stream, int sampler,
-                      uintptr_t idx, uintptr_t weight, uintptr_t fallback, uintptr_t) {
+                      uintptr_t idx, uintptr_t weight, uintptr_t fallback, uintptr_t /* a GPU's stream */) {
     check(rows >= 0 && rows < (int64_t{1} << 31) && kept > 0 && sampler >= 0 && sampler <= 3,
           "select_rows takes fewer than 2^31 rows and keeps at least one.");
     const SelectRowsArgs args{pointer<const float>(scores),

@@ -23,9 +23,27 @@ void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& 
     if (error != nullptr) throw std::runtime_error(std::string("perturb did not start: ") + error);
 }
 
+void bind_select_rows(uintptr_t scores, int64_t rows, int64_t kept, uint64_t seed, uint32_t stream, int sampler,
+                      uintptr_t idx, uintptr_t weight, uintptr_t fallback, uintptr_t cuda_stream) {
+    check(rows >= 0 && (rows <= kMaxCudaRows || rows <= kept) && kept > 0 && sampler == 0,
+          "select_rows on a GPU draws systematically, keeps at least one row and takes no more than one block sorts.");
+    const SelectRowsArgs args{pointer<const float>(scores),
+                              rows,
+                              kept,
+                              seed,
+                              stream,
+                              Sampler::kSystematic,
+                              pointer<int64_t>(idx),
+                              pointer<float>(weight),
+                              pointer<int32_t>(fallback)};
+    const char* error = select_rows_cuda(args, pointer<void>(cuda_stream));
+    if (error != nullptr) throw std::runtime_error(std::string("select_rows did not start: ") + error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "efftune's CUDA kernels; call them through efftune.ops.";
     m.def("perturb", &bind_perturb);
+    m.def("select_rows", &bind_select_rows);
 }

@@ -92,10 +92,11 @@ def rows_grad(g: Tensor, idx: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         g: (M, N) f64 | f32 | bf16 | f16, any strides; columns of a larger gradient without a copy.
         idx: (S,) int64 in [0, M), may repeat.   weight: (S,) f32.   rows: (S, K), dtype of g.
     Returns: (N, K), dtype of g. No gradient.
-    Numerics: weight·g is rounded to g.dtype once, the product accumulates in f32 (on a GPU see `lowrank_linear`). With
-        idx = arange(M) and weight = 1 the result on the CPU has the bits of torch's gᵀ @ rows.
+    Numerics: weight·g is rounded to g.dtype once (in f16 a large weight can overflow there), the product accumulates in
+        f32 (on a GPU see `lowrank_linear`). With idx = arange(M) and weight = 1 the result on the CPU has the bits of
+        torch's gᵀ @ rows, for few columns those of gᵀ.contiguous() @ rows, as keep=Exact() computes it.
     Saved for backward: nothing. "triton" makes no copy of g's rows; the others make one, S·N elements.
     Raises: ValueError on shapes or dtypes that do not fit, IndexError on the CPU for an index outside [0, M).
-    Source: Liu et al. 2023, arXiv:2305.15265, eq. 5.
+    Source: Liu et al. 2023, arXiv:2305.15265.
     """
     return rows_grad_op(g, idx, weight, rows)

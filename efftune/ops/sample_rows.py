@@ -44,6 +44,7 @@ def _rows_why_not(x: Tensor) -> str | None:
 
 
 def _norms_cpp_why_not(x):
+    # x[:0]: for device and build; row strides are taken as they are
     return cpp_why_not(x[:0]) or _rows_why_not(x)
 
 
@@ -225,7 +226,7 @@ def select_rows(
         for these integers; a weight is rounded to f32 once. On a GPU nothing waits for the device.
     Saved for backward: nothing.
     Raises: ValueError for scores that are not (M,) f32, k below 1, an unknown sampler, a seed that is not on the CPU.
-    Source: Madow 1949 (systematic sampling); Liu et al. 2023, arXiv:2305.15265, eq. 5 and 6 (wta), eq. 3 (crs).
+    Source: Madow 1949 (systematic sampling); Liu et al. 2023, arXiv:2305.15265 (wta and its rule; crs).
     """
     return select_rows_op(scores, k, seed, sampler, stream)
 
@@ -312,6 +313,6 @@ def sample_rows(
         rows, of the same distribution; on one backend the same seed gives the same bits.
     Saved for backward: nothing; the caller saves the results, S·(K + 12 / itemsize) elements.
     Raises: ValueError as `row_norms` and `select_rows`, and for a factor of another shape or dtype.
-    Source: Liu et al. 2023, arXiv:2305.15265, section 3.
+    Source: Liu et al. 2023, arXiv:2305.15265.
     """
     return sample_rows_op(x, factor, k, seed, sampler, stream)

@@ -1,0 +1,101 @@
+"""A weight gradient from sampled rows, with and without the sampling itself, against the dense product gᵀx.
+
+python -m bench.rows_grad [--device cpu|cuda] [--ratio 0.3] [--tokens M] [--width N]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from bench.harness import print_table, run, save
+from efftune import use_backend
+from efftune.ops.rows_grad import rows_grad, rows_grad_op
+from efftune.ops.sample_rows import SAMPLERS, sample_rows, sample_rows_op, select_rows
+
+
+def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio: float) -> list[dict]:
+    g, x = (torch.randn(m, width, device=device).to(dtype) for width in (n, k))
+    kept, seed = int(ratio * m), torch.tensor(1)
+    rows, idx, weight, _ = sample_rows(x, None, kept, seed)
+
+    @torch.compile
+    def compiled(g, idx, weight, rows):
+        return (g[idx].float() * weight[:, None]).to(g.dtype).t() @ rows
+
+    def ours(backend):
+        def call():
+            with use_backend(backend):
+                return rows_grad(g, idx, weight, rows)
+
+        return call
+
+    def both():
+        drawn, at, scale, _ = sample_rows(x, None, kept, seed)
+        return rows_grad(g, at, scale, drawn)
+
+    variants = {
+        "dense": lambda: g.t() @ x,
+        "torch": ours("reference"),
+        "torch.compile": lambda: compiled(g, idx, weight, rows),
+    }
+    for backend in rows_grad_op.backends:
+        if device in backend.devices:
+            variants[f"rows_grad {backend.name}"] = ours(backend.name)
+    variants["sample_rows and rows_grad"] = both
+    name = f"rows_grad {str(dtype).removeprefix('torch.')} M {m} N {n} K {k} ratio {ratio} {device}"
+    repeats = 7 if device == "cpu" else 30
+    return run(name, variants, device=device, flops=2 * kept * n * k, dtype=dtype, repeats=repeats)
+
+
+def sampling_rows(device: str, dtype: torch.dtype, m: int, k: int, ratio: float) -> list[dict]:
+    x, factor = torch.randn(m, k, device=device).to(dtype), torch.rand(m, device=device)
+    kept, seed, scores = int(ratio * m), torch.tensor(1), torch.randn(m, device=device).exp()
+
+    def torch_crs():
+        p = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) * factor
+        idx = torch.multinomial(p, kept, replacement=True)
+        return x[idx], idx, p.sum() / (kept * p[idx])
+
+    def ours(backend):
+        def call():
+            with use_backend(backend):
+                return sample_rows(x, factor, kept, seed)
+
+        return call
+
+    variants = {"torch, crs": torch_crs, "select_rows alone": lambda: select_rows(scores, kept, seed)}
+    for backend in sample_rows_op.backends:
+        if device in backend.devices:
+            variants[f"efftune {backend.name}"] = ours(backend.name)
+    for sampler in SAMPLERS[1:]:
+        variants[f"efftune, {sampler}"] = lambda sampler=sampler: sample_rows(x, factor, kept, seed, sampler)
+    name = f"sample_rows {str(dtype).removeprefix('torch.')} M {m} K {k} ratio {ratio} {device}"
+    # x is read once for the norms; the rows are read again and written.
+    total = x.nbytes + 2 * kept * k * x.itemsize
+    return run(name, variants, device=device, bytes=total, dtype=dtype, repeats=7 if device == "cpu" else 30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--width", type=int)
+    args = parser.parse_args()
+    m, width = (
+        args.tokens or (4096 if args.device == "cpu" else 8192),
+        args.width or (1024 if args.device == "cpu" else 4096),
+    )
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for n in (width, 16):  # a whole gradient, and that of a LoRA matrix
+            rows += gradient_rows(args.device, dtype, m, n, width, args.ratio)
+        rows += sampling_rows(args.device, dtype, m, width, args.ratio)
+    save(rows, f"bench/results/rows_grad-{args.device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
