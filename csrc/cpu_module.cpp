@@ -48,7 +48,7 @@ void bind_int8(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t rows, i
     int8_dequantize(args, threads);
 }
 
-void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, uintptr_t lse, uintptr_t loss,
+void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, uintptr_t norm, uintptr_t loss,
                                uintptr_t dy, int64_t rows, int64_t cols, int64_t first, int64_t vocabulary,
                                int64_t ignore_index, const std::string& dtype, float softcap, float smoothing,
                                bool gradient, int threads) {
@@ -57,7 +57,7 @@ void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, u
     const LinearCrossEntropyArgs args{pointer<void>(z),
                                       pointer<const float>(bias),
                                       pointer<const int64_t>(targets),
-                                      pointer<float>(lse),
+                                      pointer<float>(norm),
                                       pointer<float>(loss),
                                       pointer<const float>(dy),
                                       rows,

@@ -16,43 +16,50 @@ from torch import Tensor
 from efftune.ops._available import cpp_why_not, extension, triton_why_not
 from efftune.ops._op import Op, forced_backend, use_backend
 
+BLOCK = 2**21  # elements of the weight that are widened at a time
+
 _LOW = (torch.bfloat16, torch.float16)
 
 
 # ---- one tile: z (rows, cols) are the logits of columns first..first + cols, without their bias ----
 
 
-def _torch_tile(z, bias, targets, lse, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
-    """loss and lse of whole rows, if loss is not None; the gradient of z times dy, if dz is not None (it may be z)."""
-    y = z.to(lse.dtype)
+def _torch_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
+    """loss and norm of whole rows, if loss is not None; the gradient of z times dy, if dz is not None (it may be z)."""
+    y = z.to(norm.dtype)
     y = y if bias is None else y + bias
-    y = softcap * torch.tanh(y / softcap) if softcap else y
+    u = torch.tanh(y / softcap) if softcap else None
+    y = y if u is None else softcap * u
     counted = targets != ignore_index
     own = ((targets >= first) & (targets < first + y.shape[1])).nonzero().squeeze(1)
     column = targets[own] - first
     if loss is not None:
-        lse.copy_(torch.where(counted, y.logsumexp(1), 0.0))
-        at_target = torch.full_like(lse, torch.nan)
+        most = y.amax(1)
+        log_sum = (y - most[:, None]).exp_().sum(1).log_()
+        at_target = torch.full_like(loss, torch.nan)  # outside the vocabulary there is no logit
         at_target[own] = y[own, column]
-        full = lse - (1 - smoothing) * at_target - smoothing * y.mean(1) if smoothing else lse - at_target
+        full = log_sum + (most - at_target)
+        if smoothing:
+            full += smoothing * (at_target - y.mean(1))
         loss.copy_(torch.where(counted, full, 0.0))
-        lse.copy_(torch.where(counted & full.isnan(), torch.nan, lse))
+        norm[0] = torch.where(counted, most, 0.0)
+        norm[1] = torch.where(counted, log_sum + 0 * at_target, 0.0)
     if dz is not None:
-        p = (y - lse[:, None]).exp_().sub_(smoothing / vocabulary)
+        p = (y - norm[0, :, None] - norm[1, :, None]).exp_().sub_(smoothing / vocabulary)
         p[own, column] -= 1 - smoothing
-        p = p * (1 - (y / softcap).square()) if softcap else p
+        p = p if u is None else p * (1 - u.square())
         p = p if dy is None else p * dy[:, None]
         dz.copy_(torch.where(counted[:, None], p, 0.0))
 
 
-def _cpp_tile(z, bias, targets, lse, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
+def _cpp_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
     if z.numel() == 0:
         return
     extension("_cpu").linear_cross_entropy(
         z.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         targets.data_ptr(),
-        lse.data_ptr(),
+        norm.data_ptr(),
         0 if loss is None else loss.data_ptr(),
         0 if dy is None else dy.data_ptr(),
         *z.shape,
@@ -93,9 +100,9 @@ def _tile_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def _row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(a, b, weight[a:b] in dtype): at once if it has that dtype, else in blocks of 8 MiB in one buffer."""
+    """(a, b, weight[a:b] in dtype): at once if it has that dtype, else in blocks, in one buffer."""
     rows, cols = weight.shape
-    step = rows if weight.dtype == dtype else max(1, 2**21 // cols)
+    step = rows if weight.dtype == dtype else max(1, BLOCK // cols)
     buffer = weight if weight.dtype == dtype else weight.new_empty(min(step, rows), cols, dtype=dtype)
     for a in range(0, rows, step):
         b = min(a + step, rows)
@@ -150,7 +157,7 @@ def _columns(m: int, vocabulary: int) -> int:
 
 
 def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx):
-    loss, lse, dx = _forward_fake(hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx)
+    loss, norm, dx = _forward_fake(hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx)
     (m, _), vocabulary = hidden.shape, weight.shape[0]
     if not hidden.is_cuda:
         _check_targets(targets, vocabulary, ignore_index)
@@ -165,23 +172,25 @@ def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, sm
             b = min(a + step, m)
             z, dz = (t[: (b - a) * vocabulary].view(b - a, vocabulary) for t in (tile_z, tile_dz))
             _logits(hidden[a:b].to(product), weight, z)
-            rows = targets[a:b], lse[a:b], loss[a:b], None
+            here = norm.new_empty(2, b - a)
+            rows = targets[a:b], here, loss[a:b], None
             tile(z, bias, *rows, dz if need_dx else None, 0, vocabulary, ignore_index, softcap or 0.0, smoothing)
+            norm[:, a:b] = here
             if need_dx:
                 dx[a:b] = _times(dz, weight)
-    return loss, lse, dx
+    return loss, norm, dx
 
 
 def _forward_fake(hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(hidden.shape[0], dtype=wide)
-    return loss, torch.empty_like(loss), hidden.new_empty(hidden.shape if need_dx else (0, hidden.shape[1]))
+    return loss, loss.new_empty(2, loss.shape[0]), hidden.new_empty(hidden.shape if need_dx else (0, hidden.shape[1]))
 
 
 def _run_backward(
-    tile: Callable, dy, hidden, weight, bias, targets, lse, ignore_index, smoothing, softcap, need_dw, need_db
+    tile: Callable, dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db
 ):
-    dw, db = _backward_fake(dy, hidden, weight, bias, targets, lse, ignore_index, smoothing, softcap, need_dw, need_db)
+    dw, db = _backward_fake(dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db)
     (m, _), vocabulary = hidden.shape, weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
         product, tile_dtype, weight = _operands(hidden, weight)
@@ -193,17 +202,17 @@ def _run_backward(
             b = min(a + step, vocabulary)
             z, dz = (t[: m * (b - a)].view(m, b - a) for t in (tile_z, tile_dz))
             _logits(x, weight[a:b], z)
-            bias_here = None if bias is None else bias[a:b].to(lse.dtype).contiguous()
-            rows = targets, lse, None, dy
+            bias_here = None if bias is None else bias[a:b].to(norm.dtype).contiguous()
+            rows = targets, norm, None, dy
             tile(z, bias_here, *rows, dz, a, vocabulary, ignore_index, softcap or 0.0, smoothing)
             if need_dw:
                 _product(dz.t(), x, dw[a:b])
             if need_db:
-                db[a:b] = dz.sum(0, dtype=lse.dtype)
+                db[a:b] = dz.sum(0, dtype=norm.dtype)
     return dw, db
 
 
-def _backward_fake(dy, hidden, weight, bias, targets, lse, ignore_index, smoothing, softcap, need_dw, need_db):
+def _backward_fake(dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db):
     dw = weight.new_empty(weight.shape if need_dw else (0, weight.shape[1]))
     return dw, weight.new_empty(0) if bias is None or not need_db else torch.empty_like(bias)
 
@@ -225,7 +234,7 @@ FORWARD = Op(
     _forward_fake,
 )
 BACKWARD = Op(
-    "linear_cross_entropy_dw(Tensor dy, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor lse, "
+    "linear_cross_entropy_dw(Tensor dy, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor norm, "
     f"{_SETTINGS}, bool need_dw, bool need_db) -> (Tensor, Tensor)",
     lambda *args: _run_backward(_torch_tile, *args),
     _backward_fake,
@@ -254,8 +263,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, settings, need_dx, need_dw, need_db):
-        loss, lse, dx = FORWARD(hidden, weight, bias, targets, *settings, need_dx)
-        again = (hidden, weight, bias, targets, lse) if need_dw or need_db else (None,) * 5
+        loss, norm, dx = FORWARD(hidden, weight, bias, targets, *settings, need_dx)
+        again = (hidden, weight, bias, targets, norm) if need_dw or need_db else (None,) * 5
         ctx.save_for_backward(dx if need_dx else None, *again)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
         ctx.settings, ctx.need = settings, (need_dx, need_dw, need_db)
@@ -346,7 +355,7 @@ def linear_cross_entropy(
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where
         the naive way has three.
     Saved for backward: the gradient of hidden without dy (M·K elements); if weight or bias trains also hidden and the
-        targets (inputs) and lse (M elements).
+        targets (inputs), and the maximum and log-sum-exp of each row of logits.
     Raises: ValueError for shapes, dtypes or settings that do not fit, and on the CPU for a target outside the
         vocabulary. On a GPU, where looking would stop the queue, such a target makes its loss and its gradients NaN.
         RuntimeError for a second derivative.
