@@ -211,6 +211,31 @@ void bind_scale_rows(uintptr_t g, uintptr_t idx, uintptr_t weight, uintptr_t out
     scale_rows(args, threads);
 }
 
+void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, uintptr_t norm, uintptr_t loss,
+                               uintptr_t dy, int64_t rows, int64_t cols, int64_t first, int64_t vocabulary,
+                               int64_t ignore_index, const std::string& dtype, float softcap, float smoothing,
+                               bool gradient, int threads) {
+    check(rows >= 0 && cols > 0 && first >= 0 && first + cols <= vocabulary && threads > 0,
+          "linear_cross_entropy takes columns inside the vocabulary, at least one, and at least one thread.");
+    const LinearCrossEntropyArgs args{pointer<void>(z),
+                                      pointer<const float>(bias),
+                                      pointer<const int64_t>(targets),
+                                      pointer<float>(norm),
+                                      pointer<float>(loss),
+                                      pointer<const float>(dy),
+                                      rows,
+                                      cols,
+                                      first,
+                                      vocabulary,
+                                      ignore_index,
+                                      dtype_from(dtype),
+                                      softcap,
+                                      smoothing,
+                                      gradient};
+    py::gil_scoped_release release;
+    linear_cross_entropy(args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -228,4 +253,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("select_rows", &bind_select_rows);
     m.def("gather_rows", &bind_gather_rows);
     m.def("scale_rows", &bind_scale_rows);
+    m.def("linear_cross_entropy", &bind_linear_cross_entropy);
 }

@@ -157,4 +157,19 @@ struct ScaleRowsArgs {
 
 void scale_rows(const ScaleRowsArgs& args, int threads);
 
+struct LinearCrossEntropyArgs {
+    void* z;                 // (rows, cols): logits of the columns first..first + cols, replaced by their gradient
+    const float* bias;       // (cols) or nullptr
+    const int64_t* targets;  // (rows), inside the vocabulary or ignore_index
+    float* norm;             // (2, rows): max and log Σ exp(y - max), written with the loss, else read
+    float* loss;             // (rows) or nullptr; only for whole rows
+    const float* dy;         // (rows), factors of the gradient, or nullptr
+    int64_t rows, cols, first, vocabulary, ignore_index;
+    Dtype dtype;
+    float softcap, smoothing;  // 0: none
+    bool gradient;
+};
+
+void linear_cross_entropy(const LinearCrossEntropyArgs& args, int threads);
+
 }  // namespace efftune

@@ -1,0 +1,1 @@
+"""The rest of a block that costs memory in training."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from efftune.nn.linear_cross_entropy import lm_head_loss
 from efftune.train.data import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -33,7 +34,7 @@ class Task:
         return self.evaluate(model, batch) if self.evaluate else {"loss": self.loss(model, batch)}
 
 
-def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+def _inputs(batch: Batch) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
     }
@@ -41,13 +42,20 @@ def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
         # With a cache, which is Hugging Face's default, the restarts of position_ids are not looked at and
         # packed documents would see each other.
         inputs["use_cache"] = False
-    return model(**inputs).logits
+    return inputs
+
+
+def _forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(**_inputs(batch)).logits
 
 
 def causal_lm_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Sum of the cross-entropies of all labelled tokens, in float32."""
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()  # (B·T,): what each position predicts
     counted = (targets != IGNORED).nonzero().squeeze(1)
+    loss = lm_head_loss(model, _inputs(batch), counted, targets[counted])
+    if loss is not None:
+        return loss
     logits = _forward(model, batch).flatten(0, 1)  # (B·T, V), a view; [:, :-1] would copy them all
     # selected before the cast: prompts and padding cost no float32 logits
     return F.cross_entropy(logits.index_select(0, counted).float(), targets[counted], reduction="sum")

@@ -1,0 +1,91 @@
+"""The loss of a language-model head, forward + backward: logits and F.cross_entropy, torch's own chunked operator, and
+ours. Peak memory includes the gradient of a head that trains.
+
+python -m bench.linear_cross_entropy [--device cpu|cuda] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from bench.harness import print_table, run, save
+from efftune.ops.linear_cross_entropy import linear_cross_entropy
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def naive(hidden, weight, targets):
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def torch_chunked(hidden, weight, targets):
+    return F.linear_cross_entropy(hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def cut(**options) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    return lambda hidden, weight, targets: cce(hidden, weight, targets, **options)
+
+
+def losses(device: str) -> dict[str, Loss]:
+    found: dict[str, Loss] = {"naive": naive, "efftune": linear_cross_entropy}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13 on
+        found["torch chunked"] = torch_chunked
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        found["Liger, float32 sums"] = liger()
+    if device == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        found["cut-cross-entropy"] = cut()
+        found["cut-cross-entropy, unfiltered"] = cut(filter_eps=None)
+    return found
+
+
+def rows_for(device: str, dtype: torch.dtype, m: int, k: int, v: int, trains: bool, repeats: int) -> list[dict]:
+    torch.manual_seed(0)
+    hidden = torch.randn(m, k, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(v, k, device=device) / k**0.5).to(dtype).requires_grad_(trains)
+    targets = torch.randint(v, (m,), device=device)
+
+    def step(loss: Loss):
+        def call():
+            loss(hidden, weight, targets).backward()
+            hidden.grad = weight.grad = None
+
+        return call
+
+    name = f"{str(dtype).removeprefix('torch.')} M {m} K {k} V {v}, head {'trained' if trains else 'frozen'}"
+    variants = {label: step(loss) for label, loss in losses(device).items()}
+    products = 3 if trains else 2
+    return run(name, variants, device=device, dtype=dtype, flops=2 * products * m * k * v, repeats=repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="V 32k, K 1024, 1024 tokens, for slow processors")
+    parser.add_argument("--repeats", type=int, help="of each variant (default 3 on a CPU, 10 on a GPU)")
+    arguments = parser.parse_args()
+    device, repeats = arguments.device, arguments.repeats or (3 if arguments.device == "cpu" else 10)
+    shape = (1024, 1024, 32768) if arguments.small else (4096, 2048, 131072)
+    jobs = [(torch.bfloat16, *shape, True), (torch.bfloat16, *shape, False), (torch.float32, *shape, True)]
+    if device != "cpu" and not arguments.small:
+        jobs += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
+    rows = [row for job in jobs for row in rows_for(device, *job, repeats)]
+    save(rows, f"bench/results/linear_cross_entropy-{device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

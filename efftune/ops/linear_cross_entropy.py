@@ -1,0 +1,388 @@
+"""Cross-entropy of a language-model head, whose logits exist one tile at a time.
+
+A row of logits and its gradient with respect to `hidden` concern one token only: forward computes both, for a block of
+tokens at a time. The gradient of the weight sums over tokens, so it has to wait for dy; backward computes the logits
+again, for a block of the vocabulary at a time. Then the rows of dW are finished by one product over all tokens, with no
+float32 dW beside them, and a frozen head costs what it costs without this: two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._op import Op, forced_backend, use_backend
+
+BLOCK = 2**21  # elements of the weight that are widened at a time
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+# ---- one tile: z (rows, cols) are the logits of columns first..first + cols, without their bias ----
+
+
+def _torch_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
+    """loss and norm of whole rows, if loss is not None; the gradient of z times dy, if dz is not None (it may be z)."""
+    y = z.to(norm.dtype)
+    y = y if bias is None else y + bias
+    u = torch.tanh(y / softcap) if softcap else None
+    y = y if u is None else softcap * u
+    counted = targets != ignore_index
+    own = ((targets >= first) & (targets < first + y.shape[1])).nonzero().squeeze(1)
+    column = targets[own] - first
+    if loss is not None:
+        most = y.amax(1)
+        log_sum = (y - most[:, None]).exp_().sum(1).log_()
+        at_target = torch.full_like(loss, torch.nan)  # outside the vocabulary there is no logit
+        at_target[own] = y[own, column]
+        full = log_sum + (most - at_target)
+        if smoothing:
+            full += smoothing * (at_target - y.mean(1))
+        loss.copy_(torch.where(counted, full, 0.0))
+        norm[0] = torch.where(counted, most, 0.0)
+        norm[1] = torch.where(counted, log_sum + 0 * at_target, 0.0)
+    if dz is not None:
+        p = (y - norm[0, :, None] - norm[1, :, None]).exp_().sub_(smoothing / vocabulary)
+        p[own, column] -= 1 - smoothing
+        p = p if u is None else p * (1 - u.square())
+        p = p if dy is None else p * dy[:, None]
+        dz.copy_(torch.where(counted[:, None], p, 0.0))
+
+
+def _cpp_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_index, softcap, smoothing):
+    if z.numel() == 0:
+        return
+    extension("_cpu").linear_cross_entropy(
+        z.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        targets.data_ptr(),
+        norm.data_ptr(),
+        0 if loss is None else loss.data_ptr(),
+        0 if dy is None else dy.data_ptr(),
+        *z.shape,
+        first,
+        vocabulary,
+        ignore_index,
+        str(z.dtype).removeprefix("torch."),
+        softcap,
+        smoothing,
+        dz is not None,
+        torch.get_num_threads(),
+    )
+
+
+def _triton_tile(*args):
+    from efftune.triton_kernels.linear_cross_entropy import linear_cross_entropy
+
+    linear_cross_entropy(*args)
+
+
+# ---- products ----
+
+
+def _emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this CPU has no units for products of `dtype`; then oneDNN is 3 to 5 times slower than in float32."""
+    if device.type != "cpu" or dtype not in _LOW:
+        return False
+    if dtype == torch.float16:
+        return not torch.cpu._is_amx_fp16_supported()
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _tile_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Of the logits that a product gives: float32 where it can be had from 16-bit operands at no cost."""
+    if dtype in _LOW and ((device.type == "cuda" and torch.version.cuda) or _emulated(device, dtype)):
+        return torch.float32
+    return dtype
+
+
+def _row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(a, b, weight[a:b] in dtype): at once if it has that dtype, else in blocks, in one buffer."""
+    rows, cols = weight.shape
+    step = rows if weight.dtype == dtype else max(1, BLOCK // cols)
+    buffer = weight if weight.dtype == dtype else weight.new_empty(min(step, rows), cols, dtype=dtype)
+    for a in range(0, rows, step):
+        b = min(a + step, rows)
+        yield a, b, weight if buffer is weight else buffer[: b - a].copy_(weight[a:b])
+
+
+def _logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    for a, b, w in _row_blocks(weight, x.dtype):
+        _product(x, w.t(), out[:, a:b])
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, accumulated in float32 and rounded once to out.dtype."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and torch.version.cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _times(dz: Tensor, weight: Tensor) -> Tensor:
+    """dz · weight (rows, K), dtype of dz."""
+    if weight.dtype == dz.dtype:
+        return dz @ weight
+    dx = dz.new_zeros(dz.shape[0], weight.shape[1])
+    for a, b, w in _row_blocks(weight, dz.dtype):
+        dx.addmm_(dz[:, a:b], w)
+    return dx
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype, Tensor]:
+    """The dtype of the operands of products, that of the tile, and the weight: under autocast it is rounded here."""
+    product = torch.float32 if _emulated(hidden.device, hidden.dtype) else hidden.dtype
+    if weight.dtype != hidden.dtype and hidden.dtype == product:
+        weight = weight.to(product)
+    return product, _tile_dtype(hidden.device, hidden.dtype), weight
+
+
+def _tokens(m: int, vocabulary: int) -> int:
+    """Tokens whose logits exist at once: a sixteenth of them, but no tile above 2^25 elements nor needlessly small."""
+    return max(16, min(max(m // 16, 2**23 // vocabulary), 2**25 // vocabulary))
+
+
+def _columns(m: int, vocabulary: int) -> int:
+    """Columns of the vocabulary whose logits exist at once, for all tokens: 2^23 elements. From 2^15 tokens on the tile
+    grows, but stays below `hidden`."""
+    return min(vocabulary, max(256, 2**23 // max(m, 1)))
+
+
+# ---- the two operators ----
+
+
+def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx):
+    loss, norm, dx = _forward_fake(hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx)
+    (m, _), vocabulary = hidden.shape, weight.shape[0]
+    if not hidden.is_cuda:
+        _check_targets(targets, vocabulary, ignore_index)
+    with torch.autocast(hidden.device.type, enabled=False):
+        product, tile_dtype, weight = _operands(hidden, weight)
+        bias = None if bias is None else bias.to(loss.dtype).contiguous()
+        step = _tokens(m, vocabulary)
+        tile_z = torch.empty(min(step, m) * vocabulary, dtype=tile_dtype, device=hidden.device)
+        in_place = tile_dtype == product
+        tile_dz = tile_z if in_place or not need_dx else torch.empty_like(tile_z, dtype=product)
+        for a in range(0, m, step):
+            b = min(a + step, m)
+            z, dz = (t[: (b - a) * vocabulary].view(b - a, vocabulary) for t in (tile_z, tile_dz))
+            _logits(hidden[a:b].to(product), weight, z)
+            here = norm.new_empty(2, b - a)
+            rows = targets[a:b], here, loss[a:b], None
+            tile(z, bias, *rows, dz if need_dx else None, 0, vocabulary, ignore_index, softcap or 0.0, smoothing)
+            norm[:, a:b] = here
+            if need_dx:
+                dx[a:b] = _times(dz, weight)
+    return loss, norm, dx
+
+
+def _forward_fake(hidden, weight, bias, targets, ignore_index, smoothing, softcap, need_dx):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = hidden.new_empty(hidden.shape[0], dtype=wide)
+    return loss, loss.new_empty(2, loss.shape[0]), hidden.new_empty(hidden.shape if need_dx else (0, hidden.shape[1]))
+
+
+def _run_backward(
+    tile: Callable, dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db
+):
+    dw, db = _backward_fake(dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db)
+    (m, _), vocabulary = hidden.shape, weight.shape[0]
+    with torch.autocast(hidden.device.type, enabled=False):
+        product, tile_dtype, weight = _operands(hidden, weight)
+        x = hidden.to(product)
+        step = _columns(m, vocabulary)
+        tile_z = torch.empty(m * step, dtype=tile_dtype, device=hidden.device)
+        tile_dz = tile_z if tile_dtype == product else torch.empty_like(tile_z, dtype=product)
+        for a in range(0, vocabulary, step):
+            b = min(a + step, vocabulary)
+            z, dz = (t[: m * (b - a)].view(m, b - a) for t in (tile_z, tile_dz))
+            _logits(x, weight[a:b], z)
+            bias_here = None if bias is None else bias[a:b].to(norm.dtype).contiguous()
+            rows = targets, norm, None, dy
+            tile(z, bias_here, *rows, dz, a, vocabulary, ignore_index, softcap or 0.0, smoothing)
+            if need_dw:
+                _product(dz.t(), x, dw[a:b])
+            if need_db:
+                db[a:b] = dz.sum(0, dtype=norm.dtype)
+    return dw, db
+
+
+def _backward_fake(dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db):
+    dw = weight.new_empty(weight.shape if need_dw else (0, weight.shape[1]))
+    return dw, weight.new_empty(0) if bias is None or not need_db else torch.empty_like(bias)
+
+
+def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = targets[((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"linear_cross_entropy takes targets in 0..{vocabulary - 1} or ignore_index={ignore_index}, "
+            f"not {int(wrong[0])}; is the weight that of the tokenizer's vocabulary?"
+        )
+
+
+_SETTINGS = "int ignore_index, float label_smoothing, float? softcap"
+FORWARD = Op(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"{_SETTINGS}, bool need_dx) -> (Tensor, Tensor, Tensor)",
+    lambda *args: _run_forward(_torch_tile, *args),
+    _forward_fake,
+)
+BACKWARD = Op(
+    "linear_cross_entropy_dw(Tensor dy, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor norm, "
+    f"{_SETTINGS}, bool need_dw, bool need_db) -> (Tensor, Tensor)",
+    lambda *args: _run_backward(_torch_tile, *args),
+    _backward_fake,
+)
+
+
+def _cpp_why_not(first: Tensor, *args) -> str | None:
+    if first.dtype == torch.float64 or args[0].dtype == torch.float64:
+        return "float64 is computed by the reference"
+    return cpp_why_not(first.new_empty(0))  # strides do not matter: only the tile goes to the kernel
+
+
+def _triton_why_not(first: Tensor, *args) -> str | None:
+    if first.dtype == torch.float64 or args[0].dtype == torch.float64:
+        return "float64 is computed by the reference"
+    return triton_why_not(first)
+
+
+for _op, _run in ((FORWARD, _run_forward), (BACKWARD, _run_backward)):
+    _op.backend("cpp", "cpu", why_not=_cpp_why_not)(lambda *args, run=_run: run(_cpp_tile, *args))
+    _op.backend("triton", "cuda", why_not=_triton_why_not)(lambda *args, run=_run: run(_triton_tile, *args))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss of each token. Weights, reduction and normalisation are torch's own operations above it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, settings, need_dx, need_dw, need_db):
+        loss, norm, dx = FORWARD(hidden, weight, bias, targets, *settings, need_dx)
+        again = (hidden, weight, bias, targets, norm) if need_dw or need_db else (None,) * 5
+        ctx.save_for_backward(dx if need_dx else None, *again)
+        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
+        ctx.settings, ctx.need = settings, (need_dx, need_dw, need_db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative; call backward without create_graph=True."
+            )
+        dx, *again = ctx.saved_tensors
+        need_dx, need_dw, need_db = ctx.need
+        dw = db = None
+        if need_dx:
+            dx = (dx * dy[:, None]).to(dx.dtype)  # the product is in float32: one more rounding, no underflow before
+        if need_dw or need_db:
+            arguments = (dy.contiguous(), *again, *ctx.settings, need_dw, need_db)
+            if ctx.backend is None:
+                dw, db = BACKWARD(*arguments)
+            else:
+                with use_backend(ctx.backend):
+                    dw, db = BACKWARD(*arguments)
+        return dx, dw if need_dw else None, db if need_db else None, None, None, None, None, None
+
+
+def _check(hidden, weight, targets, bias, reduction, token_weights, label_smoothing, softcap, num_items) -> None:
+    name = "linear_cross_entropy"
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name} takes reduction 'mean', 'sum' or 'none', not {reduction!r}.")
+    if not hidden.is_floating_point() or hidden.dtype.itemsize < 2:
+        raise ValueError(f"{name} takes hidden in float64, float32, bfloat16 or float16, not {hidden.dtype}.")
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(
+            f"{name} takes hidden (..., K) and weight (V, K), not {tuple(hidden.shape)} and {tuple(weight.shape)}."
+        )
+    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} takes int64 targets of shape {tuple(hidden.shape[:-1])}, one per row of hidden, not "
+            f"{targets.dtype} {tuple(targets.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} takes a bias ({weight.shape[0]},), not {tuple(bias.shape)}.")
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(
+            f"{name} takes one token weight per target, {tuple(targets.shape)}, not {tuple(token_weights.shape)}."
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name} takes label_smoothing in [0, 1], not {label_smoothing}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{name} takes a positive softcap or None, not {softcap}.")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"{name} divides by num_items for reduction='mean', not {reduction!r}.")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """loss_i = w_i · (lse(z_i) - (1 - ε) z_i[t_i] - ε mean_v z_i[v]), z = softcap · tanh((hidden Wᵀ + b) / softcap).
+
+    Args:
+        hidden: (..., K) f64 | f32 | bf16 | f16.   weight: (V, K).   bias: (V,) or None. One dtype, except under
+            autocast, which casts hidden, and where the weight is rounded to the same dtype for the products only.
+        targets: (...,) int64 in 0..V-1; a term whose target is ignore_index is 0 and not counted.
+        token_weights: w (...,), detached; 1 if None.   label_smoothing: ε in [0, 1].   softcap: None for z = logits.
+        reduction: "none" gives the terms, "sum" their sum, "mean" the sum divided by num_items, or else by the number
+            of targets that count, whatever their weights. With no such target and no num_items "mean" is NaN, as in
+            F.cross_entropy.
+        num_items: an int or a 0-d tensor: the terms of all micro-batches together (Hugging Face's num_items_in_batch).
+    Returns: f32 (f64 for f64 hidden), 0-d or (...,).   Gradients: hidden, weight and bias, if they require it; a frozen
+        weight costs no product and no memory.
+    Numerics: the logits, their softmax and the loss are f32 where a product gives f32: f32 operands, NVIDIA GPUs, and
+        CPUs without bf16 units, where blocks of the operands are widened. Elsewhere (CPUs with bf16 units, ROCm) logits
+        are rounded to hidden.dtype by the product, as by F.linear. The gradient of the logits is rounded to the dtype
+        of the products; dhidden without dy is rounded to hidden.dtype, and once more after multiplication by dy.
+        dweight and dbias are summed over all tokens in f32 and rounded once.
+    Memory: one tile of logits: a sixteenth of the tokens and at most 2^25 elements in forward, 2^23 in backward.
+        Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where
+        the naive way has three.
+    Saved for backward: the gradient of hidden without dy (M·K elements); if weight or bias trains also hidden and the
+        targets (inputs), and the maximum and log-sum-exp of each row of logits.
+    Raises: ValueError for shapes, dtypes or settings that do not fit, and on the CPU for a target outside the
+        vocabulary. On a GPU, where looking would stop the queue, such a target makes its loss and its gradients NaN.
+        RuntimeError for a second derivative.
+    Source: Wijmans et al. 2024, arXiv:2411.09009 (logits recomputed in tiles); Hsu et al. 2024, arXiv:2410.10989
+        (gradient of hidden in forward).
+    """
+    _check(hidden, weight, targets, bias, reduction, token_weights, label_smoothing, softcap, num_items)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    elif weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"linear_cross_entropy takes hidden and weight of one dtype, not {hidden.dtype} and {weight.dtype}; cast "
+            "one of them or run under torch.autocast."
+        )
+    grad = torch.is_grad_enabled()
+    need = tuple([grad and t is not None and t.requires_grad for t in (hidden, weight, bias)])
+    flat, settings = targets.reshape(-1).contiguous(), (ignore_index, float(label_smoothing), softcap)
+    x = hidden.reshape(-1, hidden.shape[-1])
+    if any(need):
+        loss = _LinearCrossEntropy.apply(x, weight, bias, flat, settings, *need)
+    else:
+        loss = FORWARD(x, weight, bias, flat, *settings, False)[0]
+    if token_weights is not None:
+        loss = loss * token_weights.detach().reshape(-1).to(loss.dtype)
+    if reduction == "none":
+        return loss.view(targets.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / ((flat != ignore_index).sum() if num_items is None else num_items)

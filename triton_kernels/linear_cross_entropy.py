@@ -1,0 +1,133 @@
+"""Cross-entropy of a tile of logits and the gradient of those logits, one program per row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def tanh(x):
+    """Cephes' polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose the relative precision of x; beyond, the latter
+    of |x|, because of a negative x it cancels."""
+    sq = x * x
+    p = sq * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * sq - 5.37397155531e-2
+    p = p * sq + 1.33314422036e-1
+    p = p * sq - 3.33332819422e-1
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, p * sq * x + x, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """tanh((z + bias) / softcap), or z + bias without a cap, in float32."""
+    y = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs, mask=mask, other=0.0)
+    if HAS_CAP:
+        y = tanh(y / softcap)
+    return y
+
+
+@triton.jit(do_not_specialize=["softcap", "smoothing", "first", "ignore_index"])
+def linear_cross_entropy_kernel(
+    z_ptr, bias_ptr, targets_ptr, norm_ptr, loss_ptr, dy_ptr, dz_ptr,
+    cols, vocabulary, first: tl.int64, ignore_index: tl.int64, softcap: tl.float32, smoothing: tl.float32,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_DY: tl.constexpr,
+    LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    z_ptr += row * cols
+    dz_ptr += row * cols
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    scale = 1.0
+    if HAS_CAP:
+        scale = softcap
+    if LOSS:
+        most = float("-inf")
+        sums = tl.zeros((BLOCK,), tl.float32)
+        totals = tl.zeros((BLOCK,), tl.float32)
+        at_target = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, cols, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < cols
+            y = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP) * scale
+            totals += tl.where(mask, y, 0.0)
+            at_target += tl.where(offs == target, y, 0.0)
+            y = tl.where(mask, y, float("-inf"))
+            most_now = tl.maximum(most, tl.max(y, 0))
+            sums = sums * tl.exp(most - most_now) + tl.exp(y - most_now)
+            most = most_now
+        log_sum = tl.log(tl.sum(sums, 0))
+        at_target = tl.sum(at_target, 0)
+        # most and the logit of a confident token cancel first.
+        loss = log_sum + (most - at_target) + smoothing * (at_target - tl.sum(totals, 0) / vocabulary)
+        # A target outside the vocabulary has no logit: NaN says so, where a clamp would train on another token.
+        valid = (target >= 0) & (target < vocabulary)
+        log_sum = tl.where(valid, log_sum, float("nan"))
+        loss = tl.where(valid, loss, float("nan"))
+        tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
+        tl.store(norm_ptr + row, tl.where(ignored, 0.0, most))
+        tl.store(norm_ptr + rows + row, tl.where(ignored, 0.0, log_sum))
+    else:
+        most = tl.load(norm_ptr + row)
+        log_sum = tl.load(norm_ptr + rows + row)
+    if GRADIENT:
+        uniform = smoothing / vocabulary
+        dy = 1.0
+        if HAS_DY:
+            dy = tl.load(dy_ptr + row)
+        for start in range(0, cols, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < cols
+            u = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP)
+            dz = tl.exp(scale * u - most - log_sum) - uniform
+            dz -= tl.where(first + offs == target, 1.0 - smoothing, 0.0)
+            if HAS_CAP:
+                dz *= 1.0 - u * u  # from the tanh itself: precise where the cap saturates
+            dz = tl.where(ignored, 0.0, dz * dy)
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_cross_entropy(
+    z: Tensor, bias: Tensor | None, targets: Tensor, norm: Tensor, loss: Tensor | None, dy: Tensor | None,
+    dz: Tensor | None, first: int, vocabulary: int, ignore_index: int, softcap: float, smoothing: float,
+) -> None:  # fmt: skip
+    """z, dz (rows, cols), dz may be z; bias (cols), norm (2, rows), loss, dy (rows) f32; targets (rows) int64; contiguous."""
+    rows, cols = z.shape
+    if rows == 0:
+        return
+    block = min(4096, max(16, triton.next_power_of_2(cols)))
+    linear_cross_entropy_kernel[(rows,)](
+        z, z if bias is None else bias, targets, norm, norm if loss is None else loss, norm if dy is None else dy,
+        z if dz is None else dz, cols, vocabulary, first, ignore_index, softcap, smoothing,
+        HAS_BIAS=bias is not None, HAS_CAP=softcap != 0, HAS_DY=dy is not None, LOSS=loss is not None,
+        GRADIENT=dz is not None, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+
+
+def _case(z: str, dz: str, loss: bool, gradient: bool, extras: bool) -> dict:
+    pointers = dict(z_ptr=z, bias_ptr="fp32", targets_ptr="i64", norm_ptr="fp32", loss_ptr="fp32", dy_ptr="fp32")
+    types = {name: f"*{dtype}" for name, dtype in (pointers | {"dz_ptr": dz}).items()}
+    types |= {"cols": "i32", "vocabulary": "i32", "first": "i64", "ignore_index": "i64"}
+    types |= {"softcap": "fp32", "smoothing": "fp32"}
+    flags = dict(HAS_BIAS=extras, HAS_CAP=extras, HAS_DY=not loss, LOSS=loss, GRADIENT=gradient, BLOCK=4096)
+    return {
+        "kernel": linear_cross_entropy_kernel,
+        "types": types,
+        "constants": flags,
+        "aligned": {"cols", "vocabulary"},
+        "options": {"num_warps": 8},
+    }
+
+
+COMPILE_CASES = {
+    "loss f32": _case("fp32", "fp32", True, False, False),
+    "loss and gradient f32 to bf16": _case("fp32", "bf16", True, True, False),
+    "gradient f32 to bf16": _case("fp32", "bf16", False, True, False),
+    "loss and gradient f32, bias and cap": _case("fp32", "fp32", True, True, True),
+    "gradient f32 to f16, bias and cap": _case("fp32", "fp16", False, True, True),
+}
