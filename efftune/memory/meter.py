@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from efftune.errors import EfftuneError
 
@@ -42,7 +43,7 @@ def saved(model: nn.Module) -> Iterator[Saved]:
     # The storages stay alive as long as the block runs: a freed one's address could come again.
     seen: dict[int, torch.UntypedStorage] = {}
     stack: list[str] = [""]
-    handles = []
+    names = {id(module): name for name, module in model.named_modules()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -55,18 +56,21 @@ def saved(model: nn.Module) -> Iterator[Saved]:
                 result.by_module[stack[-1]] = result.by_module.get(stack[-1], 0) + storage.nbytes()
         return tensor
 
-    def leave(*_) -> None:
+    def enter(module: nn.Module, args: object) -> None:
+        stack.append(names.get(id(module), stack[-1]))
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
         stack.pop()
 
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    # Of all modules: hooks of its own would change what a module does (a watched head computes all its logits).
+    before = register_module_forward_pre_hook(enter)
+    after = register_module_forward_hook(leave, always_call=True)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             yield result
     finally:
-        for handle in handles:
-            handle.remove()
+        before.remove()
+        after.remove()
 
 
 def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> Saved:
