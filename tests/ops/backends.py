@@ -23,7 +23,7 @@ def on(backend, function, *args, **kwargs):
         pytest.skip("Triton is not interpreted in this process")
     with use_backend(name):
         result = function(*(a.to(device) if isinstance(a, torch.Tensor) and a.ndim else a for a in args), **kwargs)
-    return result.cpu()
+    return tuple(t.cpu() for t in result) if isinstance(result, tuple) else result.cpu()
 
 
 def skip_truncation(backend, dtype, exact=False):
