@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-WIDEST = 8192  # columns whose sums over rows are held in registers
+WIDEST = 8192  # columns of which a row and sums over rows fit the registers; beyond, the sums take a pass of their own
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def rms_norm_backward_kernel(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
-    dweight_ptr,  # (programs, K) partial sums, zero at first
+    dweight_ptr,  # (programs, K) partial sums
     M,
     K,
     rows_each,
@@ -72,13 +72,11 @@ def rms_norm_backward_kernel(
     CENTER: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
-    WIDE: tl.constexpr,  # a row and the sums over rows do not fit the registers: the sums stay in the cache
     BLOCK_K: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < K
-    sums_ptr = dweight_ptr + pid * K + offs_k
     dweight = tl.zeros((BLOCK_K,), tl.float32)
     for row in range(pid * rows_each, tl.minimum((pid + 1) * rows_each, M)):
         rstd = tl.load(rstd_ptr + row)
@@ -86,23 +84,47 @@ def rms_norm_backward_kernel(
         at = row * K + offs_k
         x_hat = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)  # 0 where masked: so is g
-        if NEED_WEIGHT and WIDE:
-            tl.store(sums_ptr, tl.load(sums_ptr, mask=mask) + dy * x_hat, mask=mask)
-        elif NEED_WEIGHT:
+        if NEED_WEIGHT:
             dweight += dy * x_hat
         g = dy * _gain(weight_ptr, offs_k, mask, offset, HAS_WEIGHT)
         of_x_hat = tl.sum(g * x_hat) / K
         of_g = tl.sum(g) / K if CENTER else 0.0
         dx = g - of_g - x_hat * of_x_hat
         tl.store(dx_ptr + at, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
-    if NEED_WEIGHT and not WIDE:
-        tl.store(sums_ptr, dweight, mask=mask)
+    if NEED_WEIGHT:
+        tl.store(dweight_ptr + pid * K + offs_k, dweight, mask=mask)
+
+
+@triton.jit
+def rms_norm_weight_kernel(
+    dy_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,  # (programs, K) partial sums
+    M,
+    K,
+    rows_each,
+    CENTER: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    dweight = tl.zeros((BLOCK_K,), tl.float32)
+    for row in range(pid * rows_each, tl.minimum((pid + 1) * rows_each, M)):
+        mean = tl.load(mean_ptr + row) if CENTER else 0.0
+        x_hat = (tl.load(x_ptr + row * K + offs_k, mask=mask, other=0.0).to(tl.float32) - mean) * tl.load(
+            rstd_ptr + row
+        )
+        dweight += tl.load(dy_ptr + row * K + offs_k, mask=mask, other=0.0).to(tl.float32) * x_hat
+    tl.store(dweight_ptr + pid * K + offs_k, dweight, mask=mask)
 
 
 def _block(k: int) -> tuple[int, int]:
-    """BLOCK_K and num_warps: 16 elements a thread, 32 in the widest rows."""
+    """BLOCK_K and num_warps: up to 16 elements a thread."""
     block = max(16, triton.next_power_of_2(k))
-    return block, min(16, max(4, block // 512))
+    return block, min(32, max(4, block // 512))
 
 
 def _forward(x, weight, bias, y, mean, rstd, eps, offset, saved) -> None:
@@ -132,45 +154,56 @@ def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight, mean, rstd, dx,
     # A partition that follows from M alone, so that it does not change with the GPU.
     rows_each = max(16, triton.cdiv(m, 512))
     programs = triton.cdiv(m, rows_each)
-    partial = dweight.new_zeros(programs, dweight.numel())
+    partial = dweight.new_empty(programs, dweight.numel())
+    block, warps = _block(k)
+    fused = block <= WIDEST
     if m:
-        block, warps = _block(k)
         rms_norm_backward_kernel[(programs,)](
             *(dy, x, weight, mean, rstd, dx, partial, m, k, rows_each, offset),
-            *(mean.numel() > 0, weight is not None, dweight.numel() > 0, block > WIDEST, block),
+            *(mean.numel() > 0, weight is not None, fused and dweight.numel() > 0, block),
             num_warps=warps,
         )
+        if dweight.numel() and not fused:
+            rms_norm_weight_kernel[(programs, triton.cdiv(k, 1024))](
+                dy, x, mean, rstd, partial, m, k, rows_each, mean.numel() > 0, 1024
+            )
     if dweight.numel():
         torch.sum(partial, 0, out=dweight)
     if dbias.numel():  # torch reads dy once more; a second sum in the kernel would cost registers
         torch.sum(dy, 0, dtype=dbias.dtype, out=dbias)
 
 
-def _case(kernel, k: int, dtype: str, weight: str, center: bool, **constants: bool) -> dict:
+def _case(kernel, k: int, dtype: str, weight: str, **constants: bool) -> dict:
     block, warps = _block(k)
-    forward = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "y_ptr": f"*{dtype}"}
-    forward |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "K": "i32", "eps": "fp32", "offset": "fp32"}
-    backward = {"dy_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "weight_ptr": f"*{weight}", "mean_ptr": "*fp32"}
-    backward |= {"rstd_ptr": "*fp32", "dx_ptr": f"*{dtype}", "dweight_ptr": "*fp32"}
-    backward |= {"M": "i32", "K": "i32", "rows_each": "i32", "offset": "fp32"}
-    if kernel is rms_norm_backward_kernel:
-        constants["WIDE"] = block > WIDEST
+    pointers = {
+        "x_ptr": dtype,
+        "dy_ptr": dtype,
+        "y_ptr": dtype,
+        "dx_ptr": dtype,
+        "weight_ptr": weight,
+        "bias_ptr": weight,
+    }
+    pointers |= dict.fromkeys(("mean_ptr", "rstd_ptr", "dweight_ptr"), "fp32")
+    scalars = {"M": "i32", "K": "i32", "rows_each": "i32", "eps": "fp32", "offset": "fp32"}
+    types = {name: f"*{t}" for name, t in pointers.items()} | scalars
+    constants = {"BLOCK_K": 1024 if kernel is rms_norm_weight_kernel else block, "HAS_WEIGHT": True} | constants
     return {
         "kernel": kernel,
-        "types": forward if kernel is rms_norm_kernel else backward,
-        "constants": {"CENTER": center, "HAS_WEIGHT": True, "BLOCK_K": block} | constants,
+        "types": {name: types[name] for name in kernel.arg_names if name in types},
+        "constants": {name: value for name, value in constants.items() if name in kernel.arg_names},
         "aligned": ("K",),
-        "options": {"enable_fp_fusion": True, "num_warps": warps},
+        "options": {"enable_fp_fusion": True, "num_warps": 4 if kernel is rms_norm_weight_kernel else warps},
     }
 
 
+_RMS, _LAYER = {"CENTER": False, "HAS_BIAS": False}, {"CENTER": True, "HAS_BIAS": True}
 COMPILE_CASES = {
-    "rms-bf16": _case(rms_norm_kernel, 4096, "bf16", "bf16", False, SAVED=False, HAS_BIAS=False),
-    "rms-bf16-16384": _case(rms_norm_kernel, 16384, "bf16", "fp32", False, SAVED=False, HAS_BIAS=False),
-    "layer-f32-16384": _case(rms_norm_kernel, 16384, "fp32", "fp32", True, SAVED=False, HAS_BIAS=True),
-    "layer-f32-saved": _case(rms_norm_kernel, 1000, "fp32", "fp32", True, SAVED=True, HAS_BIAS=True),
-    "rms-bf16-backward": _case(rms_norm_backward_kernel, 4096, "bf16", "bf16", False, NEED_WEIGHT=True),
-    "layer-f32-backward": _case(rms_norm_backward_kernel, 8192, "fp32", "fp32", True, NEED_WEIGHT=True),
-    "rms-bf16-backward-16384": _case(rms_norm_backward_kernel, 16384, "bf16", "bf16", False, NEED_WEIGHT=True),
-    "layer-f32-backward-16384": _case(rms_norm_backward_kernel, 16384, "fp32", "fp32", True, NEED_WEIGHT=True),
+    "rms-bf16": _case(rms_norm_kernel, 4096, "bf16", "bf16", SAVED=False, **_RMS),
+    "rms-bf16-16384": _case(rms_norm_kernel, 16384, "bf16", "fp32", SAVED=False, **_RMS),
+    "layer-f32-16384": _case(rms_norm_kernel, 16384, "fp32", "fp32", SAVED=False, **_LAYER),
+    "layer-f32-saved": _case(rms_norm_kernel, 1000, "fp32", "fp32", SAVED=True, **_LAYER),
+    "rms-bf16-backward": _case(rms_norm_backward_kernel, 4096, "bf16", "bf16", NEED_WEIGHT=True, **_RMS),
+    "layer-f32-backward": _case(rms_norm_backward_kernel, 8192, "fp32", "fp32", NEED_WEIGHT=True, **_LAYER),
+    "layer-f32-backward-16384": _case(rms_norm_backward_kernel, 16384, "fp32", "fp32", NEED_WEIGHT=False, **_LAYER),
+    "weight": _case(rms_norm_weight_kernel, 16384, "bf16", "bf16", **_RMS),
 }
