@@ -58,7 +58,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--columns", type=int)
     args = parser.parse_args()
-    m, f = args.rows or (4096 if args.device == "cpu" else 16384), args.columns or (2816 if args.device == "cpu" else 8192)
+    m, f = (
+        args.rows or (4096 if args.device == "cpu" else 16384),
+        args.columns or (2816 if args.device == "cpu" else 8192),
+    )
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for activation in TORCH:

@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--columns", type=int)
     args = parser.parse_args()
-    m, k = args.rows or (4096 if args.device == "cpu" else 16384), args.columns or (1024 if args.device == "cpu" else 4096)
+    m, k = (
+        args.rows or (4096 if args.device == "cpu" else 16384),
+        args.columns or (1024 if args.device == "cpu" else 4096),
+    )
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for center in (False, True):

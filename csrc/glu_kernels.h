@@ -9,34 +9,38 @@ struct Curve {
 };
 
 struct Silu {
-    static EFFTUNE_INLINE Curve at(float x) {
-        const Logistic s = logistic(x);
+    static EFFTUNE_INLINE float power(float x) { return exp_decay(x); }
+    static EFFTUNE_INLINE Curve at(float x, float power) {
+        const Logistic s = logistic(x, power);
         return {x * s.value, s.value * (1.0f + x * s.rest)};
     }
 };
 
 struct Gelu {
-    static EFFTUNE_INLINE Curve at(float x) {
-        const Normal n = normal(x);
+    static EFFTUNE_INLINE float power(float x) { return exp_bell(x); }
+    static EFFTUNE_INLINE Curve at(float x, float power) {
+        const Normal n = normal(x, power);
         return {x * n.cdf, n.cdf + x * n.pdf};
     }
 };
 
 struct GeluTanh {  // (1 + tanh(u)) / 2 is the logistic function of 2u
-    static EFFTUNE_INLINE Curve at(float x) {
-        constexpr float kScale = 1.59576912160573071f, kCube = 0.044715f;  // 2 sqrt(2 / pi)
-        const float sq = x * x;
-        const Logistic s = logistic(kScale * (x * (1.0f + kCube * sq)));
-        return {x * s.value, s.value + x * (s.value * s.rest) * (kScale * (1.0f + 3.0f * kCube * sq))};
+    static constexpr float kScale = 1.59576912160573071f, kCube = 0.044715f;  // 2 sqrt(2 / pi)
+    static EFFTUNE_INLINE float power(float x) { return exp_decay(kScale * (x * (1.0f + kCube * (x * x)))); }
+    static EFFTUNE_INLINE Curve at(float x, float power) {
+        const Logistic s = logistic(x, power);
+        return {x * s.value, s.value + x * (s.value * s.rest) * (kScale * (1.0f + 3.0f * kCube * (x * x)))};
     }
 };
 
 struct Relu {
-    static EFFTUNE_INLINE Curve at(float x) { return {x < 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f}; }
+    static EFFTUNE_INLINE float power(float) { return 0.0f; }
+    static EFFTUNE_INLINE Curve at(float x, float) { return {x < 0.0f ? 0.0f : x, x <= 0.0f ? 0.0f : 1.0f}; }
 };
 
 struct Relu2 {
-    static EFFTUNE_INLINE Curve at(float x) {
+    static EFFTUNE_INLINE float power(float) { return 0.0f; }
+    static EFFTUNE_INLINE Curve at(float x, float) {
         const float r = x < 0.0f ? 0.0f : x;
         return {r * r, 2.0f * r};
     }
@@ -44,15 +48,18 @@ struct Relu2 {
 
 template <class A>
 static inline void curve(const float* x, float* value, float* slope, int count) {
+    alignas(64) float power[kGluBatch];
+#pragma omp simd
+    for (int i = 0; i < count; ++i) power[i] = A::power(x[i]);
     if (slope) {
 #pragma omp simd
         for (int i = 0; i < count; ++i) {
-            const Curve c = A::at(x[i]);
+            const Curve c = A::at(x[i], power[i]);
             value[i] = c.value, slope[i] = c.slope;
         }
     } else {
 #pragma omp simd
-        for (int i = 0; i < count; ++i) value[i] = A::at(x[i]).value;
+        for (int i = 0; i < count; ++i) value[i] = A::at(x[i], power[i]).value;
     }
 }
 

@@ -115,7 +115,8 @@ def _backward_reference(dy, x, weight, mean, rstd, offset, need_weight, need_bia
 
 
 rms_norm_op = Op(
-    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool center) -> (Tensor, Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool center) "
+    "-> (Tensor, Tensor, Tensor)",
     _reference,
     _fake,
 )
@@ -137,7 +138,7 @@ def _tensors(*args) -> list[Tensor]:
 
 
 def _dtype_why_not(*args) -> str | None:
-    return None if all(t.dtype in _STORED for t in _tensors(*args)) else "float64 is computed by the reference"
+    return "float64 is computed by the reference" if torch.float64 in [t.dtype for t in _tensors(*args)] else None
 
 
 def _cpp_why_not(*args):
@@ -281,8 +282,8 @@ def rms_norm_backward(
         mean, rstd: as rms_norm returned them.
         need_weight, need_bias: compute dweight, dbias.
     Returns: dx (M, K), dtype of x; dweight (K,) and dbias (K,), f32 (f64 for an f64 x), empty (0,) if not needed.
-    Numerics: all arithmetic in f32 (f64 for an f64 x), dx rounded once. Sums over rows have a partition that depends on
-        M and K alone: the same bits whatever the number of threads.
+    Numerics: all arithmetic in f32 (f64 for an f64 x), dx rounded once. Sums over rows are deterministic: the same
+        bits whatever the number of threads.
     Saved for backward: nothing. The C++ and Triton backends take a buffer of M / 64 rows (Triton: at most 512) of K.
     Raises: ValueError as rms_norm_apply, and for a dy of another shape or dtype than x.
     """
