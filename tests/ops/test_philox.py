@@ -1,6 +1,8 @@
 """The generator itself: published answers, and the reference against formulas written out element by element."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +63,13 @@ def test_purposes_differ():
     block = torch.arange(100)
     drawn = [philox.philox(7, block, 1, purpose)[0] for purpose in range(6)]
     assert all((a != b).all() for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_purposes_have_the_same_numbers_everywhere():
+    names = ["GAUSSIAN", "SIGN", "ROUNDING", "DROPOUT", "ORDER", "UNIFORM"]
+    header = (Path(__file__).parents[2] / "csrc" / "philox.h").read_text()
+    found = re.findall(r"k(\w+) = (\d+)", re.search(r"enum Purpose : uint32_t {(.*?)}", header)[1])
+    assert found == [(name.capitalize(), str(i)) for i, name in enumerate(names)]
+    assert [getattr(philox, name) for name in names] == list(range(len(names)))
+    triton_philox = pytest.importorskip("efftune.triton_kernels.philox")
+    assert [getattr(triton_philox, name).value for name in names] == list(range(len(names)))
