@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,14 @@ class Tuner:
         for method in self.methods:
             method.after_backward(self.model, batch)
         return loss
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Within it, the recipe approximates nothing: every keep is exact, every sample and row is used."""
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.exactly(self.model))
+            yield
 
     @torch.no_grad()
     def merge(self) -> nn.Module:

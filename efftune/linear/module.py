@@ -90,6 +90,7 @@ class Linear(nn.Module):
                 bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
         new = cls(base or old[0], w, delta or old[1], keep or old[2], bias, p)
         new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
+        new.scores = getattr(linear, "scores", None)
         return new.train(linear.training)
 
     def stored(self) -> tuple[Tensor, ...]:

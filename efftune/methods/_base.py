@@ -191,6 +191,8 @@ def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Itera
             f"{method} acts on what trained layers keep, and none of the {len(chosen)} layers that it means keeps its "
             "input; put it after the method that trains them."
         )
+    if keep.restores:  # a layer that keeps some of its rows only goes on to do so, in whatever order a recipe says it
+        trained = [n for n in trained if getattr(model.get_submodule(n), "keep", Exact()).restores]
     swap(model, trained, keep=keep)
     return trained
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import efftune
 from efftune.errors import EfftuneError
@@ -38,15 +36,6 @@ class Fidelity:
     variance_per_byte: float | None  # error² / kept
 
 
-@contextmanager
-def exactly(tuner: efftune.Tuner) -> Iterator[None]:
-    """The model with every approximation of its recipe switched off."""
-    with ExitStack() as stack:
-        for method in tuner.methods:
-            stack.enter_context(method.exactly(tuner.model))
-        yield
-
-
 def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: float = 0.02) -> list[Fidelity]:
     """Draws the gradient of one batch `seeds` times, compares it with the exact one, prints a table, and writes it as
     JSON where --out says so.
@@ -69,7 +58,7 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     data = [to_device(batch, device) for batch in prepared.train.batches(rows, config.batch_size)]
     if len(data) < 2:
         raise EfftuneError("verify needs data for at least 2 batches: SGD's own noise is what variance is held against.")
-    with exactly(tuner):  # a few steps away from the start, where LoRA's B is zero and A has no gradient
+    with tuner.exactly():  # a few steps away from the start, where LoRA's B is zero and A has no gradient
         for batch in data[:4]:
             tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
             optimizer.step()
@@ -107,7 +96,7 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
             p.grad = None
         return found
 
-    with exactly(tuner):
+    with tuner.exactly():
         exact = [gradient(batch) for batch in data]
     drawn = [gradient(data[0]) for _ in range(seeds)]
     kept = meter.saved_for_backward(tuner.model, lambda: task.loss(tuner.model, data[0])).by_module

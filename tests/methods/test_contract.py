@@ -24,6 +24,9 @@ RECIPES = {
     "lisa(layers=1, interval=4)": (3e-3, 12, 0.9),
     "full + lisa(layers=2)": (3e-3, 12, 0.85),
     "lora(r=4) + lisa(layers=2, interval=3)": (1e-2, 12, 0.97),
+    "full + mesa(bits=8)": (3e-3, 12, 0.8),
+    "full + wtacrs(ratio=0.5, min_rows=4)": (3e-3, 12, 0.9),
+    "lora(r=4) + wtacrs(ratio=0.5, min_rows=4) + mesa(bits=4)": (1e-2, 12, 0.97),
     "mezo": (1e-3, 30, 1.0),
     "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
     "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),
@@ -83,8 +86,9 @@ def test_an_applied_recipe_changes_nothing_before_training(recipe):
     tuner = prepared(recipe)
     if "int8" in recipe:
         assert (logits(tuner.model) - plain).norm() < 0.02 * plain.norm()
-    else:
-        assert torch.equal(logits(tuner.model), plain)
+    else:  # the norms of efftune.nn round once where transformers rounds twice
+        torch.testing.assert_close(logits(tuner.model), plain, rtol=1e-5, atol=1e-6)
+        assert torch.equal(logits(efftune.apply(llama(), recipe, blocks=False).model), plain)
 
 
 def test_save_and_load_give_the_same_outputs(recipe, tmp_path):
@@ -113,8 +117,9 @@ def test_four_micro_batches_equal_one(recipe):
         tuner = prepared(recipe.replace("lora_dropout=0.1, ", ""))
         optimizer = tuner.optimizer(lr=1.0) if "mezo" in recipe else torch.optim.SGD(tuner.param_groups(), lr=0.5)
         tuner.attach(optimizer)
-        for chunk in batch().chunk(parts):
-            tuner.backward(chunk, loss_fn, scale=1 / parts)
+        with tuner.exactly():  # draws differ between micro-batches
+            for chunk in batch().chunk(parts):
+                tuner.backward(chunk, loss_fn, scale=1 / parts)
         optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in tuner.named_trained().values()]))
     # MeZO's scalar is a difference of float32 losses over 2ε: its rounding is 1e-7 / 2e-3.

@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_loss_tokens():
     t.fit()
     for name, parameter in plain.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(t.tuner.named_trained()[name].grad, parameter.grad, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(t.tuner.named_trained()[name].grad, parameter.grad, rtol=1e-4, atol=5e-7)
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora(r=4)", "lora(r=4) + lisa(layers=1, interval=2)", "mezo"])
