@@ -31,7 +31,8 @@ def report() -> str:
     for name, reason in questions.items():
         lines.append(f"  {name:<10} {'available' if reason is None else 'no: ' + reason}")
     columns = ("reference", "torch", *questions)
-    lines += ["", f"{'operator':<18}" + "".join(f"{name:<11}" for name in columns) + "default here"]
+    width = max(18, *(len(name) + 1 for name in OPS))
+    lines += ["", f"{'operator':<{width}}" + "".join(f"{name:<11}" for name in columns) + "default here"]
     for name, op in sorted(OPS.items()):
         own = [b.name for b in op.backends]
         cells = [
@@ -41,7 +42,7 @@ def report() -> str:
         default = next(
             (b.name for b in op.backends if device.type in b.devices and not questions.get(b.name)), "reference"
         )
-        lines.append(f"{name:<18}" + "".join(f"{cell:<11}" for cell in cells) + default)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:<11}" for cell in cells) + default)
     return "\n".join(lines)
 
 

@@ -96,7 +96,7 @@ def linear_cross_entropy(
     z: Tensor, bias: Tensor | None, targets: Tensor, norm: Tensor, loss: Tensor | None, dy: Tensor | None,
     dz: Tensor | None, first: int, vocabulary: int, ignore_index: int, softcap: float, smoothing: float,
 ) -> None:  # fmt: skip
-    """z, dz (rows, cols), dz may be z; bias (cols), norm (2, rows), loss, dy (rows) f32; targets (rows) int64; contiguous."""
+    """z, dz (rows, cols), dz may be z; bias (cols), norm (2, rows), loss, dy (rows) f32; targets int64; contiguous."""
     rows, cols = z.shape
     if rows == 0:
         return

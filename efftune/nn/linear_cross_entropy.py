@@ -20,13 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 
+ALL_ZERO = "its logits are all 0, which says nothing about how they are made"
 TILE = 2**23  # logits at once of a head that is not a plain nn.Linear
 
 # model -> (head, softcap) at the time of the comparison, and None or the reason it found
 _COMPARED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str | None]] = weakref.WeakKeyDictionary()
 
 
-def lm_head_loss(model: nn.Module, inputs: dict[str, Any], counted: Tensor, targets: Tensor) -> Tensor | None:
+def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: Tensor) -> Tensor | None:
     """Σ over counted positions of the cross-entropy of the model's next-token logits, or None: then the caller takes
     the model's own logits, for the reason that `lm_head_why_not(model)` gives afterwards.
 
@@ -42,16 +43,17 @@ def lm_head_loss(model: nn.Module, inputs: dict[str, Any], counted: Tensor, targ
     if lm_head_why_not(model) is not None:
         return None
     head, softcap = model.get_output_embeddings(), _softcap(model)
-    compared = _key(model) == _COMPARED.get(model, ((), None))[0]
+    compared = _COMPARED.get(model, ((), None))[0] == _key(model)
     state = None if compared else _random_state(counted.device)
     hidden, last = _forward(model, inputs)
     if not compared:
         reason = _compare(head, softcap, hidden, last)
+        if reason != ALL_ZERO:  # a head that starts at 0 will say more later
+            _COMPARED[model] = _key(model), reason
         if reason is not None:
             _set_random_state(counted.device, state)  # the caller's forward draws the same numbers
-            _COMPARED[model] = _key(model), reason
             return None
-        _COMPARED[model] = _key(model), None
+    assert hidden is not None  # compared
     hidden = hidden.flatten(0, 1).index_select(0, counted)
     if type(head) is nn.Linear:
         return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction="sum", softcap=softcap)
@@ -63,7 +65,7 @@ def lm_head_loss(model: nn.Module, inputs: dict[str, Any], counted: Tensor, targ
     return torch.stack(terms).sum()
 
 
-def lm_head_why_not(model: nn.Module) -> str | None:
+def lm_head_why_not(model: Any) -> str | None:
     """Why the loss has to take the model's own logits, as a sentence, or None. What only a call can show is known after
     the first `lm_head_loss`."""
     transformers = sys.modules.get("transformers")
@@ -134,7 +136,7 @@ def _compare(head: nn.Module, softcap: float | None, hidden: Tensor | None, own:
         return "its logits are not those of its head"
     largest = own.abs().max()
     if largest == 0:
-        return "its first logits are all 0, which says nothing about how they are made"
+        return ALL_ZERO
     if not (own - logits).abs().max() <= 8 * torch.finfo(own.dtype).eps * largest:
         return "its logits are not those of its head (some models scale them)"
     return None

@@ -183,7 +183,6 @@ def adapter(**settings):
         (subclass, "Doubled"),
         (adapter(lora_dropout=0.5), "random"),
         (adapter(dtype="bfloat16"), "16 bits"),
-        (lambda head: nn.init.zeros_(head.weight) is None or head, "all 0"),
     ],
 )
 def test_what_is_not_handled_takes_the_models_logits(change, sentence):
@@ -193,6 +192,21 @@ def test_what_is_not_handled_takes_the_models_logits(change, sentence):
     assert sentence in lm_head_why_not(model)
     torch.manual_seed(0)
     torch.testing.assert_close(loss, own_loss(model, data))
+
+
+def test_a_head_that_starts_at_zero():
+    """Its logits say nothing about a scale; once they do, they are compared."""
+    for build, scaled in ((llama, False), (granite, True)):
+        model, data = made(build), batch()
+        nn.init.zeros_(model.lm_head.weight)
+        for _ in range(2):
+            loss = causal_lm_loss(model, data)
+            torch.testing.assert_close(loss, own_loss(model, data))
+            loss.backward()
+            with torch.no_grad():
+                model.lm_head.weight -= 0.1 * model.lm_head.weight.grad
+        torch.testing.assert_close(causal_lm_loss(model, data), own_loss(model, data))
+        assert (lm_head_why_not(model) is not None) == scaled
 
 
 def test_another_head_is_compared_anew():

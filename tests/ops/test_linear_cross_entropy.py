@@ -11,7 +11,7 @@ from bench.harness import peak_bytes
 from efftune import use_backend
 from efftune.ops._available import extension, triton_why_not
 from efftune.ops.linear_cross_entropy import BACKWARD, FORWARD, linear_cross_entropy
-from tests.budget import assert_within_budget
+from tests.budget import assert_within_budget, rms
 
 BACKENDS = ["reference", "cpp", "triton"]
 SHAPES = [(1, 8, 16), (7, 13, 11), (37, 24, 1301), (5, 4096, 33), (3, 16, 5000)]  # M, K, V
@@ -146,6 +146,23 @@ def test_instruction_sets_and_tile_types(level, dtype):
         results.append((loss, norm, out))
     for oracle, result in zip(*results, strict=True):
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_where_products_are_in_bfloat16(monkeypatch, small_tiles, backend):
+    """As on a CPU with bfloat16 units: no worse than logits from F.linear and a loss of them in float32."""
+    monkeypatch.setattr(module, "_emulated", lambda device, dtype: False)
+    made, targets, dy = operands((37, 24, 1301), torch.bfloat16)
+
+    def rounded(hidden, weight, bias, targets):
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
+
+    with use_backend(backend):
+        results = run(ours, torch.bfloat16, made, targets, dy)
+    exact = run(naive, torch.float64, made, targets, dy)
+    plain = run(rounded, torch.bfloat16, made, targets, dy)
+    for result, oracle, other in zip(results, exact, plain, strict=True):
+        assert rms(result.double() - oracle) <= 1.2 * rms(other.double() - oracle)
 
 
 def test_gradcheck():
