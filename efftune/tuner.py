@@ -145,9 +145,11 @@ class Tuner:
         return {**self.named_delta(), **{name: t for name, t in kept.items() if id(t) in own}}
 
     def state_dict(self) -> dict:
-        return {"step": self.step}
+        return {"step": self.step, "methods": [method.state_dict(self.model) for method in self.methods]}
 
     def load_state_dict(self, state: dict) -> None:
+        for method, own in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(self.model, own)
         self.seek(state["step"])
 
     def param_groups(self) -> list[dict]:
@@ -212,6 +214,8 @@ class Tuner:
             merged = layer.merge()
             for parent, child in where[id(layer)]:
                 setattr(parent, child, merged)
+        for method in self.methods:
+            method.merge(self.model)
         return self.model
 
     def save(self, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """A method is a frozen dataclass: its fields are its settings, its hooks are what it does. One paper, one file.
 
 A recipe is a list of methods; `efftune.apply` calls `prepare` in order and the training loop calls the other hooks in
-the same order. Methods hold no state: what a run needs to replay follows from the settings and the step.
+the same order. Methods hold no state: what a run needs to replay follows from the settings and the step, or is on the
+model and goes through `state_dict`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,16 @@ class Method:
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called after optimizer.step()."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Takes out what the method installed beside layers. Called when those are plain again, at the end."""
+
+    def state_dict(self, model: nn.Module) -> dict:
+        """What the method has learnt and put on the model, for a checkpoint: numbers, strings, tensors, nested."""
+        return {}
+
+    def load_state_dict(self, model: nn.Module, state: dict) -> None:
+        """Puts back what `state_dict` gave."""
 
     def overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Method, hook)

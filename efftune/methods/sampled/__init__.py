@@ -1,0 +1,1 @@
+"""Sampled: backward on a part of the batch, forward on all of it."""
