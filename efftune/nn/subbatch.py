@@ -13,7 +13,8 @@ gradient. All operators of the block shrink by k/B, whatever they are. In units 
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ SELECT_STREAM, DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow e
 # How dropout inside the block is drawn: by torch, a seed per sample, or that with attention written out in full
 # (a fused attention kernel draws where nothing can be put in its place). A block goes to the first that replays.
 BY_TORCH, BY_ROW, BY_ROW_MATH = range(3)
+SEED_OF_PROOF = torch.tensor(0)
 
 
 def install(block: nn.Module, ratio: float | None = None) -> Recompute:
@@ -105,12 +107,12 @@ class Recompute:
         # Checkpointing of the model's own would only do what is done here a second time.
         inner = getattr(self.block, "gradient_checkpointing", False)
         if inner:
-            self.block.gradient_checkpointing = False
+            vars(self.block)["gradient_checkpointing"] = False
         try:
             return self.own(*args, **kwargs) if self.own else type(self.block).forward(self.block, *args, **kwargs)
         finally:
             if inner:
-                self.block.gradient_checkpointing = inner
+                vars(self.block)["gradient_checkpointing"] = inner
 
     def _without(self, leaves: list) -> list:
         """The arguments with caches replaced by None and tensors by placeholders."""
@@ -142,22 +144,31 @@ class _Call:
         self.out_leaves: list = []
         self.out_where: list[int] = []
         self.out_spec: Any = None
-        sampling = owner.sampled and owner.block.training
-        hidden = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), None)
-        if sampling and hidden is None:
-            raise EfftuneError(f"{owner}: no argument has a batch dimension, so samples cannot be told apart.")
-        self.batch = hidden.shape[0] if sampling else 0
-        self.count = max(1, min(self.batch, math.floor(owner.ratio * self.batch + 0.5)))
-        self.cut = [sampling and t.dim() > 0 and t.shape[0] == self.batch for t in tensors]
-        self.by_row = sampling and (self.count < self.batch or owner.by_row)
-        self.draws = BY_TORCH
-        self.seed = draw_seed() if self.by_row else None
         self.repeat, self.record = owner.repeat, owner.record
-        if sampling and self.batch > 1:
-            kinds = tuple((t.dim(), c) for t, c in zip(tensors, self.cut, strict=True))
-            if kinds not in owner.proved:
-                self.prove(tensors, hidden)
-                owner.proved.add(kinds)
+        self.draws = BY_TORCH
+        self.seed = SEED_OF_PROOF
+        self.batch = self.count = 0
+        self.cut = [False] * len(tensors)
+        self.by_row = False
+        if owner.sampled and owner.block.training:
+            self.sample(tensors)
+
+    def sample(self, tensors: list[Tensor]) -> None:
+        """Finds the batch, what is cut with it, and how many samples backward takes."""
+        owner = self.owner
+        hidden = next((t for t in tensors if t.is_floating_point() and t.dim() > 1), None)
+        if hidden is None:
+            raise EfftuneError(f"{owner}: no argument has a batch dimension, so samples cannot be told apart.")
+        self.batch = hidden.shape[0]
+        self.count = max(1, min(self.batch, math.floor(owner.ratio * self.batch + 0.5)))
+        self.cut = [t.dim() > 0 and t.shape[0] == self.batch for t in tensors]
+        kinds = tuple((t.dim(), cut) for t, cut in zip(tensors, self.cut, strict=True))
+        if self.batch > 1 and kinds not in owner.proved:
+            self.prove(tensors, hidden)
+            owner.proved.add(kinds)
+        self.by_row = self.count < self.batch or owner.by_row
+        if self.by_row:
+            self.seed = draw_seed()
 
     @staticmethod
     def filled(leaves: list, where: list[int], tensors) -> list:
@@ -206,8 +217,7 @@ class _Call:
     @torch.no_grad()
     def prove(self, tensors: list[Tensor], hidden: Tensor) -> None:
         """Refuses a block whose result for one sample is another when the sample is alone."""
-        was, self.by_row = (self.by_row, self.seed), True
-        self.seed = torch.tensor(0) if self.seed is None else self.seed
+        self.by_row = True
         whole = self.first_run(tensors)
         last = torch.tensor([self.batch - 1], device=self.device)
         try:
@@ -225,7 +235,7 @@ class _Call:
             allowed = (0.02 if half else 1e-3) * change.norm() + 8 * torch.finfo(all_of.dtype).eps * row.norm()
             if not bool((row - one.float()).norm() <= allowed):
                 raise EfftuneError(f"{self.owner} gives another result for a sample alone: {WHY_NOT}.")
-        (self.by_row, self.seed), self.draws = was, BY_TORCH
+        self.draws = BY_TORCH
 
     def take(self, tensors, rows: Tensor | None) -> list[Tensor]:
         if rows is None:
@@ -272,7 +282,7 @@ class _SubBatch(torch.autograd.Function):
             out = call.run(sub, rows)
         pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None and o.requires_grad]
         wrt = [*(t for t in sub if t.requires_grad), *call.parameters]
-        if rows is not None:
+        if rows is not None and weight is not None:
             pairs = [(o, weighted(g.index_select(0, rows), weight)) for o, g in pairs]
         found = iter(_grad(pairs, wrt))
         dinputs = []
@@ -338,36 +348,34 @@ class RowDropout(TorchDispatchMode):
         return (mask if self.rows is None else mask.index_select(0, self.rows)).view(x.shape)
 
 
-def generators(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def generators(device: torch.device) -> tuple[Tensor, ...]:
     """States of torch's generators of the CPU and of `device`."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.get_rng_state(), *own
 
 
-def set_generators(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if states[1] is not None:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
 
 
-def moved(states: tuple[Tensor, Tensor | None], device: torch.device) -> bool:
-    now = generators(device)
-    return any(a is not None and not torch.equal(a, b) for a, b in zip(states, now, strict=True))
+def moved(states: tuple[Tensor, ...], device: torch.device) -> bool:
+    return not all(torch.equal(a, b) for a, b in zip(states, generators(device), strict=True))
 
 
-class replaying:
+@contextmanager
+def replaying(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
     """Generators as they were at `states`, and afterwards as before. None: nothing."""
-
-    def __init__(self, states: tuple[Tensor, Tensor | None] | None, device: torch.device):
-        self.states, self.device = states, device
-
-    def __enter__(self):
-        if self.states is not None:
-            self.before = generators(self.device)
-            set_generators(self.states, self.device)
-
-    def __exit__(self, *exc):
-        if self.states is not None:
-            set_generators(self.before, self.device)
+    if states is None:
+        yield
+        return
+    before = generators(device)
+    set_generators(states, device)
+    try:
+        yield
+    finally:
+        set_generators(before, device)
 
 
 def probabilities(scores: Tensor, k: float) -> Tensor:

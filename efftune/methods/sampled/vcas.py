@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from efftune.errors import EfftuneError
 from efftune.linear import Exact, Linear
@@ -78,7 +79,7 @@ class Vcas(Method):
             )
         layers = {n: model.get_submodule(n) for n in linear_layers(model) if n.startswith(name + ".")}
         for path, layer in layers.items():
-            if isinstance(layer, Linear) and layer.delta.random:
+            if isinstance(layer, Linear) and layer.delta.random:  # its mask goes by position in the batch
                 raise EfftuneError(f"vcas runs part of a batch again, and {path} has dropout; use lora_dropout=0.0.")
         swap(model, [n for n, layer in layers.items() if _exact(layer)], keep=Sampled(self.row_ratio))
         for block in stack:
@@ -86,20 +87,22 @@ class Vcas(Method):
         vars(stack)["vcas"] = Controller()
 
     def backward(self, model, batch, loss_fn, scale, step, optimizer):
-        _, stack = blocks(model)
-        controller = stack.vcas
+        stack, controller = _parts(model)
         if self.interval and step % self.interval == 0 and controller.started != step and controller.window is None:
             controller.started, controller.window = step, Window()
         plain = functools.partial(super().backward, model, batch, loss_fn, scale, step, optimizer)
-        if controller.window is None:
+        window = controller.window
+        if window is None:
             return plain()
-        loss = self._measure(model, stack, controller.window, plain)
-        if controller.window.count == self.batches:
-            self._adapt(stack, controller)
+        loss = self._measure(model, stack, window, plain)
+        if window.count == self.batches:
+            self._adapt(stack, controller, window)
             controller.window = None
         return loss
 
-    def _measure(self, model: nn.Module, stack: nn.ModuleList, window: Window, backward) -> Tensor:
+    def _measure(
+        self, model: nn.Module, stack: nn.ModuleList, window: Window, backward: Callable[[], Tensor]
+    ) -> Tensor:
         """One micro-batch: its exact gradient, which stays, and `batches` repeats with samples drawn, which do not."""
         device = next(stack.parameters()).device
         recomputes, layers = _recomputes(stack), _sampled(stack)
@@ -110,7 +113,7 @@ class Vcas(Method):
                 loss = backward()
             norms = [r.norms for r in recomputes]
         after = generators(device)
-        probes = {n: Probe(layer.keep.ratio, []) for n, layer in layers.items()}
+        probes = {n: Probe(_rows(layer), []) for n, layer in layers.items()}
         for repeat in range(1, self.batches + 1):
             set_generators(before, device)  # the same dropout
             with measuring(recomputes, repeat), keeping(layers, probes), discarding(model):
@@ -118,11 +121,11 @@ class Vcas(Method):
                     backward()
             window.act += sum(_distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
         set_generators(after, device)
-        window.add(exact, norms, {n: sum(p.seen) / self.batches for n, p in probes.items() if p.seen})
+        window.add(exact, norms, {n: torch.stack(p.seen).sum() / self.batches for n, p in probes.items() if p.seen})
         return loss
 
-    def _adapt(self, stack: nn.ModuleList, controller: Controller) -> None:
-        window, parameters = controller.window, dict(stack.named_parameters())
+    def _adapt(self, stack: nn.ModuleList, controller: Controller, window: Window) -> None:
+        parameters = dict(stack.named_parameters())
         spread = {n: float(v) * _scale(parameters[n]) / (self.batches - 1) for n, v in window.spread.items()}
         v_s, v_act = sum(spread.values()), float(window.act) / self.batches**2
         sign = (v_act > self.tau_act * v_s) - (v_act < self.tau_act * v_s)
@@ -138,11 +141,11 @@ class Vcas(Method):
             own = [spread[n] for n in (f"{name}.{p}" for p, _ in layer.named_parameters(recurse=False)) if n in spread]
             if own and name in window.weight:
                 more = float(window.weight[name]) / self.batches > self.tau_w * sum(own)
-                ratio = layer.keep.ratio / self.beta if more else layer.keep.ratio * self.beta
-                layer.keep = dataclasses.replace(layer.keep, ratio=min(1.0, ratio))
+                ratio = _rows(layer) / self.beta if more else _rows(layer) * self.beta
+                _set_rows(layer, min(1.0, ratio))
 
     def after_step(self, model, step, optimizer):
-        if self.interval and step == 0 and blocks(model)[1].vcas.started < 0:
+        if self.interval and step == 0 and _parts(model)[1].started < 0:
             warnings.warn(
                 "vcas adapts in tuner.backward(batch, loss_fn), which this loop does not call: every sample and row "
                 "stays in use.",
@@ -150,26 +153,31 @@ class Vcas(Method):
             )
 
     def state_dict(self, model):
-        _, stack = blocks(model)
+        stack, controller = _parts(model)
         return {
-            **stack.vcas.state_dict(),
+            "share": controller.share,
+            "started": controller.started,
+            "window": None if controller.window is None else dict(vars(controller.window)),
             "samples": [recompute.ratio for recompute in _recomputes(stack)],
-            "rows": {name: layer.keep.ratio for name, layer in _sampled(stack).items()},
+            "rows": {name: _rows(layer) for name, layer in _sampled(stack).items()},
         }
 
     def load_state_dict(self, model, state):
-        _, stack = blocks(model)
-        stack.vcas.load_state_dict(state, next(stack.parameters()).device)
+        stack, controller = _parts(model)
+        device = next(stack.parameters()).device
+        controller.share, controller.started = state["share"], state["started"]
+        window = tree_map_only(Tensor, lambda t: t.to(device), state["window"])
+        controller.window = None if window is None else Window(**window)
         for recompute, ratio in zip(_recomputes(stack), state["samples"], strict=True):
             recompute.ratio = ratio
         for name, layer in _sampled(stack).items():
-            layer.keep = dataclasses.replace(layer.keep, ratio=state["rows"][name])
+            _set_rows(layer, state["rows"][name])
 
     def merge(self, model):
-        _, stack = blocks(model)
+        stack, _ = _parts(model)
         for block in stack:
             uninstall(block)
-        del stack.vcas
+        del vars(stack)["vcas"]
 
 
 @dataclass
@@ -196,22 +204,13 @@ class Window:
             self.weight[name] = self.weight.get(name, 0.0) + v
 
 
+@dataclass
 class Controller:
-    """The state of vcas that is on no block or layer; rides on the stack."""
+    """What vcas has learnt beside ρ (on the blocks) and ν (on the layers). Rides on the stack; see Vcas.state_dict."""
 
-    def __init__(self):
-        self.share = 1.0
-        self.started = -1  # the step of the last window
-        self.window: Window | None = None
-
-    def state_dict(self) -> dict:
-        window = None if self.window is None else dict(vars(self.window))
-        return {"share": self.share, "started": self.started, "window": window}
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.share, self.started = state["share"], state["started"]
-        window = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), state["window"])
-        self.window = None if window is None else Window(**window)
+    share: float = 1.0  # s
+    started: int = -1  # the step of the last window
+    window: Window | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,12 +251,25 @@ def _exact(layer: nn.Module) -> bool:
     return trained_by(layer) is not None
 
 
+def _parts(model: nn.Module) -> tuple[nn.ModuleList, Controller]:
+    _, stack = blocks(model)
+    return stack, vars(stack)["vcas"]
+
+
 def _recomputes(stack: nn.ModuleList) -> list[Recompute]:
     return [vars(block)["forward"] for block in stack]
 
 
 def _sampled(stack: nn.ModuleList) -> dict[str, Linear]:
     return {n: m for n, m in stack.named_modules() if isinstance(m, Linear) and isinstance(m.keep, Sampled)}
+
+
+def _rows(layer: Linear) -> float:
+    return cast(Sampled, layer.keep).ratio
+
+
+def _set_rows(layer: Linear, ratio: float) -> None:
+    layer.keep = dataclasses.replace(cast(Sampled, layer.keep), ratio=ratio)
 
 
 @contextmanager
