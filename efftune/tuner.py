@@ -148,7 +148,7 @@ class Tuner:
         return {"step": self.step, "methods": [method.state_dict(self.model) for method in self.methods]}
 
     def load_state_dict(self, state: dict) -> None:
-        for method, own in zip(self.methods, state["methods"], strict=True):
+        for method, own in zip(self.methods, state.get("methods", ()), strict=False):  # a bare step will do
             method.load_state_dict(self.model, own)
         self.seek(state["step"])
 

@@ -33,7 +33,7 @@ SELECT_STREAM, DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow e
 # How dropout inside the block is drawn: by torch, a seed per sample, or that with attention written out in full
 # (a fused attention kernel draws where nothing can be put in its place). A block goes to the first that replays.
 BY_TORCH, BY_ROW, BY_ROW_MATH = range(3)
-SEED_OF_PROOF = torch.tensor(0)
+SEED_OF_PROOF = torch.zeros((), dtype=torch.int64, device="cpu")
 
 
 def install(block: nn.Module, ratio: float | None = None) -> Recompute:
@@ -68,6 +68,8 @@ class Recompute:
     norm, a batch that is not the first dimension, an argument cut that is not per sample).
     Arguments: tensors whose first dimension is the batch are cut with it; others go in whole. Caches of keys and
         values are left out, as checkpointing in transformers does.
+    Results: gradients flow through what the block returns. What a hook inside it takes out (attention maps, router
+        logits of a mixture) has none, and hooks inside it run again in backward.
     Dropout: at ratio 1 the generator's state is put back; below 1 every sample has a mask of its own, drawn from a
         seed, so that a part of the batch sees what it saw. Other draws are refused below 1.
     Numerics: weight·G in f32, rounded once to G's dtype.
