@@ -184,9 +184,11 @@ class Tuner:
         return {**self.named_delta(), **{name: t for name, t in kept.items() if id(t) in own}}
 
     def state_dict(self) -> dict:
-        return {"step": self.step}
+        return {"step": self.step, "methods": [method.state_dict(self.model) for method in self.methods]}
 
     def load_state_dict(self, state: dict) -> None:
+        for method, own in zip(self.methods, state.get("methods", ()), strict=False):  # a bare step will do
+            method.load_state_dict(self.model, own)
         self.seek(state["step"])
 
     def param_groups(self) -> list[dict]:
@@ -260,18 +262,17 @@ class Tuner:
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
                 )
-        self.blocks.remove()
         return self._plain(lambda layer: layer.merge())
 
     def remove(self) -> nn.Module:
         """Takes out everything that `apply` put in: blocks, adapters (not merged) and the layers' own storage. Weights
         that trained themselves keep what they have learned. Returns the model, now plain."""
-        for method in self.methods:
-            method.remove(self.model)
-        self.blocks.remove()
         return self._plain(lambda layer: Linear.from_linear(layer, delta=layer.delta.bare(), keep=Exact()).merge())
 
     def _plain(self, make: Callable[[Linear], nn.Module]) -> nn.Module:
+        for method in self.methods:
+            method.remove(self.model)
+        self.blocks.remove()
         where = places(self.model)
         for layer in [m for m in self.model.modules() if isinstance(m, Linear)]:
             plain = make(layer)

@@ -1,7 +1,8 @@
 """A method is a frozen dataclass: its fields are its settings, its hooks are what it does. One paper, one file.
 
 A recipe is a list of methods; `efftune.apply` calls `prepare` in order and the training loop calls the other hooks in
-the same order. Methods hold no state: what a run needs to replay follows from the settings and the step.
+the same order. Methods hold no state: what a run needs to replay follows from the settings and the step, or is on the
+model and goes through `state_dict`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Method:
         return nullcontext()
 
     def remove(self, model: nn.Module) -> None:
-        """Takes back what `prepare` added besides layers (hooks)."""
+        """Takes out what `prepare` installed besides layers (hooks, wrappers). Called before those become plain again."""
 
     def report(self, model: nn.Module) -> str | None:
         """A line for `Tuner.summary`: what cannot be read off the settings."""
@@ -74,6 +75,13 @@ class Method:
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called after optimizer.step()."""
+
+    def state_dict(self, model: nn.Module) -> dict:
+        """What the method has learnt and put on the model, for a checkpoint: numbers, strings, tensors, nested."""
+        return {}
+
+    def load_state_dict(self, model: nn.Module, state: dict) -> None:
+        """Puts back what `state_dict` gave."""
 
     def overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Method, hook)

@@ -27,6 +27,10 @@ RECIPES = {
     "full + mesa(bits=8)": (3e-3, 12, 0.8),
     "full + wtacrs(ratio=0.5, min_rows=4)": (3e-3, 12, 0.9),
     "lora(r=4) + wtacrs(ratio=0.5, min_rows=4) + mesa(bits=4)": (1e-2, 12, 0.97),
+    "vcas(interval=2, alpha=0.2)": (3e-3, 12, 0.8),
+    "full + vcas(interval=0, sample_ratio=0.5, row_ratio=0.5)": (3e-3, 12, 0.95),
+    "lora(r=4) + vcas(interval=3)": (1e-2, 12, 0.97),
+    "int8 + lora(r=4) + vcas(interval=0, sample_ratio=0.5) + lisa(layers=2, interval=3)": (1e-2, 12, 0.99),
     "mezo": (1e-3, 30, 1.0),
     "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
     "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),
@@ -166,6 +170,13 @@ REFUSED = {
     "mezo(eps=0.0)": "eps > 0",
     "mezo(dist='uniform')": "'normal' or 'rademacher'",
     "int8(group=0) + lora": "at least 1 weight",
+    "vcas + lora(r=4)": "finds nothing that trains in model.layers; put it after what does",
+    "full(target_modules='embed_tokens') + vcas": "finds nothing that trains in model.layers",
+    "lora(r=4, lora_dropout=0.1) + vcas": "use lora_dropout=0.0",
+    "vcas + mezo": "vcas and mezo each bring their own backward",
+    "vcas(sample_ratio=0.5)": "for fixed ones add interval=0",
+    "vcas(interval=0, sample_ratio=0.0)": "in (0, 1]",
+    "vcas(batches=1)": "batches >= 2",
 }
 
 

@@ -221,6 +221,8 @@ RECIPES = [
     "lisa(layers=1, interval=3)",
     "int8(group=16) + lora(r=4, lora_dropout=0.1)",
     "mezo",
+    "vcas(interval=2, alpha=0.3)",  # a window of two steps is open at the checkpoint
+    "lora(r=4) + vcas(interval=0, sample_ratio=0.5, row_ratio=0.5)",
 ]
 
 

@@ -1,1 +1,1 @@
-"""Backward that keeps or computes less."""
+"""Sampled: backward on a part of the batch, forward on all of it."""

@@ -1,0 +1,116 @@
+"""One transformer block, forward + backward on a part of the batch: how much of the arithmetic saved is time saved.
+
+python -m bench.vcas [--device cpu|cuda] [--dtypes float32,bfloat16] [--repeats N]
+
+The control is the same recompute with all samples (ratio 1), which is checkpointing. A share ρ of the samples saves
+3(1 − ρ) of the 4 forwards that checkpointing costs; the lines printed first divide the time saved by that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.harness import print_table, run, save
+from efftune.nn.subbatch import install
+
+RATIOS = (1.0, 0.5, 0.25)
+
+
+def bert(dropout: float = 0.0) -> tuple[nn.Module, tuple[int, int, int], dict]:
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    config = BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    config._attn_implementation = "sdpa"
+    return BertLayer(config), (16, 128, config.hidden_size), {}
+
+
+def llama() -> tuple[nn.Module, tuple[int, int, int], dict]:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, head_dim=64
+    )
+    config._attn_implementation = "sdpa"
+    shape = (8, 256, config.hidden_size)
+    positions = torch.arange(shape[1])[None]
+    return LlamaDecoderLayer(config, 0), shape, {"rotary": LlamaRotaryEmbedding(config), "position_ids": positions}
+
+
+def rows_for(name: str, made, device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    block, shape, kwargs = made
+    block = block.to(device, dtype).train()
+    x = torch.randn(shape, device=device, dtype=dtype)
+    # Gradients of very different norms, as samples have: the lighter half carries a tenth.
+    dy = (
+        torch.randn(shape, device=device, dtype=dtype)
+        * torch.logspace(-2, 0, shape[0], device=device).to(dtype)[:, None, None]
+    )
+    if "rotary" in kwargs:
+        positions = kwargs["position_ids"].to(device)
+        kwargs = {"position_ids": positions, "position_embeddings": kwargs["rotary"].to(device)(x, positions)}
+
+    def step(call):
+        def timed():
+            leaf = x.detach().requires_grad_()
+            call(leaf).backward(dy)
+            block.zero_grad(set_to_none=True)
+
+        return timed
+
+    def at(ratio):
+        def call(leaf):
+            recompute.ratio = ratio
+            return block(leaf, **kwargs)
+
+        return call
+
+    recompute = install(block, 1.0)
+    plain = recompute.forward
+    variants = {"checkpointing (ours, all samples)": step(at(1.0))}
+    variants |= {f"samples x {ratio}": step(at(ratio)) for ratio in RATIOS if ratio < 1}
+    variants["torch checkpoint"] = step(lambda leaf: checkpoint(plain, leaf, use_reentrant=False, **kwargs))
+    variants["keep everything"] = step(lambda leaf: plain(leaf, **kwargs))
+    title = f"{name} {str(dtype).removeprefix('torch.')}"
+    return run(title, variants, device=device, dtype=dtype, repeats=repeats)
+
+
+def realised(rows: list[dict]) -> list[tuple[str, float, float]]:
+    """(block, ratio, time saved ÷ arithmetic saved) against the ratio-1 control: the median over paired repeats."""
+    (control,) = (r["samples_s"] for r in rows if r["variant"].endswith("all samples)"))
+    found = []
+    for row in rows:
+        if row["variant"].startswith("samples x"):
+            ratio = float(row["variant"].split()[-1])
+            saved = statistics.median(1 - part / whole for part, whole in zip(row["samples_s"], control, strict=True))
+            row["time_over_arithmetic_saved"] = saved / (0.75 * (1 - ratio))
+            found.append((row["name"], ratio, row["time_over_arithmetic_saved"]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    made = {"BERT-base 16x128": bert, "BERT-base 16x128, dropout 0.1": lambda: bert(0.1), "Llama d1024 8x256": llama}
+    rows = []
+    for dtype in [getattr(torch, name) for name in args.dtypes.split(",")]:
+        for name, make in made.items():
+            rows += rows_for(name, make(), args.device, dtype, args.repeats)
+            for title, ratio, value in realised(rows[-5:]):
+                print(f"{title:42}  samples x {ratio:<5} time saved / arithmetic saved {value:5.2f}", flush=True)
+    save(rows, f"bench/results/vcas-{args.device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""VCAS: backward on the samples and rows that carry the gradient, as few as the variance of SGD allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from efftune.errors import EfftuneError
+from efftune.linear import Exact, Linear
+from efftune.linear.handle import load
+from efftune.linear.keep.exact import product_t
+from efftune.linear.keep.sampled import Sampled
+from efftune.methods._base import Method, blocks, linear_layers, swap, trained_by
+from efftune.nn.subbatch import Recompute, generators, install, probabilities, set_generators, uninstall
+
+STRIDE, AT_LEAST = 97, 64  # every 97th coordinate of a weight's gradient is looked at, and of a small one about 64
+
+
+@dataclass(frozen=True)
+class Vcas(Method):
+    """Forward on all samples, backward on a part of them, chosen so that the gradient stays unbiased and its variance
+    grows by at most tau_act + tau_w of what the mini-batch has anyway.
+
+    Blocks of the transformer's stack keep only their inputs and run again in backward (`nn.subbatch`), block l on a
+    share ρ_l of the samples that falls with depth below the loss; within those each linear layer takes its weight's
+    gradient from a share ν_l of the rows. All shares begin at 1. Every `interval` steps, `batches` micro-batches (of
+    the same step if it has as many, else of the steps that follow) are measured: their exact gradients, which train as
+    ever, and `batches` repeats each with samples drawn but all rows. With V_s the variance of a micro-batch's gradient,
+    V_act what drawing samples adds and V_w,l what drawing rows would add,
+
+        s   ← s + alpha·sign(V_act − tau_act·V_s)           the share of Σ‖G_i‖ that the kept samples must hold
+        ρ_l ← 0.6·ρ_l + 0.4·max_{j≤l} p_j(s)                p_j(s): the least share of the samples that holds it
+        ν_l ← min(1, ν_l/beta) if V_w,l > tau_w·V_s,l, else ν_l·beta
+
+    V_s and V_act are taken over the stack's weights, from one coordinate in 97; V_w,l is Σ_i (1/q_i − 1)‖g_i‖²‖x_i‖²,
+    for rows drawn independently; systematic sampling stays below it. Comes after what trains, as in "full + vcas".
+    Needs `tuner.backward`: with a loop that calls loss.backward() itself the shares stay at 1.
+
+    Args:
+        interval: 0 measures nothing: sample_ratio and row_ratio are the shares, for the whole run.
+    Memory: that of block checkpointing; while measuring, one copy of a block's gradients and 1 % of all.
+    Cost: a block's forward 1 + 3ρ times, of checkpointing's 4. Measuring: `batches`² steps every `interval` steps.
+    Raises: EfftuneError where no weight of the stack trains, or where backward on a part of the batch would be wrong.
+    Source: Wang, Chen, Zhu 2024, arXiv:2402.17227, algorithm 1; in its equation 7 the sign of ν's update is reversed.
+    """
+
+    tau_act: float = 0.025
+    tau_w: float = 0.025
+    alpha: float = 0.01
+    beta: float = 0.95
+    interval: int = 100
+    batches: int = 2
+    sample_ratio: float = 1.0
+    row_ratio: float = 1.0
+
+    name = "vcas"
+
+    def __post_init__(self):
+        if not (0 < self.sample_ratio <= 1 and 0 < self.row_ratio <= 1 and 0 < self.beta < 1):
+            raise EfftuneError(f"{self} needs sample_ratio and row_ratio in (0, 1] and beta between 0 and 1.")
+        if self.interval < 0 or self.batches < 2:
+            raise EfftuneError(f"{self} needs interval >= 0 and, for a variance, batches >= 2.")
+        if self.interval and (self.sample_ratio < 1 or self.row_ratio < 1):
+            raise EfftuneError(f"{self} adapts its shares, which begin at 1; for fixed ones add interval=0.")
+
+    def prepare(self, model):
+        name, stack = blocks(model)
+        if not any(p.requires_grad for p in stack.parameters()):
+            raise EfftuneError(
+                f"vcas finds nothing that trains in {name}; put it after what does, as in 'full + vcas'."
+            )
+        layers = {n: model.get_submodule(n) for n in linear_layers(model) if n.startswith(name + ".")}
+        for path, layer in layers.items():
+            if isinstance(layer, Linear) and layer.delta.random:  # its mask goes by position in the batch
+                raise EfftuneError(f"vcas runs part of a batch again, and {path} has dropout; use lora_dropout=0.0.")
+        swap(model, [n for n, layer in layers.items() if _exact(layer)], keep=Sampled(self.row_ratio, min_rows=1, at="backward"))
+        for block in stack:
+            install(block, self.sample_ratio)
+        vars(stack)["vcas"] = Controller()
+
+    def backward(self, model, batch, loss_fn, scale, step, optimizer):
+        stack, controller = _parts(model)
+        if self.interval and step % self.interval == 0 and controller.started != step and controller.window is None:
+            controller.started, controller.window = step, Window()
+        plain = functools.partial(super().backward, model, batch, loss_fn, scale, step, optimizer)
+        window = controller.window
+        if window is None:
+            return plain()
+        loss = self._measure(model, stack, window, plain)
+        if window.count == self.batches:
+            self._adapt(stack, controller, window)
+            controller.window = None
+        return loss
+
+    def _measure(
+        self, model: nn.Module, stack: nn.ModuleList, window: Window, backward: Callable[[], Tensor]
+    ) -> Tensor:
+        """One micro-batch: its exact gradient, which stays, and `batches` repeats with samples drawn, which do not."""
+        device = next(stack.parameters()).device
+        recomputes, layers = _recomputes(stack), _sampled(stack)
+        watched = {name: p for name, p in stack.named_parameters() if p.requires_grad}
+        before = generators(device)
+        with measuring(recomputes, repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
+            with coordinates(watched) as exact:
+                loss = backward()
+            norms = [r.norms for r in recomputes]
+        after = generators(device)
+        probes = {n: Probe(_rows(layer), []) for n, layer in layers.items()}
+        for repeat in range(1, self.batches + 1):
+            set_generators(before, device)  # the same dropout
+            with measuring(recomputes, repeat), keeping(layers, probes), discarding(model):
+                with coordinates(watched) as drawn:
+                    backward()
+            window.act += sum(_distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
+        set_generators(after, device)
+        window.add(exact, norms, {n: torch.stack(p.seen).sum() / self.batches for n, p in probes.items() if p.seen})
+        return loss
+
+    def _adapt(self, stack: nn.ModuleList, controller: Controller, window: Window) -> None:
+        parameters = dict(stack.named_parameters())
+        spread = {n: float(v) * _scale(parameters[n]) / (self.batches - 1) for n, v in window.spread.items()}
+        v_s, v_act = sum(spread.values()), float(window.act) / self.batches**2
+        sign = (v_act > self.tau_act * v_s) - (v_act < self.tau_act * v_s)
+        controller.share = min(1.0, max(0.0, controller.share + self.alpha * sign))
+        least = [0.0] * len(stack)
+        for norms in window.norms:
+            for i, n in enumerate(norms):
+                least[i] += smallest_share(n, controller.share) / self.batches if n is not None else 0.0
+        for recompute, ratio in zip(_recomputes(stack), accumulate(least, max), strict=True):
+            if ratio:  # 0: no gradient came so far down
+                recompute.ratio = 0.6 * recompute.ratio + 0.4 * ratio
+        for name, layer in _sampled(stack).items():
+            own = [spread[n] for n in (f"{name}.{p}" for p, _ in layer.named_parameters(recurse=False)) if n in spread]
+            if own and name in window.weight:
+                more = float(window.weight[name]) / self.batches > self.tau_w * sum(own)
+                ratio = _rows(layer) / self.beta if more else _rows(layer) * self.beta
+                _set_rows(layer, min(1.0, ratio))
+
+    def after_step(self, model, step, optimizer):
+        if self.interval and step == 0 and _parts(model)[1].started < 0:
+            warnings.warn(
+                "vcas adapts in tuner.backward(batch, loss_fn), which this loop does not call: every sample and row "
+                "stays in use.",
+                stacklevel=2,
+            )
+
+    def state_dict(self, model):
+        stack, controller = _parts(model)
+        return {
+            "share": controller.share,
+            "started": controller.started,
+            "window": None if controller.window is None else dict(vars(controller.window)),
+            "samples": [recompute.ratio for recompute in _recomputes(stack)],
+            "rows": {name: _rows(layer) for name, layer in _sampled(stack).items()},
+        }
+
+    def load_state_dict(self, model, state):
+        stack, controller = _parts(model)
+        device = next(stack.parameters()).device
+        controller.share, controller.started = state["share"], state["started"]
+        window = tree_map_only(Tensor, lambda t: t.to(device), state["window"])
+        controller.window = None if window is None else Window(**window)
+        for recompute, ratio in zip(_recomputes(stack), state["samples"], strict=True):
+            recompute.ratio = ratio
+        for name, layer in _sampled(stack).items():
+            _set_rows(layer, state["rows"][name])
+
+    @contextmanager
+    def exactly(self, model):
+        stack, _ = _parts(model)
+        layers = _sampled(stack)
+        with measuring(_recomputes(stack), repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
+            yield
+
+    def remove(self, model):
+        stack, _ = _parts(model)
+        for block in stack:
+            uninstall(block)
+        del vars(stack)["vcas"]
+
+
+@dataclass
+class Window:
+    """What the micro-batches that were measured so far have given."""
+
+    count: int = 0
+    mean: dict[str, Tensor] = field(default_factory=dict)  # of the looked-at coordinates of each weight's gradient
+    spread: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches ‖gradient − mean‖² of those coordinates
+    act: Any = 0.0  # Σ over batches and repeats ‖drawn − exact‖²
+    norms: list[list[Tensor | None]] = field(default_factory=list)  # ‖G_i‖ of batch, block
+    weight: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches of V_w of each layer
+
+    def add(self, gradient: dict[str, Tensor], norms: list[Tensor | None], weight: dict[str, Tensor]) -> None:
+        """Welford's update: the spread is small against the mean, and a difference of squares would lose it."""
+        self.count += 1
+        for name, g in gradient.items():
+            mean = self.mean.setdefault(name, torch.zeros_like(g))
+            off = g - mean
+            mean += off / self.count
+            self.spread[name] = self.spread.get(name, 0.0) + (off * (g - mean)).sum(dtype=torch.float64)
+        self.norms.append(norms)
+        for name, v in weight.items():
+            self.weight[name] = self.weight.get(name, 0.0) + v
+
+
+@dataclass
+class Controller:
+    """What vcas has learnt beside ρ (on the blocks) and ν (on the layers). Rides on the stack; see Vcas.state_dict."""
+
+    share: float = 1.0  # s
+    started: int = -1  # the step of the last window
+    window: Window | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(Exact):
+    """Exact, and notes V_w = Σ_i (1/q_i − 1)‖g_i‖²‖z_i‖²: what drawing `ratio` of the rows would add."""
+
+    ratio: float
+    seen: list[Tensor]
+
+    def weight_grad(self, g, kept):
+        z = load(kept[0])
+        self.seen.append(row_variance(row_norms(g) * row_norms(z), self.ratio))
+        return product_t(g, z)
+
+
+def row_norms(z: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(z, dim=1, dtype=torch.promote_types(z.dtype, torch.float32))
+
+
+def row_variance(score: Tensor, ratio: float) -> Tensor:
+    """E‖Σ_i (b_i/q_i − 1) g_i x_iᵀ‖² for independent b_i ~ Bernoulli(q_i), score_i = ‖g_i‖‖x_i‖, Σq = ratio·rows."""
+    q = probabilities(score, max(1.0, ratio * score.numel()))
+    return (score.double().square() * torch.where(score > 0, 1 / q - 1, 0.0)).sum()
+
+
+def smallest_share(norms: Tensor, share: float) -> float:
+    """The least n/B such that n of the B norms hold `share` of their sum."""
+    if share >= 1:
+        return 1.0
+    held = norms.double().sort(descending=True).values.cumsum(0)
+    return min(norms.numel(), int((held < share * held[-1]).sum()) + 1) / norms.numel()
+
+
+def _exact(layer: nn.Module) -> bool:
+    """Trains, and keeps its input as it is."""
+    if isinstance(layer, Linear):
+        return layer.delta.trains and layer.delta.needs_keep() and isinstance(layer.keep, (Exact, Sampled))
+    return trained_by(layer) is not None
+
+
+def _parts(model: nn.Module) -> tuple[nn.ModuleList, Controller]:
+    _, stack = blocks(model)
+    return stack, vars(stack)["vcas"]
+
+
+def _recomputes(stack: nn.ModuleList) -> list[Recompute]:
+    return [vars(block)["forward"] for block in stack]
+
+
+def _sampled(stack: nn.ModuleList) -> dict[str, Linear]:
+    return {n: m for n, m in stack.named_modules() if isinstance(m, Linear) and isinstance(m.keep, Sampled)}
+
+
+def _rows(layer: Linear) -> float:
+    return cast(Sampled, layer.keep).ratio
+
+
+def _set_rows(layer: Linear, ratio: float) -> None:
+    layer.keep = dataclasses.replace(cast(Sampled, layer.keep), ratio=ratio)
+
+
+@contextmanager
+def measuring(recomputes: list[Recompute], repeat: int, ratio: float | None = None) -> Iterator[None]:
+    """Blocks note ‖G_i‖, draw dropout by sample at every ratio, and select from another stream for each repeat."""
+    ratios = [r.ratio for r in recomputes]
+    for r in recomputes:
+        r.repeat, r.by_row, r.record, r.norms = repeat, True, True, None
+        r.ratio = r.ratio if ratio is None else ratio
+    try:
+        yield
+    finally:
+        for r, before in zip(recomputes, ratios, strict=True):
+            r.repeat, r.by_row, r.record, r.ratio = 0, False, False, before
+
+
+@contextmanager
+def keeping(layers: dict[str, Linear], keeps: dict[str, Any]) -> Iterator[None]:
+    before = {name: layer.keep for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.keep = keeps[name]
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.keep = before[name]
+
+
+def _stride(parameter: Tensor) -> int:
+    return min(STRIDE, max(1, parameter.numel() // AT_LEAST))
+
+
+def _scale(parameter: Tensor) -> float:
+    """Of a sum over the looked-at coordinates, to one over all."""
+    return parameter.numel() / len(range(0, parameter.numel(), _stride(parameter)))
+
+
+def _distance(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
+    return (a - b).square().sum(dtype=torch.float64) * _scale(parameter)
+
+
+@contextmanager
+def coordinates(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yields a dict that each backward within fills: name -> the looked-at coordinates of its gradient, in f32."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, stride: int):
+        def hook(g: Tensor) -> None:
+            seen[name] = g.reshape(-1)[::stride].float().clone()
+
+        return hook
+
+    handles = [p.register_hook(look(name, _stride(p))) for name, p in parameters.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def discarding(model: nn.Module) -> Iterator[None]:
+    """Gradients within are dropped, each as soon as it is there; those of before are back afterwards."""
+    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+
+    def drop(p: Tensor) -> None:
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(drop) for p, _ in held]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in held:
+            p.grad = grad
