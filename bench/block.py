@@ -93,7 +93,9 @@ def main() -> None:
 
             # What checkpointing keeps goes through its own hooks, and is seen in what is allocated only.
             totals.append(
-                meter.allocated(forward, args.device)[0] if recompute else meter.saved_for_backward(model, forward).total
+                meter.allocated(forward, args.device)[0]
+                if recompute
+                else meter.saved_for_backward(model, forward).total
             )
         kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[args.device]["hidden_size"])
 
@@ -110,7 +112,9 @@ def main() -> None:
     print_table(found)
     for row in found:
         if row["saved_d"] is not None:
-            print(f"{row['variant']:16} keeps {row['saved_d']:6.2f} d per token and layer, {row['tokens_per_s']:,.0f} tokens/s")
+            print(
+                f"{row['variant']:16} keeps {row['saved_d']:6.2f} d per token and layer, {row['tokens_per_s']:,.0f} tokens/s"
+            )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ def test_order_and_settings():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("lorra(r=8)", r"no method 'lorra' \(did you mean 'lora'\?\); the methods are: full, int8, lisa, lora, mesa, mezo, wtacrs"),
+        (
+            "lorra(r=8)",
+            r"no method 'lorra' \(did you mean 'lora'\?\); the methods are: full, int8, lisa, lora, mesa, mezo, recompute, vcas, wtacrs",
+        ),
         ("lora(rank=8)", r"lora has no setting 'rank'"),
         ("lora(lora_alfa=8)", r"did you mean 'lora_alpha'\?"),
         ("lora(r='16')", r"lora: r is int, not '16'"),

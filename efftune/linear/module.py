@@ -12,8 +12,8 @@ from efftune.linear.delta.full import Full
 from efftune.linear.delta.none import NoDelta
 from efftune.linear.function import LinearFunction, as_matrix
 from efftune.linear.handle import Source, source_of
-from efftune.linear.scores import TokenScores
 from efftune.linear.keep.exact import Exact
+from efftune.linear.scores import TokenScores
 from efftune.ops.draw_seed import draw_seed
 
 
@@ -78,7 +78,9 @@ class Linear(nn.Module):
             w, p, bias = (linear.weight,), (), linear.bias
             old = Dense(is_conv1d(linear)), Full() if linear.weight.requires_grad else NoDelta(), Exact()
         else:
-            raise EfftuneError(f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}.")
+            raise EfftuneError(
+                f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
+            )
         if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):
             raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
         if base is not None and base != old[0]:
@@ -164,7 +166,9 @@ class Linear(nn.Module):
                 added = self.delta.rows(p, a, b)
                 rows = self.base.rows(w, a, b, dtype if added is None else added.dtype)
                 weight[a:b] = rows if added is None else rows + added
-            linear.weight = nn.Parameter(weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False)
+            linear.weight = nn.Parameter(
+                weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False
+            )
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 

@@ -12,8 +12,8 @@ from efftune.linear.contracts import Keep
 from efftune.linear.function import as_matrix
 from efftune.linear.handle import Handle, attach, flatten, load, unflatten
 from efftune.ops.draw_seed import draw_seed
-from efftune.ops.glu import glu as activate
 from efftune.ops.glu import composition, glu_backward
+from efftune.ops.glu import glu as activate
 
 
 class _Glu(torch.autograd.Function):

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efftune.errors import EfftuneError
 from efftune.ops._op import forced_backend, use_backend
 from efftune.ops.draw_seed import draw_seed
-from efftune.ops.sample_rows import select_rows
 from efftune.ops.dropout import dropout
+from efftune.ops.sample_rows import select_rows
 
 SELECT_STREAM, DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow each are the repeat and the call
 # How dropout inside the block is drawn: by torch, a seed per sample, or that with attention written out in full

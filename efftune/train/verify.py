@@ -21,6 +21,7 @@ from efftune.train.loop import to_device
 from efftune.train.task import Task, autocast
 
 COORDINATES = 4096  # of each parameter's gradient are looked at, drawn once
+NEGLIGIBLE = 1e-3  # of the model's typical gradient entry
 
 
 @dataclass
@@ -57,7 +58,9 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     rows = prepared.train.rows(0)[: batches * config.batch_size]
     data = [to_device(batch, device) for batch in prepared.train.batches(rows, config.batch_size)]
     if len(data) < 2:
-        raise EfftuneError("verify needs data for at least 2 batches: SGD's own noise is what variance is held against.")
+        raise EfftuneError(
+            "verify needs data for at least 2 batches: SGD's own noise is what variance is held against."
+        )
     with tuner.exactly():  # a few steps away from the start, where LoRA's B is zero and A has no gradient
         for batch in data[:4]:
             tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
@@ -99,6 +102,9 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
     with tuner.exactly():
         exact = [gradient(batch) for batch in data]
     drawn = [gradient(data[0]) for _ in range(seeds)]
+    entries = torch.cat(list(exact[0].values()))
+    # A gradient that is zero but for rounding (a key's bias under softmax) has no relative error to speak of.
+    negligible = NEGLIGIBLE**2 * float(entries.square().mean())
     kept = meter.saved_for_backward(tuner.model, lambda: task.loss(tuner.model, data[0])).by_module
     return [
         fidelity(
@@ -107,13 +113,14 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
             exact[0][name],
             torch.stack([g[name] for g in exact]),
             kept.get(name.rpartition(".")[0], 0),
+            negligible * len(exact[0][name]),
         )
         for name in parameters
     ]
 
 
-def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: int) -> Fidelity:
-    """errors (seeds, C), exact (C,), batches (batches, C), all float64.
+def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: int, least: float = 0.0) -> Fidelity:
+    """errors (seeds, C), exact (C,), batches (batches, C), all float64; ‖exact‖² counts as `least` at least.
 
     The squared bias ‖E[e]‖² is estimated without bias by the mean of ⟨e_s, e_t⟩ over pairs s ≠ t; its standard error
     without a bias is √(2 · mean ⟨e_s, e_t⟩² / (n (n - 1))).
@@ -122,7 +129,7 @@ def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: in
     gram = errors @ errors.t()
     pairs = gram[~torch.eye(n, dtype=torch.bool)]
     squared_bias, spread = float(pairs.mean()), math.sqrt(2 * float(pairs.square().mean()) / (n * (n - 1)))
-    size, error = float(exact.square().sum()), float(gram.diagonal().mean())
+    size, error = max(least, float(exact.square().sum())), float(gram.diagonal().mean())
     noise = float(batches.var(dim=0, unbiased=True).sum())
     return Fidelity(
         name,

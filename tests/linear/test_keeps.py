@@ -173,7 +173,9 @@ def test_lora_dropout_keeps_its_input_and_a_seed():
     x, _ = inputs()
     layers = [layer(Exact(), LoRA(r=2, lora_dropout=0.5)) for _ in range(3)]
     parameters = {p.untyped_storage().data_ptr() for made in layers for p in made.parameters()}
-    weights = sum(p.nbytes for made in layers for p in made.parameters() if p.untyped_storage().data_ptr() in parameters)
+    weights = sum(
+        p.nbytes for made in layers for p in made.parameters() if p.untyped_storage().data_ptr() in parameters
+    )
     biases = 3 * N * 4
     kept = saved_by(lambda: torch.cat([made(x) for made in layers], -1)) - weights + biases
     assert kept <= M * K * 4 + 3 * (M * 2 * 4 + 8)

@@ -31,6 +31,7 @@ RECIPES = {
     "full + vcas(interval=0, sample_ratio=0.5, row_ratio=0.5)": (3e-3, 12, 0.95),
     "lora(r=4) + vcas(interval=3)": (1e-2, 12, 0.97),
     "int8 + lora(r=4) + vcas(interval=0, sample_ratio=0.5) + lisa(layers=2, interval=3)": (1e-2, 12, 0.99),
+    "lora(r=4) + recompute + mesa(bits=8)": (1e-2, 12, 0.95),
     "mezo": (1e-3, 30, 1.0),
     "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
     "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),

@@ -156,7 +156,9 @@ def chosen(monkeypatch):
     """Makes the selection a given one: rows and their weights."""
     choice = {}
     monkeypatch.setattr(
-        subbatch, "select_rows", lambda scores, k, seed, stream=0: (choice["rows"], choice["weight"], torch.tensor(False))
+        subbatch,
+        "select_rows",
+        lambda scores, k, seed, stream=0: (choice["rows"], choice["weight"], torch.tensor(False)),
     )
     return choice
 

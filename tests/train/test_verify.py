@@ -8,6 +8,7 @@ import torch
 from efftune import EfftuneError
 from efftune.train.compare import compare
 from efftune.train.verify import fidelity, judge, verify
+from tests.train.test_run import sentence
 
 
 def test_fidelity_of_known_errors():
@@ -15,8 +16,10 @@ def test_fidelity_of_known_errors():
     exact, batches = torch.randn(200).double(), torch.randn(8, 200).double()
     noise = torch.randn(64, 200).double()
     fair = fidelity("w", 0.3 * noise, exact, batches, 100)
-    assert abs(fair.z) < 4 and fair.error == pytest.approx(0.3, rel=0.2) and fair.variance_to_sgd == pytest.approx(
-        0.09, rel=0.3
+    assert (
+        abs(fair.z) < 4
+        and fair.error == pytest.approx(0.3, rel=0.2)
+        and fair.variance_to_sgd == pytest.approx(0.09, rel=0.3)
     )
     assert fair.variance_per_byte == pytest.approx(fair.error**2 / 100)
     biased = fidelity("w", 0.3 * noise + 0.1 * exact, exact, batches, 0)
@@ -38,8 +41,9 @@ def test_fair_noise_is_seldom_called_biased():
 
 
 @pytest.fixture
-def job(files):
-    return dict(model=files.model, data=files.data, batch_size=4, seq_len=32, lr=1e-3, device="cpu")
+def job(model_folder, write):
+    rows = [{"question": sentence(i), "answer": sentence(i + 99)} for i in range(30)]
+    return dict(model=str(model_folder), data=str(write("qa.jsonl", rows)), batch_size=4, seq_len=64, lr=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["full + wtacrs(ratio=0.5)", "lora(r=4) + wtacrs(ratio=0.5) + mesa(bits=8)"])

@@ -83,7 +83,11 @@ class Vcas(Method):
         for path, layer in layers.items():
             if isinstance(layer, Linear) and layer.delta.random:  # its mask goes by position in the batch
                 raise EfftuneError(f"vcas runs part of a batch again, and {path} has dropout; use lora_dropout=0.0.")
-        swap(model, [n for n, layer in layers.items() if _exact(layer)], keep=Sampled(self.row_ratio, min_rows=1, at="backward"))
+        swap(
+            model,
+            [n for n, layer in layers.items() if _exact(layer)],
+            keep=Sampled(self.row_ratio, min_rows=1, at="backward"),
+        )
         for block in stack:
             install(block, self.sample_ratio)
         vars(stack)["vcas"] = Controller()
