@@ -142,9 +142,12 @@ def _operands(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype,
     return product, _tile_dtype(hidden.device, hidden.dtype), weight
 
 
-def _tokens(m: int, vocabulary: int) -> int:
-    """Tokens whose logits exist at once: a sixteenth of them, but no tile above 2^25 elements nor needlessly small."""
-    return max(16, min(max(m // 16, 2**23 // vocabulary), 2**25 // vocabulary))
+def _tokens(m: int, vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits exist at once: a sixteenth of them, in tiles of at most 2^27 elements, and no smaller than
+    pays: on a GPU a product of fewer than some 256 tokens takes as long as reading the weight."""
+    least = 2**25 if device.type == "cuda" else 2**23
+    step = min(max(m // 16, least // vocabulary), 2**27 // vocabulary)
+    return step // 64 * 64 if step > 64 else max(16, step)
 
 
 def _columns(m: int, vocabulary: int) -> int:
@@ -164,7 +167,7 @@ def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, sm
     with torch.autocast(hidden.device.type, enabled=False):
         product, tile_dtype, weight = _operands(hidden, weight)
         bias = None if bias is None else bias.to(loss.dtype).contiguous()
-        step = _tokens(m, vocabulary)
+        step = _tokens(m, vocabulary, hidden.device)
         tile_z = torch.empty(min(step, m) * vocabulary, dtype=tile_dtype, device=hidden.device)
         in_place = tile_dtype == product
         tile_dz = tile_z if in_place or not need_dx else torch.empty_like(tile_z, dtype=product)
@@ -351,7 +354,8 @@ def linear_cross_entropy(
         are rounded to hidden.dtype by the product, as by F.linear. The gradient of the logits is rounded to the dtype
         of the products; dhidden without dy is rounded to hidden.dtype, and once more after multiplication by dy.
         dweight and dbias are summed over all tokens in f32 and rounded once.
-    Memory: one tile of logits: a sixteenth of the tokens and at most 2^25 elements in forward, 2^23 in backward.
+    Memory: one tile of logits: in forward a sixteenth of the tokens, but 2^23 (on a GPU 2^25) to 2^27 elements; in
+        backward 2^23, or 256 columns.
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where
         the naive way has three.
     Saved for backward: the gradient of hidden without dy (M·K elements); if weight or bias trains also hidden and the
