@@ -1,6 +1,6 @@
 """Blocks of a Llama, forward + backward through transformers' own classes: what backward keeps, and what a step costs.
 
-python -m bench.block [--device cpu|cuda] [--only NAME ...] [--lora]
+python -m bench.block [--device cpu|cuda] [--dtype bfloat16|float32] [--only NAME ...] [--lora]
 
 d 1024, f 2816, 16 heads, 4 key-value heads on a CPU; the shape of a 1B Llama at 2048 tokens on a GPU. Saved bytes are per
 token and layer in units of d bytes, counted by the meter as the difference of two depths.
@@ -32,7 +32,7 @@ SHAPES = {
 SIZES = {"cpu": (4, 256, 2), "cuda": (4, 2048, 16)}  # rows, tokens, layers
 
 
-def llama(device: str, layers: int) -> nn.Module:
+def llama(device: str, dtype: torch.dtype, layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -40,11 +40,11 @@ def llama(device: str, layers: int) -> nn.Module:
         vocab_size=256, num_hidden_layers=layers, max_position_embeddings=2048, use_cache=False, **SHAPES[device]
     )
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+        return LlamaForCausalLM._from_config(config, dtype=dtype).train()
 
 
-def prepared(recipe: str | None, lora: bool, device: str, layers: int, recompute: bool = False) -> nn.Module:
-    model = llama(device, layers)
+def prepared(recipe: str | None, lora: bool, device: str, dtype: torch.dtype, layers: int, recompute=False):
+    model = llama(device, dtype, layers)
     if recipe:
         efftune.apply(model, recipe)
     elif lora:
@@ -70,10 +70,12 @@ def step(model: nn.Module, ids: torch.Tensor):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     rows, tokens, layers = SIZES[args.device]
     ids = torch.randint(0, 256, (rows, tokens), device=args.device)
     recipes = LORA if args.lora else FULL
@@ -86,7 +88,7 @@ def main() -> None:
     for name, (recipe, recompute) in jobs.items():
         totals = []
         for depth in (1, 2):
-            model = prepared(recipe, args.lora, args.device, depth, recompute)
+            model = prepared(recipe, args.lora, args.device, dtype, depth, recompute)
 
             def forward(model=model):
                 return model(input_ids=ids).logits.float().square().mean()
@@ -99,16 +101,16 @@ def main() -> None:
             )
         kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[args.device]["hidden_size"])
 
-    models = {name: prepared(recipe, args.lora, args.device, layers, again) for name, (recipe, again) in jobs.items()}
+    models = {name: prepared(recipe, args.lora, args.device, dtype, layers, again) for name, (recipe, again) in jobs.items()}
     if args.device == "cuda" and not args.only:
-        models["torch.compile"] = torch.compile(prepared(None, args.lora, args.device, layers))
+        models["torch.compile"] = torch.compile(prepared(None, args.lora, args.device, dtype, layers))
     variants = {name: step(model, ids) for name, model in models.items()}
-    name = f"{'lora' if args.lora else 'full'} bf16 {rows}x{tokens}, {layers} layers"
-    found = run(name, variants, device=args.device, dtype=torch.bfloat16, repeats=args.repeats)
+    name = f"{'lora' if args.lora else 'full'} {args.dtype} {rows}x{tokens}, {layers} layers"
+    found = run(name, variants, device=args.device, dtype=dtype, repeats=args.repeats)
     for row in found:
         row["saved_d"] = kept.get(row["variant"])
         row["tokens_per_s"] = rows * tokens / row["median_s"]
-    save(found, f"bench/results/block-{'lora' if args.lora else 'full'}-{args.device}.json")
+    save(found, f"bench/results/block-{'lora' if args.lora else 'full'}-{args.dtype}-{args.device}.json")
     print_table(found)
     for row in found:
         if row["saved_d"] is not None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import nn
 
 from bench.harness import print_table, run, save
-from efftune import use_backend
+from efftune import Linear, use_backend
+from efftune.linear.keep.sampled import Sampled
 from efftune.ops.rows_grad import rows_grad, rows_grad_op
 from efftune.ops.sample_rows import SAMPLERS, sample_rows, sample_rows_op, select_rows
 
@@ -77,6 +79,31 @@ def sampling_rows(device: str, dtype: torch.dtype, m: int, k: int, ratio: float)
     return run(name, variants, device=device, bytes=total, dtype=dtype, repeats=7 if device == "cpu" else 30)
 
 
+def layer_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio: float) -> list[dict]:
+    """A whole Linear, forward + backward with dx, exact and with sampled rows."""
+    linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+    x = torch.randn(m, k, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(m, n, device=device).to(dtype)
+    layers = {
+        "nn.Linear": linear,
+        "exact": Linear.from_linear(linear),
+        "sampled in forward": Linear.from_linear(linear, keep=Sampled(ratio)),
+        "sampled in backward": Linear.from_linear(linear, keep=Sampled(ratio, at="backward")),
+    }
+
+    def step(layer):
+        def call():
+            layer(x).backward(dy)
+            x.grad = linear.weight.grad = None
+
+        return call
+
+    name = f"Linear {str(dtype).removeprefix('torch.')} M {m} N {n} K {k} ratio {ratio} {device}"
+    variants = {label: step(layer) for label, layer in layers.items()}
+    flops = int((4 + 2 * ratio) * m * n * k)
+    return run(name, variants, device=device, flops=flops, dtype=dtype, baseline="exact", repeats=9)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -93,6 +120,7 @@ def main() -> None:
         for n in (width, 16):  # a whole gradient, and that of a LoRA matrix
             rows += gradient_rows(args.device, dtype, m, n, width, args.ratio)
         rows += sampling_rows(args.device, dtype, m, width, args.ratio)
+        rows += layer_rows(args.device, dtype, m, width, width, args.ratio)
     save(rows, f"bench/results/rows_grad-{args.device}.json")
     print_table(rows)
 

@@ -1,0 +1,92 @@
+"""Error of every layer's gradient when backward keeps codes: an encoder on a batch of labelled sentences.
+
+python -m bench.fidelity --data sst2_train.tsv [--model FOLDER] [--draws 6] [--kinds]
+
+√(E‖g - g*‖² / ‖g*‖²) over all parameters of a layer, after five steps of training, in float32 and without dropout. --kinds
+also quantises norms, activations, attention and linear layers one kind at a time, and tries smaller groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import efftune
+from bench.harness import environment
+from bench.sst2 import BATCH, LENGTH, minilm
+from efftune.linear import Exact, Linear
+from efftune.linear.keep.quantized import Quantized
+from efftune.nn.glu import Activation
+from efftune.nn.norm import LayerNorm, RMSNorm
+from efftune.train import run as runs
+from efftune.train import state
+
+
+def kind(module: torch.nn.Module) -> str:
+    if isinstance(module, (LayerNorm, RMSNorm)):
+        return "norms"
+    return {Activation: "activations", Linear: "linear"}.get(type(module), "attention")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--kinds", action="store_true")
+    args = parser.parse_args()
+    given = dict(data=args.data, recipe="full", seq_len=LENGTH, batch_size=BATCH, too_long="truncate", lr=5e-5)
+    config = runs.settings({**given, "model": args.model or minilm()}, Path("."))
+    state.set_seed(0)
+    prepared = runs.prepare(config)
+    tuner = efftune.apply(prepared.model, "full + mesa")
+    optimizer, model = tuner.optimizer(config.lr), tuner.model.eval()
+    batches = list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
+
+    def gradient() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        tuner.backward(batches[0], prepared.task.loss, 1 / BATCH)
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    with tuner.exactly():
+        for batch in batches[1:]:
+            tuner.backward(batch, prepared.task.loss, 1 / BATCH)
+            optimizer.step()
+            optimizer.zero_grad()
+        exact = gradient()
+    keeping = [module for module in model.modules() if isinstance(getattr(module, "keep", None), Exact)]
+
+    def errors(chosen: str | None, keep: Quantized) -> dict[str, float]:
+        for module in keeping:
+            module.keep = keep if chosen in (None, kind(module)) else Exact()
+        sums: dict[str, list[float]] = {}
+        for _ in range(args.draws):
+            found = gradient()
+            for name in exact:
+                layer = re.search(r"\.layer\.(\d+)\.", name)
+                where = f"layer {layer[1]}" if layer else "embeddings" if "embed" in name else "head"
+                total = sums.setdefault(where, [0.0, 0.0])
+                total[0] += float((found[name] - exact[name]).square().sum())
+                total[1] += float(exact[name].square().sum())
+        return {where: (error / size) ** 0.5 for where, (error, size) in sorted(sums.items())}
+
+    jobs: list[tuple[str | None, Quantized]] = [(None, Quantized(8)), (None, Quantized(4))]
+    if args.kinds:
+        jobs += [(None, Quantized(4, group)) for group in (32, 16)]
+        jobs += [(k, Quantized(bits)) for bits in (8, 4) for k in ("norms", "activations", "attention", "linear")]
+    rows = []
+    for chosen, keep in jobs:
+        found = errors(chosen, keep)
+        rows.append({"kind": chosen or "all", "bits": keep.bits, "group": keep.group, "errors": found})
+        cells = "  ".join(f"{where} {value:6.1%}" for where, value in found.items())
+        print(f"{chosen or 'all':11} {keep.bits} bits, groups of {keep.group:3}:  {cells}", flush=True)
+    saved = {"environment": environment("cpu"), "rows": rows}
+    Path("bench/results/fidelity-cpu.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
