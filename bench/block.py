@@ -2,8 +2,8 @@
 
 python -m bench.block [--device cpu|cuda] [--dtype bfloat16|float32] [--only NAME ...] [--lora]
 
-d 1024, f 2816, 16 heads, 4 key-value heads on a CPU; the shape of a 1B Llama at 2048 tokens on a GPU. Saved bytes are per
-token and layer in units of d bytes, counted by the meter as the difference of two depths.
+d 1024, f 2816, 16 heads, 4 key-value heads on a CPU; the shape of a 1B Llama at 2048 tokens on a GPU. Saved bytes are
+per token and layer in units of d bytes, counted by the meter as the difference of two depths.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def main() -> None:
             )
         kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[args.device]["hidden_size"])
 
-    models = {name: prepared(recipe, args.lora, args.device, dtype, layers, again) for name, (recipe, again) in jobs.items()}
+    models = {
+        name: prepared(recipe, args.lora, args.device, dtype, layers, again) for name, (recipe, again) in jobs.items()
+    }
     if args.device == "cuda" and not args.only:
         models["torch.compile"] = torch.compile(prepared(None, args.lora, args.device, dtype, layers))
     variants = {name: step(model, ids) for name, model in models.items()}
@@ -114,9 +116,8 @@ def main() -> None:
     print_table(found)
     for row in found:
         if row["saved_d"] is not None:
-            print(
-                f"{row['variant']:16} keeps {row['saved_d']:6.2f} d per token and layer, {row['tokens_per_s']:,.0f} tokens/s"
-            )
+            per_layer = f"{row['saved_d']:6.2f} d per token and layer"
+            print(f"{row['variant']:16} keeps {per_layer}, {row['tokens_per_s']:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

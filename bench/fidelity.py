@@ -2,8 +2,8 @@
 
 python -m bench.fidelity --data sst2_train.tsv [--model FOLDER] [--draws 6] [--kinds]
 
-√(E‖g - g*‖² / ‖g*‖²) over all parameters of a layer, after five steps of training, in float32 and without dropout. --kinds
-also quantises norms, activations, attention and linear layers one kind at a time, and tries smaller groups.
+√(E‖g - g*‖² / ‖g*‖²) over all parameters of a layer, after five steps of training, in float32 and without dropout.
+--kinds also quantises norms, activations, attention and linear layers one kind at a time, and tries smaller groups.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 python -m bench.samplers --data sst2_train.tsv [--model FOLDER] [--ratio 0.3] [--draws 400]
 
 For every trained linear layer of the encoder: x and dy of one batch, E‖dW̃ - dW‖² over draws for each sampler, with the
-scores ‖x_i‖·‖dy_i‖ of that batch ("true") and with those of ‖x_i‖ alone ("inputs"), as when rows are drawn in forward and
-nothing is remembered. The error is read off the Gram matrix H_ij = (dy_i·dy_j)(x_i·x_j): a H a, a_i = weight_i - 1.
+scores ‖x_i‖·‖dy_i‖ of that batch ("true") and with those of ‖x_i‖ alone ("inputs"), as when rows are drawn in forward
+and nothing is remembered. The error is read off the Gram matrix H_ij = (dy_i·dy_j)(x_i·x_j): a H a, a_i = weight_i - 1.
 """
 
 from __future__ import annotations

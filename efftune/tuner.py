@@ -251,8 +251,8 @@ class Tuner:
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Takes the blocks out and replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns the
-        model, now plain."""
+        """Takes the blocks out and replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns
+        the model, now plain."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
         tied = shared_parameters(self.model)
         for name, layer in layers:  # all refusals before the first change

@@ -1,9 +1,10 @@
 """Handles: tensors that backward makes again instead of keeping them.
 
-A norm's output, act(gate)·up, a dequantised activation: each follows element-wise from tensors that backward has anyway.
-The operation that makes such a tensor attaches a `Source` to it; a Linear that reads the tensor finds the source, and
-puts the handle's tensors, not the input itself, into its own saved tensors. A source that gets lost (by an operation in
-between, or under torch.compile, where the compiler decides what to recompute) costs memory and nothing else.
+A norm's output, act(gate)·up, a dequantised activation: each follows element-wise from tensors that backward has
+anyway. The operation that makes such a tensor attaches a `Source` to it; a Linear that reads the tensor finds the
+source, and puts the handle's tensors, not the input itself, into its own saved tensors. A source that gets lost (by an
+operation in between, or under torch.compile, where the compiler decides what to recompute) costs memory and nothing
+else.
 
 All tensors of a handle go through save_for_backward: every meter and every saved-tensor hook sees them, autograd frees
 them, and a change in place is noticed. Between forward and backward a handle holds nothing outside of it.

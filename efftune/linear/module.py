@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,8 @@ class Linear(nn.Module):
             w, p, bias = linear.stored(), linear.added(), linear.bias
             old = linear.base, linear.delta, linear.keep
         elif isinstance(linear, nn.Linear) or is_conv1d(linear):
-            w, p, bias = (linear.weight,), (), linear.bias
+            plain = cast(nn.Linear, linear)
+            w, p, bias = (plain.weight,), (), plain.bias
             old = Dense(is_conv1d(linear)), Full() if linear.weight.requires_grad else NoDelta(), Exact()
         else:
             raise EfftuneError(
@@ -148,8 +151,8 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64) and rounded once to W's
-        dtype. Shares what did not change."""
+        """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)
+        and rounded once to W's dtype. Shares what did not change."""
         w, p, dtype = self.stored(), self.added(), self.base.dtype(self.stored())
         if self.conv1d is None:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)

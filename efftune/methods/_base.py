@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ class Method:
         return nullcontext()
 
     def remove(self, model: nn.Module) -> None:
-        """Takes out what `prepare` installed besides layers (hooks, wrappers). Called before those become plain again."""
+        """Takes out what `prepare` installed besides layers (hooks, wrappers), before those become plain again."""
 
     def report(self, model: nn.Module) -> str | None:
         """A line for `Tuner.summary`: what cannot be read off the settings."""
@@ -98,8 +98,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the layer can be swapped: nn.Linear itself, transformers' Conv1D and efftune.Linear, and no subclass, whose
-    meaning is its own."""
+    """Whether the layer can be swapped: nn.Linear itself, transformers' Conv1D and efftune.Linear, and no subclass,
+    whose meaning is its own."""
     return type(module) in (nn.Linear, Linear) or is_conv1d(module)
 
 
@@ -112,8 +112,8 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
 
 
 def linear_layers(model: nn.Module) -> list[str]:
-    """The names of the layers that can be swapped: linear ones, but not the children of torch's Transformer modules, which read
-    `.weight` without calling the layer: an adapter there would silently do nothing.
+    """The names of the layers that can be swapped: linear ones, but not the children of torch's Transformer modules,
+    which read `.weight` without calling the layer: an adapter there would silently do nothing.
     """
     unseen = {
         id(child) for parent in model.modules() if isinstance(parent, READ_WEIGHTS) for child in parent.children()
@@ -208,7 +208,8 @@ def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Itera
 @contextmanager
 def exact_keeps(model: nn.Module) -> Iterator[None]:
     """Within it, everything in `model` that backward keeps is kept exactly."""
-    kept = [(m, m.keep) for m in model.modules() if isinstance(getattr(m, "keep", None), Keep) and m.keep.random]
+    modules: list[tuple[Any, Any]] = [(m, getattr(m, "keep", None)) for m in model.modules()]
+    kept = [(module, keep) for module, keep in modules if isinstance(keep, Keep) and keep.random]
     for module, _ in kept:
         module.keep = Exact()
     try:
@@ -221,7 +222,7 @@ def exact_keeps(model: nn.Module) -> Iterator[None]:
 def _needs_input(layer: nn.Module) -> bool:
     if isinstance(layer, Linear):
         return layer.delta.needs_keep() and trained_by(layer) is not None
-    return layer.weight.requires_grad
+    return cast(nn.Linear, layer).weight.requires_grad
 
 
 def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

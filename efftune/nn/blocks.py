@@ -1,7 +1,7 @@
 """The parts of a transformer block around its linear layers, swapped on the instance and back.
 
-Norms, gated MLPs, activations and the attention of Hugging Face models are recognised by what they compute, not by their
-class: a candidate is tried on a few numbers against the formula, and left alone where it computes something else.
+Norms, gated MLPs, activations and the attention of Hugging Face models are recognised by what they compute, not by
+their class: a candidate is tried on a few numbers against the formula, and left alone where it computes something else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From encoded examples to batches, deterministically: the data position is (epoch, row) and nothing else.
 
-A batch is a dict of tensors with `input_ids`, `labels`, `sample_ids` (n,), the examples in it, `sample_spans` (n, 3), the
-row, first column and length of each, and
+A batch is a dict of tensors with `input_ids`, `labels`, `sample_ids` (n,), the examples in it, `sample_spans` (n, 3),
+the row, first column and length of each, and
 - packed: `position_ids`, which start again at 0 with each example, and no attention mask. Transformers models derive
   the block-diagonal mask from the restarts (`separates_documents` checks that a given model does);
 - padded: `attention_mask`.

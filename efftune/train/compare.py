@@ -71,7 +71,7 @@ def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
     config = runs.settings({**given, "recipe": recipe}, Path("."))
     state.set_seed(config.seed)
     prepared = runs.prepare(config)
-    tuner = efftune.apply(prepared.model, config.recipe)
+    tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     tuner.model.train()
     tuner.optimizer(config.lr)
     device = next(tuner.model.parameters()).device

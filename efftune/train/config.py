@@ -26,6 +26,7 @@ class TrainConfig:
     )
     data: str | None = _setting(None, "training file: .jsonl, .json, .txt, .md, .csv, .tsv or .parquet")
     recipe: str = _setting("lora(r=16)", "what trains and how, for example 'int8 + lora(r=8)'")
+    blocks: bool = _setting(True, "norms, activations and attention whose outputs backward makes again")
     out: str | None = _setting(None, "run directory (default: the next free runs/train-NNN)")
     resume: bool = _setting(
         False, "continue the run in --out from its newest intact checkpoint; --steps or --epochs may be new"
@@ -127,7 +128,8 @@ def _kinds() -> dict[str, Any]:
 
 
 def add_options(parser: ArgumentParser, without: tuple[str, ...] = ()) -> None:
-    """One option for each field but those in `without`. What is not given stays absent, so that a job or a resumed run can fill it in."""
+    """One option for each field but those in `without`. What is not given stays absent, so that a job or a resumed run
+    can fill it in."""
     kinds = _kinds()
     for field in dataclasses.fields(TrainConfig):
         if field.name in without:

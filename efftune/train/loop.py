@@ -28,7 +28,7 @@ from efftune.train.task import Task, autocast
 # Settings that a resumed run keeps, beside recipe, base model, data and seed; see Trainer.resume.
 FIXED = (
     "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule", "warmup",
-    "weight_decay", "clip", "dtype",
+    "weight_decay", "clip", "dtype", "blocks",
 )  # fmt: skip
 
 

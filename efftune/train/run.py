@@ -46,7 +46,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
     prepared = prepare(config)
     state.set_seed(config.seed)  # the recipe's draws do not depend on what was drawn to get here
-    tuner = efftune.apply(prepared.model, config.recipe)
+    tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
     if not config.resume:  # not before: what is refused up to here leaves no directory behind
         out = rundir.create(out, numbered=not given.get("out"))
@@ -187,7 +187,7 @@ def finished(run: str) -> tuple[Any, Any]:
     state.set_seed(config.seed)
     model, tokenizer, _ = load(config, labels)
     state.set_seed(config.seed)
-    tuner = efftune.apply(model, config.recipe)
+    tuner = efftune.apply(model, config.recipe, config.blocks)
     identity = {"recipe": tuner.recipe, "base": state.fingerprint(tuner.model, set(tuner.named_delta()))}
     _, trained, _ = checkpoint.load(newest, identity)
     state.restore_tensors(tuner, trained)

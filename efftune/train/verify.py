@@ -50,7 +50,7 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     state.set_seed(config.seed)
     prepared = runs.prepare(config)
     state.set_seed(config.seed)
-    tuner = efftune.apply(prepared.model, config.recipe)
+    tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     optimizer = tuner.optimizer(config.lr)
     model = tuner.model.eval()  # without dropout: all seeds draw from one and the same function
     device = next(model.parameters()).device

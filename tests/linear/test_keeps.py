@@ -226,9 +226,9 @@ def test_a_nan_in_the_input_reaches_the_gradient():
     "make, sentence",
     [
         (lambda: Sampled(0.0), r"lies in \(0, 1\], not 0.0"), (lambda: Sampled(1.5), "not 1.5"),
-        (lambda: Sampled(0.3, "best"), "sampler is one of systematic"), (lambda: Sampled(0.3, min_rows=0), "at least 1"),
-        (lambda: Sampled(at="noon"), "'forward' or at 'backward'"), (lambda: Quantized(3), "8 or 4 bits, not 3"),
-        (lambda: Quantized(8, 7), "even number"),
+        (lambda: Sampled(0.3, "best"), "sampler is one of systematic"),
+        (lambda: Sampled(0.3, min_rows=0), "at least 1"), (lambda: Sampled(at="noon"), "'forward' or at 'backward'"),
+        (lambda: Quantized(3), "8 or 4 bits, not 3"), (lambda: Quantized(8, 7), "even number"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(make, sentence):

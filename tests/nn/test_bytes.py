@@ -1,5 +1,6 @@
-"""What backward keeps of a Llama block, in units of d bytes per token and layer: counted by saved-tensor hooks around the
-whole model, and by allocation, so that nothing hides. The difference of two depths leaves out what is around the blocks.
+"""What backward keeps of a Llama block, in units of d bytes per token and layer: counted by saved-tensor hooks around
+the whole model, and by allocation, so that nothing hides. The difference of two depths leaves out what is around the
+blocks.
 """
 
 import pytest

@@ -24,7 +24,8 @@ class Quantized(Exact):
     Saved: bits/8 + 4/group bytes an element, once for all layers that read the same input. Of an input that backward
         can make again from tensors it holds anyway, only those.
     Raises: EfftuneError for other bits or a group that is odd or below 2.
-    Source: Pan et al. 2021, arXiv:2111.11124 (Mesa); here with the statistics of the current batch, stored with the codes.
+    Source: Pan et al. 2021, arXiv:2111.11124 (Mesa); here with the statistics of the current batch, stored with the
+        codes.
     """
 
     bits: int = 8

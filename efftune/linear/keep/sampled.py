@@ -70,7 +70,8 @@ class Sampled(Keep):
         factor = source.scores if source is not None else None
         return _once(source, self, lambda: self._sample(z, factor, seed))
 
-    def _sample(self, z: Tensor, factor: Tensor | None, seed: Tensor) -> tuple[Tensor, ...]:
+    def _sample(self, z: Tensor, factor: Tensor | None, seed: Tensor | None) -> tuple[Tensor, ...]:
+        assert seed is not None  # a keep that draws gets one
         rows, idx, weight, fallback = sample_rows(z, factor, self.rows(z.shape[0]), seed, self.sampler)
         _count(fallback)
         return rows, idx, weight

@@ -10,8 +10,8 @@ from efftune.methods._base import ALL_LINEAR, Method, exact_keeps, keep_in_layer
 
 @dataclass(frozen=True)
 class Mesa(Method):
-    """What backward keeps is quantised in groups, with stochastic rounding: the inputs of the trained linear layers that
-    `target_modules` means, and the inputs of norms, activations and attention in the blocks around them.
+    """What backward keeps is quantised in groups, with stochastic rounding: the inputs of the trained linear layers
+    that `target_modules` means, and the inputs of norms, activations and attention in the blocks around them.
 
     A linear layer's gradient stays unbiased; those of norms, activations and attention have a bias of second order in
     the rounding error. `efftune verify` measures both.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
@@ -17,8 +18,8 @@ class WtaCrs(Method):
     bias; dx stays exact. See `efftune.linear.keep.sampled.Sampled` for the samplers, and for when rows are drawn.
 
     Scores: ‖x_i‖ · ‖dy_i‖ of each token. Where rows are drawn in forward, ‖dy_i‖ is remembered from the last time the
-    sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says how
-    often there was one.
+    sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says
+    how often there was one.
     Memory: `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor; an input that
         backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
     Raises: EfftuneError for a ratio outside (0, 1], for sampler="topk" without biased=True, and where no layer trains.
@@ -46,7 +47,7 @@ class WtaCrs(Method):
         layers = keep_in_layers(self, model, self.target_modules, keep)
         scores = TokenScores()
         for name in layers:
-            model.get_submodule(name).scores = scores
+            cast(Linear, model.get_submodule(name)).scores = scores
         for block in _stack(model):
             block.register_forward_hook(_Observer(scores))
 
