@@ -29,7 +29,8 @@ class Linear(nn.Module):
 
     Args:
         base: how W is stored, `Dense()` or `Int8(group=64)`.   w: its tensors, as `base.store(weight)` gives them.
-        delta: what is trained, `Full()`, `LoRA(r=16)` or `NoDelta()`.   keep: `Exact()` or `Nothing()`.
+        delta: what is trained, `Full()`, `LoRA(r=16)` or `NoDelta()`.
+        keep: what backward keeps of x, `Exact()`, `Quantized(bits)`, `Sampled(ratio)` or `Nothing()`.
         bias: (N,) or None; trains if it requires grad.   p: the delta's tensors; fresh ones if None.
     Shapes: x (..., K), y (..., N), both of W's dtype, or under autocast of autocast's.
     Saved for backward: what `delta` and `keep` say, and only for gradients that are asked for.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ def allocated(call: Callable[[], object], device: torch.device | str = "cpu") ->
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    profiler: Any = profile.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     used = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         used += event.nbytes()

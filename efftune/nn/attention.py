@@ -27,8 +27,11 @@ class _Attention(torch.autograd.Function):
             if isinstance(part, Handle):
                 part.keep()
         made.append(held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],)))
-        ctx.num_rest = len(rest)
-        saved, ctx.structure = flatten((*held, *rest))
+        # The weights exp(s - lse) of codes with the lse of the exact scores need not sum to 1, and grow without bound
+        # where scores are large: 4-bit keeps had training end in infinities. So backward takes lse and output anew,
+        # from what it has of q, k and v. (Dropout's mask is in what the kernel gave.)
+        ctx.again = isinstance(held[0], Handle) and not dropout
+        saved, ctx.structure = flatten((*held, *(() if ctx.again else rest)))
         ctx.save_for_backward(mask, *saved)
         ctx.settings, ctx.shapes = (causal, scale, dropout), [t.shape for t in (q, k, v, out)]
         return out
@@ -37,8 +40,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):
         mask, *saved = ctx.saved_tensors
         saved = unflatten(tuple(saved), ctx.structure)
-        q, k, v, out = (_heads(load(part), shape) for part, shape in zip(saved[:4], ctx.shapes, strict=True))
-        dq, dk, dv = _backward(dout, q, k, v, mask, out, saved[4:], *ctx.settings)
+        q, k, v = (_heads(load(part), shape) for part, shape in zip(saved[:3], ctx.shapes[:3], strict=True))
+        if ctx.again:
+            out, rest = _forward(q, k, v, mask, *ctx.settings)
+        else:
+            out, rest = _heads(load(saved[3]), ctx.shapes[3]), saved[4:]
+        dq, dk, dv = _backward(dout, q, k, v, mask, out, rest, *ctx.settings)
         return None, None, None, None, None, None, dq, dk, dv, None
 
 
@@ -155,8 +162,9 @@ def attention(
         keep: how backward keeps q, k, v and the output, `Exact()` or `Quantized(bits)`.
     Returns: (B, H, T, D), laid out as (B, T, H, D). Linear layers of efftune that read it keep no input of their own.
     Numerics: those of torch's fused kernels (softmax in float32). With a quantised keep the gradients are those at what
-        was kept; the log-sum-exp is kept exactly, so the recomputed weights need not sum to 1.
-    Saved for backward: keep(q), keep(k), keep(v), keep(output), 4·H bytes a row, and one mask for all layers.
+        was kept of q, k and v, from a second forward of the kernel on them.
+    Saved for backward: keep(q), keep(k), keep(v), keep(output), one mask for all layers, and with an exact keep 4·H
+        bytes a row.
     Raises: ValueError where `why_not` has a reason.
     Source: Dao et al. 2022, arXiv:2205.14135.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,9 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     keep, done = keep or Exact(), Blocks()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            new = None if child is None or has_hooks(child) else twin(child, keep)
+            if child is None or has_hooks(child):
+                continue
+            new = twin(child, keep)
             if new is not None:
                 parent._modules[name] = new.train(child.training)
                 done.swaps.append((parent, name, child, new))
@@ -77,9 +79,9 @@ def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
     kind = type(module)
     if kind in (RMSNorm, LayerNorm, GatedMLP, Activation) or any(p.is_meta for p in module.parameters()):
         return None
-    if kind is nn.LayerNorm and len(module.normalized_shape) == 1:
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LayerNorm(module.weight, module.bias, module.eps, keep)
-    if kind is nn.RMSNorm and len(module.normalized_shape) == 1:
+    if type(module) is nn.RMSNorm and len(module.normalized_shape) == 1:
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
         return RMSNorm(module.weight, eps, 0.0, keep)
     if kind.__name__.endswith("RMSNorm"):
@@ -106,14 +108,15 @@ def _rms_norm(module: nn.Module, keep: Keep) -> nn.Module | None:
 
 
 def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
-    parts = [getattr(module, name) for name in GATED]
+    parts: list[Any] = [getattr(module, name) for name in GATED]
     act = getattr(module, "act_fn", None)
-    activation = recognise(act) if callable(act) else None
+    activation = recognise(cast(Callable[[Tensor], Tensor], act)) if callable(act) else None
     if activation is None or not all(hasattr(part, "in_features") for part in parts):
         return None
-    new = GatedMLP(*parts, activation, keep)
+    gate, up, down = parts
+    new = GatedMLP(gate, up, down, activation, keep)
     weight = next(module.parameters())
-    return new if _same(module, new, _probe((2, parts[0].in_features), weight)) else None
+    return new if _same(module, new, _probe((2, gate.in_features), weight)) else None
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
@@ -152,7 +155,8 @@ def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
 
 
 def _install_attention(model: nn.Module, keep: Keep, done: Blocks) -> None:
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "model_type")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "model_type")}
     for config in configs.values():
         if getattr(config, "_attn_implementation", None) == "sdpa":
             attention.register()

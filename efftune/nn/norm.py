@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
     Returns: (..., K), dtype of x. Linear layers of efftune that read it keep no input of their own.
     Numerics: float32 throughout, rounded once. With a quantised keep the gradients are those at x̃.
     Saved for backward: keep(x) and 4 bytes a row. The output can be made again from them, bit for bit if keep is exact.
-    Under torch.compile with an exact keep: torch's own composition, which the compiler fuses and recomputes.
+    Under torch.compile, whatever the keep: torch's own composition, which the compiler fuses and recomputes.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     if torch.compiler.is_compiling():
@@ -99,6 +99,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 class RMSNorm(nn.Module):
     """`rms_norm` as a module with the parameter `weight` (K,)."""
 
+    weight: nn.Parameter | None
+
     def __init__(self, weight: nn.Parameter | None, eps: float = 1e-6, offset: float = 0.0, keep: Keep | None = None):
         super().__init__()
         self.register_parameter("weight", weight)
@@ -114,6 +116,9 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """`layer_norm` as a module with the parameters `weight` and `bias` (K,)."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,

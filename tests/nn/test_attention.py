@@ -54,7 +54,9 @@ def close(device, dtype, heads, mask, causal):
             assert (found.cpu().double() - exact).norm() <= 1.5 * (theirs.double() - exact).norm()
 
 
-@pytest.mark.parametrize("mask, causal", [(None, True), (None, False), (padding(), False)], ids=["causal", "all", "mask"])
+@pytest.mark.parametrize(
+    "mask, causal", [(None, True), (None, False), (padding(), False)], ids=["causal", "all", "mask"]
+)
 @pytest.mark.parametrize("heads", [H, HKV, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients(dtype, heads, mask, causal):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from efftune.errors import EfftuneError
 from efftune.linear.contracts import Keep
-from efftune.linear.handle import load
+from efftune.linear.handle import Handle, load
 from efftune.linear.keep.exact import product_t
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
@@ -79,10 +80,10 @@ class Sampled(Keep):
     def weight_grad(self, g, kept):
         if len(kept) == 1:
             return product_t(g, load(kept[0]))
-        if not kept[1].is_floating_point():
-            rows, idx, weight = kept
+        if not cast(Tensor, kept[1]).is_floating_point():
+            rows, idx, weight = cast(tuple[Tensor, Tensor, Tensor], kept)
             return rows_grad(g, idx, weight, rows)
-        z, norms, seed = kept
+        z, norms, seed = cast(tuple[Tensor | Handle, Tensor, Tensor], kept)
         scores = norms * row_norms(g)
         idx, weight, fallback = select_rows(scores, self.rows(g.shape[0]), seed, self.sampler)
         # Where all scores are zero the gradient is: nothing fell back to anything.

@@ -13,8 +13,9 @@ class Mesa(Method):
     """What backward keeps is quantised in groups, with stochastic rounding: the inputs of the trained linear layers
     that `target_modules` means, and the inputs of norms, activations and attention in the blocks around them.
 
-    A linear layer's gradient stays unbiased; those of norms, activations and attention have a bias of second order in
-    the rounding error. `efftune verify` measures both.
+    Given dy, a linear layer's gradient stays unbiased, unless its input is an activation made again from codes. There,
+    and through norms, activations and attention, gradients have a bias of second order in the rounding error. `efftune
+    verify` measures it.
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
     Raises: EfftuneError for other bits than 8 and 4, and where none of the layers trains.
     Source: Pan et al. 2021, arXiv:2111.11124.
