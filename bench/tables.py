@@ -24,6 +24,18 @@ def timings(data: dict) -> list[str]:
     return lines
 
 
+def blocks(data: dict) -> list[str]:
+    """One line per variant of bench.block: bytes kept, in units of d, beside the time."""
+    lines = ["| job | variant | kept, d | relative time | peak MiB | tokens/s |", "|---|---|---:|---:|---:|---:|"]
+    for row in data["rows"]:
+        kept = "" if row["saved_d"] is None else f"{row['saved_d']:.2f}"
+        relative, peak = 1 / row["speedup"], row["peak_bytes"] / 2**20
+        lines.append(
+            f"| {row['name']} | {row['variant']} | {kept} | {relative:.2f} | {peak:.0f} | {row['tokens_per_s']:,.0f} |"
+        )
+    return lines
+
+
 def accuracies(data: dict) -> list[str]:
     lines = ["| recipe | written with | dev accuracy, mean | of each seed | training, s |", "|---|---|---:|---:|---:|"]
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -43,7 +55,9 @@ def table(name: str) -> str:
         return "*Not measured yet.*"
     data = json.loads(path.read_text())
     environment = data["environment"]
-    lines = accuracies(data) if "accuracy" in data["rows"][0] else timings(data)
+    first = data["rows"][0]
+    form = accuracies if "accuracy" in first else blocks if "saved_d" in first else timings
+    lines = form(data)
     made = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
     commit = (environment["commit"] or "unknown")[:10]
     return "\n".join([*lines, "", f"{made}, {environment['date'][:10]}, commit {commit}."])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +97,9 @@ def skeleton(model: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
     if id(model) in made:
         return made[id(model)]
     # Shallow, module by module: models hold locks and other things that no deep copy takes.
-    twin = made[id(model)] = copy.copy(model)
+    # Not by copy.copy, which parametrized modules refuse.
+    twin = made[id(model)] = object.__new__(type(model))
+    twin.__dict__ = dict(vars(model))
     for name, value in vars(model).items():
         if isinstance(value, OrderedDict):  # hooks: those that a method adds to the skeleton are not the model's
             setattr(twin, name, value.copy())
@@ -167,7 +168,7 @@ class Tuner:
     def named_trained(self) -> dict[str, nn.Parameter]:
         """name -> parameter, of all that the recipe may ever train."""
         parameters = dict(self.model.named_parameters())
-        return {name: parameters[name] for name in self._trained}
+        return {name: parameters[name] for name in self._trained if name in parameters}
 
     def named_delta(self) -> dict[str, Tensor]:
         """name -> tensor, of all that the base model does not have: what trains, and the frozen parts of deltas."""
@@ -233,6 +234,8 @@ class Tuner:
 
         Returns: the loss, detached.
         """
+        if not self.methods:
+            raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
         for method in self.methods:
             method.before_backward(self.model, batch)
         method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
@@ -272,6 +275,9 @@ class Tuner:
     def _plain(self, make: Callable[[Linear], nn.Module]) -> nn.Module:
         for method in self.methods:
             method.remove(self.model)
+        self.methods = []  # the optimizer, should somebody go on with it, drives nothing
+        if self._hook is not None:
+            self._hook.remove()
         self.blocks.remove()
         where = places(self.model)
         for layer in [m for m in self.model.modules() if isinstance(m, Linear)]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from efftune.linear.contracts import Base, Delta, Keep, Need
-from efftune.linear.handle import flatten, unflatten
+from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import forced_backend, use_backend
 
 
@@ -18,16 +20,20 @@ class LinearFunction(torch.autograd.Function):
         w, p = tensors[:num_w], tensors[num_w:]
         y, saved = delta.forward(base, keep, as_matrix(x), bias, w, p, seed, need, source)
         saved, ctx.structure = flatten(saved)
+        ctx.source = None if source is None else weakref.ref(source)
         ctx.save_for_backward(seed, *tensors, *saved)
         ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
         ctx.axes, ctx.need, ctx.num_w, ctx.num_tensors, ctx.shape = axes, need, num_w, len(tensors), x.shape
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("efftune.Linear has no second derivative; call backward without create_graph=True.")
         base, delta, keep = ctx.axes
+        source = None if ctx.source is None else ctx.source()
+        if source is not None:
+            source.kept.clear()  # what reads the same tensor in another forward pass draws anew
         seed, *rest = ctx.saved_tensors
         w, p, saved = rest[: ctx.num_w], rest[ctx.num_w : ctx.num_tensors], tuple(rest[ctx.num_tensors :])
         saved = unflatten(saved, ctx.structure)

@@ -36,6 +36,11 @@ class _Shared:
         self.skip()
         return value
 
+    def drop(self) -> None:
+        """For the operation that made the tensor: its backward comes after those of all users, of which some may not
+        have had one."""
+        self.value = None
+
     def skip(self) -> None:
         """For a user who makes do without the whole tensor."""
         if self.value is None:
@@ -62,25 +67,25 @@ class Handle:
     shared: tuple[Tensor, ...] = ()
     rowwise: bool = True
     held: bool = True
-    _once: _Shared = field(default_factory=_Shared)
+    once: _Shared = field(default_factory=_Shared)
 
     def keep(self) -> Handle:
         """Counts a user: whoever saves the handle calls it once."""
-        if self._once.users == 0:
+        if self.once.users == 0:
             for part in self.rows:
                 if isinstance(part, Handle):
                     part.keep()
-        self._once.users += 1
+        self.once.users += 1
         return self
 
     def load(self, index: Tensor | None = None) -> Tensor:
         """The tensor, or its rows `index`."""
         if index is not None and self.rowwise:
-            self._once.skip()
+            self.once.skip()
             return self._make(index)
         if index is not None:
             return self.load().index_select(0, index)
-        return self._make(None) if self._once.users < 2 else self._once.get(lambda: self._make(None))
+        return self._make(None) if self.once.users < 2 else self.once.get(lambda: self._make(None))
 
     def _make(self, index: Tensor | None) -> Tensor:
         return self.make(*(load(part, index) for part in self.rows), *self.shared)
@@ -98,6 +103,8 @@ class Source:
     """What is known about a tensor that linear layers read."""
 
     handle: Handle | None = None
+    version: int = 0  # of the tensor, when this was known of it
+    width: int = 0  # columns of it as a matrix
     scores: Tensor | None = None  # (M,) float32: how large each row's gradient is expected to be
     kept: dict = field(default_factory=dict)  # keep -> what it took, one sample for all layers that read the tensor
     casts: dict = field(default_factory=dict)  # dtype -> the Source of the tensor cast to it
@@ -111,27 +118,34 @@ class Source:
         return self.casts[dtype]
 
 
-def attach(x: Tensor, handle: Handle) -> Tensor:
-    """Returns x, which `handle` can make again, as a matrix in the order of x's memory."""
-    source = Source(handle)
+def attach(x: Tensor, handle: Handle, width: int) -> Tensor:
+    """Returns x, which `handle` can make again, as a matrix of `width` columns in the order of x's memory."""
+    source = Source(handle, x._version, width)
     setattr(x, _ATTRIBUTE, source)
-    if x._base is not None:  # a further view of x has the same base, and does not know x
-        setattr(x._base, _ATTRIBUTE, source)
     return x
 
 
 def source_of(x: Tensor, create: bool = False) -> Source | None:
     """The source of x, or of the tensor that x is a reshaped view of; None where there is none."""
+    if x.is_inference():
+        return None  # it has no version, so that a change in place would go unnoticed
     source = getattr(x, _ATTRIBUTE, None)
     base = x._base
     if source is None and base is not None and x.is_contiguous() and x.numel() == base.numel():
         # A view of the whole storage in the order of memory: attention's (B, H, T, D), read as (B, T, H·D).
         if x.untyped_storage().nbytes() == x.numel() * x.element_size():
             source = getattr(base, _ATTRIBUTE, None)
+    if source is not None and (source.version != x._version or source.width != x.shape[-1]):
+        source = None  # x has been changed in place since, or is read in rows of another width
     if source is None and create:
-        source = Source()
+        source = Source(version=x._version, width=x.shape[-1])
         setattr(x, _ATTRIBUTE, source)
     return source
+
+
+def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """y in another shape, as no view: autograd forbids changes in place of a view that a Function returns."""
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 # Autograd saves a flat list of tensors. A structure is what remains of nested handles without them.
@@ -150,7 +164,7 @@ def _strip(part: Tensor | Handle, tensors: list[Tensor]) -> Any:
         return None
     rows = tuple(_strip(row, tensors) for row in part.rows)
     tensors.extend(part.shared)
-    return part.make, rows, len(part.shared), part.rowwise, part.held, part._once
+    return part.make, rows, len(part.shared), part.rowwise, part.held, part.once
 
 
 def unflatten(tensors: tuple[Tensor, ...], structure: tuple | None) -> tuple:

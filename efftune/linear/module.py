@@ -85,7 +85,8 @@ class Linear(nn.Module):
             raise EfftuneError(
                 f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
             )
-        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):
+        hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
+        if any(hooks) or "forward" in vars(linear):
             raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
         if base is not None and base != old[0]:
             n, _ = old[0].shape(w)

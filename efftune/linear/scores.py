@@ -25,12 +25,15 @@ class TokenScores:
         self.batches = {"scored": 0, "new": 0, "without_ids": 0}
         self._current: Tensor | None = None  # (B·T,) float32
         self._observed: Tensor | None = None  # (B, T) float32, sum of squares over the blocks
+        self._batch: Any = None
         self._spans: list[tuple[int, int, int, int]] = []  # (sample id, row, first column, one past the last)
 
     def begin(self, batch: Any) -> None:
         """`batch` is a dict with `input_ids` (B, T), `sample_ids` (n,) and, unless each row is one sample,
         `sample_spans` (n, 3): row, first column, number of columns. The ids are read on the host."""
-        self._current, self._observed, self._spans = None, None, []
+        if self._batch is batch:
+            return  # for another wtacrs of the same recipe
+        self._current, self._observed, self._spans, self._batch = None, None, [], batch
         shape = _shape(batch)
         if shape is None:
             self.batches["without_ids"] += 1
@@ -73,7 +76,7 @@ class TokenScores:
             norms = (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)).clamp_(max=6e4).half()
             for i, row, start, end in self._spans:
                 self.table[i] = norms[row, start:end].clone()
-        self._current, self._observed, self._spans = None, None, []
+        self._current, self._observed, self._spans, self._batch = None, None, [], None
 
     def state_dict(self) -> dict[str, Any]:
         ids = list(self.table)

@@ -199,6 +199,14 @@ def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Itera
             f"{method} acts on what trained layers keep, and none of the {len(chosen)} layers that it means keeps its "
             "input; put it after the method that trains them."
         )
+    sampled = [
+        n for n in trained if (old := getattr(model.get_submodule(n), "keep", keep)) != keep and not old.restores
+    ]
+    if sampled and not keep.restores:
+        raise EfftuneError(
+            f"{sampled[0]} samples its rows already ({model.get_submodule(sampled[0]).keep}); leave out one of the "
+            "methods that sample, or give them different target_modules."
+        )
     if keep.restores:  # a layer that keeps some of its rows only goes on to do so, in whatever order a recipe says it
         trained = [n for n in trained if getattr(model.get_submodule(n), "keep", Exact()).restores]
     swap(model, trained, keep=keep)

@@ -26,7 +26,9 @@ class _Attention(torch.autograd.Function):
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
-        made.append(held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],)))
+        handle = held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],))
+        made.append(handle)
+        ctx.once = handle.once
         # The weights exp(s - lse) of codes with the lse of the exact scores need not sum to 1, and grow without bound
         # where scores are large: 4-bit keeps had training end in infinities. So backward takes lse and output anew,
         # from what it has of q, k and v. (Dropout's mask is in what the kernel gave.)
@@ -38,6 +40,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention has no second derivative; call backward without create_graph=True.")
+        ctx.once.drop()
         mask, *saved = ctx.saved_tensors
         saved = unflatten(tuple(saved), ctx.structure)
         q, k, v = (_heads(load(part), shape) for part, shape in zip(saved[:3], ctx.shapes[:3], strict=True))
@@ -121,10 +126,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The boolean mask (True: attend) as 0 and -inf, once for all layers that are given the same tensor."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    made = getattr(mask, "_efftune_additive", None)
-    if made is None or made.dtype != dtype:
+    now = None if mask.is_inference() else mask._version
+    version, made = getattr(mask, "_efftune_additive", (None, None))
+    if made is None or version != now or made.dtype != dtype:
         made = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
-        mask._efftune_additive = made  # type: ignore[attr-defined]
+        mask._efftune_additive = now, made  # type: ignore[attr-defined]
     return made
 
 
@@ -136,6 +142,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
         return "it takes q (B, H, T, D), k and v (B, Hkv, S, D)"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, not {q.dtype}"
+    if not q.numel() or not k.numel():
+        return "there is nothing to attend to"
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"a mask is boolean or added to the scores, not {mask.dtype}"
     if mask is not None and mask.requires_grad:
         return "a mask that trains (a position bias) needs its own gradient"
     if q.device.type == "cpu":
@@ -175,30 +185,35 @@ def attention(
     keep = Exact() if keep is None else keep
     if mask is not None:
         mask = additive(mask, q.dtype)
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
         return _forward(q, k, v, mask, causal, scale, dropout)[0]
     made: list[Handle] = []
     seed = draw_seed() if keep.random else None
     out = _Attention.apply(keep, seed, causal, scale, dropout, made, q, k, v, mask)
-    return attach(out, made[0])
+    return attach(out, made[0], out.shape[1] * out.shape[3])
 
 
-NAME, KEEP = "efftune", "keep"  # the attribute of an attention module, as of the other modules of a block
+KEEP = "keep"  # the attribute of an attention module, as of the other modules of a block
+_original: Any = None
 
 
 def register() -> None:
-    """Makes `attention` known to transformers under `NAME`, for models whose config asks for it; others see nothing."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    """Puts a switch in front of transformers' sdpa: modules with a `KEEP` get `attention`, all others what they had.
+    The model's config goes on to say "sdpa", which some models compare with."""
+    global _original
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, for_transformers)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    if _original is None:
+        _original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", _switch)
+
+
+def _switch(module: Any, *args, **kwargs):
+    return (for_transformers if hasattr(module, KEEP) else _original)(module, *args, **kwargs)
 
 
 def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
     """transformers' attention interface. What `attention` cannot do goes to transformers' own sdpa."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     q, k, v = query, key, value
     device = q.device.type
     if torch.is_autocast_enabled(device):
@@ -207,7 +222,7 @@ def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = q.shape[2] == k.shape[2] or attention_mask is not None
     if other or not whole or why_not(q, k, v, attention_mask, dropout) is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
+        return _original(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
     causal = bool(causal) and attention_mask is None and q.shape[2] > 1
     keep = getattr(module, KEEP, None)
     with torch.autocast(device, enabled=False):

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
@@ -20,6 +21,7 @@ from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
 
+OURS = (RMSNorm, LayerNorm, GatedMLP, Activation)
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -28,8 +30,7 @@ class Blocks:
     """What `install` changed, and the way back."""
 
     swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)  # parent, name, old, new
-    attention: list[tuple[Any, str]] = field(default_factory=list)  # config, what it asked for
-    keeps: list[nn.Module] = field(default_factory=list)
+    attention: list[tuple[nn.Module, Keep | None]] = field(default_factory=list)  # and its keep of before
 
     def remove(self) -> None:
         for parent, name, old, new in reversed(self.swaps):
@@ -37,17 +38,18 @@ class Blocks:
                 for child in old._modules.keys() & new._modules.keys():
                     old._modules[child] = new._modules[child]  # layers may have been swapped since
                 parent._modules[name] = old.train(new.training)
-        for config, implementation in self.attention:
-            config._attn_implementation = implementation
-        for module in self.keeps:
-            delattr(module, attention.KEEP)
-        self.swaps, self.attention, self.keeps = [], [], []
+        for module, before in self.attention:
+            if before is not None:
+                setattr(module, attention.KEEP, before)
+            elif hasattr(module, attention.KEEP):
+                delattr(module, attention.KEEP)
+        self.swaps, self.attention = [], []
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
         for _, _, _, new in self.swaps:
             kinds[type(new).__name__] = kinds.get(type(new).__name__, 0) + 1
-        kinds |= {"attention": len(self.keeps)} if self.keeps else {}
+        kinds |= {"attention": len(self.attention)} if self.attention else {}
         return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
 
 
@@ -55,12 +57,15 @@ class Blocks:
 def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     """Swaps norms, gated MLPs and activations inside `model` for those of efftune.nn, and routes the attention of a
     transformers model that uses sdpa through `attention`. Parameters are shared and keep their names."""
-    keep, done = keep or Exact(), Blocks()
+    done = Blocks()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is None or has_hooks(child):
                 continue
-            new = twin(child, keep)
+            if type(child) in OURS:
+                child.keep = cast(Any, keep or child.keep)  # of an earlier recipe, or the model's own
+                continue
+            new = twin(child, keep or Exact())
             if new is not None:
                 parent._modules[name] = new.train(child.training)
                 done.swaps.append((parent, name, child, new))
@@ -69,28 +74,28 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or "forward" in vars(
-        module
-    )
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
     """The module of efftune.nn that computes what `module` does, over the same parameters; None if there is none."""
     kind = type(module)
-    if kind in (RMSNorm, LayerNorm, GatedMLP, Activation) or any(p.is_meta for p in module.parameters()):
+    if any(p.is_meta for p in module.parameters()):
         return None
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return LayerNorm(module.weight, module.bias, module.eps, keep)
-    if type(module) is nn.RMSNorm and len(module.normalized_shape) == 1:
-        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        return RMSNorm(module.weight, eps, 0.0, keep)
+    if type(module) is nn.RMSNorm and len(module.normalized_shape) == 1 and module.eps is not None:
+        return RMSNorm(module.weight, module.eps, 0.0, keep)
     if kind.__name__.endswith("RMSNorm"):
         return _rms_norm(module, keep)
-    if tuple(module._modules)[:3] == GATED and len(module._modules) <= 4:
+    if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
         return _gated_mlp(module, keep)
     if not module._modules and not module._parameters and not module._buffers:
         activation = recognise(module)
-        return None if activation is None else Activation(activation, keep)
+        if activation is None or (activation == "relu" and not keep.random):
+            return None  # torch's ReLU keeps its output, which the next layer reads anyway
+        return Activation(activation, keep)
     return None
 
 
@@ -121,9 +126,13 @@ def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which `glu` knows the element-wise function `act`, or None."""
-    x = torch.linspace(-8, 8, 1025)
+    if isinstance(act, _DropoutNd):
+        return None
+    # Far out, too: some are clipped there.
+    x = torch.cat([torch.linspace(-8, 8, 1025), torch.tensor([12.0, 30.0, 1e2, 1e3, -12.0, -30.0, -1e2, -1e3])])
     try:
-        y = act(x)
+        with torch.random.fork_rng(devices=[]):
+            y = act(x)
     except Exception:  # whatever it is, it is not an activation
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape:
@@ -154,16 +163,12 @@ def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
     return bool(error <= 4 * torch.finfo(x.dtype).eps * expected.double().norm())
 
 
-def _install_attention(model: nn.Module, keep: Keep, done: Blocks) -> None:
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "model_type")}
-    for config in configs.values():
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            attention.register()
-            done.attention.append((config, "sdpa"))
-            config._attn_implementation = attention.NAME
-    ours = {id(config) for config, _ in done.attention}
+def _install_attention(model: nn.Module, keep: Keep | None, done: Blocks) -> None:
     for module in model.modules():
-        if id(getattr(module, "config", None)) in ours and hasattr(module, "is_causal"):
-            setattr(module, attention.KEEP, keep)
-            done.keeps.append(module)
+        config = getattr(module, "config", None)
+        if getattr(config, "_attn_implementation", None) == "sdpa" and hasattr(module, "is_causal"):
+            before = getattr(module, attention.KEEP, None)
+            setattr(module, attention.KEEP, keep or before or Exact())
+            done.attention.append((module, before))
+    if done.attention:
+        attention.register()

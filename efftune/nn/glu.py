@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.function import as_matrix
-from efftune.linear.handle import Handle, attach, flatten, load, unflatten
+from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import composition, glu_backward
 from efftune.ops.glu import glu as activate
@@ -25,14 +25,21 @@ class _Glu(torch.autograd.Function):
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
-        made.append(Handle(partial(_again, activation), held))
+        handle = Handle(partial(_again, activation), held)
+        made.append(handle)
+        ctx.once = handle.once
         saved, ctx.structure = flatten(held)
         ctx.save_for_backward(*saved)
         ctx.activation = activation
-        return y.view(gate.shape)
+        return reshaped(y, gate.shape)
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "An activation of efftune.nn has no second derivative; call backward without create_graph=True."
+            )
+        ctx.once.drop()
         gate, *up = (load(part) for part in unflatten(ctx.saved_tensors, ctx.structure))
         dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, ctx.activation)
         return None, None, None, None, dgate.view(dy.shape), dup.view(dy.shape) if up else None
@@ -57,12 +64,13 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
     """
     if torch.compiler.is_compiling():
         return composition(gate, up, activation)  # the compiler fuses it, and recomputes it in backward
-    if not torch.is_grad_enabled():
+    needed = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
+    if not needed:  # nothing is kept for this layer, so that a handle would not be free
         return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(gate.shape)
     keep = Exact() if keep is None else keep
     made: list[Handle] = []
     y = _Glu.apply(keep, activation, draw_seed() if keep.random else None, made, gate, up)
-    return attach(y, made[0])
+    return attach(y, made[0], y.shape[-1])
 
 
 class Activation(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.function import as_matrix
-from efftune.linear.handle import Handle, attach, flatten, load, unflatten
+from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.rms_norm import rms_norm as normalize
 from efftune.ops.rms_norm import rms_norm_apply, rms_norm_backward
@@ -28,15 +28,22 @@ class _Norm(torch.autograd.Function):
         statistics = (rstd, mean) if center else (rstd,)
         parameters = tuple(p.detach() for p in (weight, bias) if p is not None)
         again = partial(_again, offset, center, weight is not None)
-        made.append(Handle(again, (held, *statistics), parameters))
+        handle = Handle(again, (held, *statistics), parameters)
+        made.append(handle)
+        ctx.once = handle.once
         saved, ctx.structure = flatten((held, mean, rstd, *(() if weight is None else (weight,))))
         ctx.save_for_backward(*saved)
         ctx.offset, ctx.has_bias = offset, bias is not None
         ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-        return y.view(x.shape)
+        return reshaped(y, x.shape)
 
     @staticmethod
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A norm of efftune.nn has no second derivative; call backward without create_graph=True."
+            )
+        ctx.once.drop()
         held, mean, rstd, *weight = unflatten(ctx.saved_tensors, ctx.structure)
         _, need_weight, need_bias = ctx.needs_input_grad[6:]
         x, weight = load(held), weight[0] if weight else None
@@ -55,12 +62,13 @@ def _again(offset: float, center: bool, has_weight: bool, x: Tensor, rstd: Tenso
 
 def _norm(x, weight, bias, eps, offset, center, keep) -> Tensor:
     keep = Exact() if keep is None else keep
-    seed = draw_seed() if keep.random and torch.is_grad_enabled() else None
-    if not torch.is_grad_enabled():
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not needed:  # nothing is kept of x for this layer, so that a handle would not be free
         return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(x.shape)
+    seed = draw_seed() if keep.random else None
     made: list[Handle] = []
     y = _Norm.apply(keep, eps, offset, center, seed, made, x, weight, bias)
-    return attach(y, made[0])
+    return attach(y, made[0], x.shape[-1])
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float = 0.0, keep: Keep | None = None):
@@ -107,6 +115,8 @@ class RMSNorm(nn.Module):
         self.eps, self.offset, self.keep = eps, offset, keep or Exact()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not None and self.offset == 0 and self.weight.dtype != x.dtype:
+            x = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # as weight · x̂ does in transformers
         return rms_norm(x, self.weight, self.eps, self.offset, self.keep)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
+from efftune.nn.subbatch import Recompute
 from efftune.train import run as runs
 from efftune.train import rundir, state
 from efftune.train.loop import to_device
@@ -29,7 +30,7 @@ class Fidelity:
     """Of one parameter's gradient, over the coordinates that were looked at."""
 
     name: str
-    z: float  # of the squared bias, one-sided: noise alone is standard normal, about
+    z: float  # of the bias, one-sided: noise alone is standard normal
     bias: float  # ‖E[g] - g*‖ / ‖g*‖, at least 0
     error: float  # √E‖g - g*‖² / ‖g*‖
     variance_to_sgd: float  # E‖g - g*‖² / variance of g* from batch to batch
@@ -53,6 +54,9 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     optimizer = tuner.optimizer(config.lr)
     model = tuner.model.eval()  # without dropout: all seeds draw from one and the same function
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Recompute):
+            module.training = True  # or a block would not draw its samples; of itself alone, not of what is inside
     device = next(model.parameters()).device
     task = autocast(prepared.task, device.type) if config.dtype == "mixed" else prepared.task
     rows = prepared.train.rows(0)[: batches * config.batch_size]
@@ -122,24 +126,35 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
 def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: int, least: float = 0.0) -> Fidelity:
     """errors (seeds, C), exact (C,), batches (batches, C), all float64; ‖exact‖² counts as `least` at least.
 
-    The squared bias ‖E[e]‖² is estimated without bias by the mean of ⟨e_s, e_t⟩ over pairs s ≠ t; its standard error
-    without a bias is √(2 · mean ⟨e_s, e_t⟩² / (n (n - 1))).
+    The squared bias ‖E[e]‖² is estimated without bias by the mean of ⟨e_s, e_t⟩ over pairs s ≠ t. Whether it is there
+    is told by halves: the mean error of the first half of the draws gives a direction, along which the errors of the
+    second half have mean zero if there is no bias, whatever their distribution in all other directions.
     """
     n = len(errors)
     gram = errors @ errors.t()
-    pairs = gram[~torch.eye(n, dtype=torch.bool)]
-    squared_bias, spread = float(pairs.mean()), math.sqrt(2 * float(pairs.square().mean()) / (n * (n - 1)))
+    squared_bias = float(gram[~torch.eye(n, dtype=torch.bool)].mean())
+    along = errors[n // 2 :] @ errors[: n // 2].mean(dim=0)
     size, error = max(least, float(exact.square().sum())), float(gram.diagonal().mean())
     noise = float(batches.var(dim=0, unbiased=True).sum())
     return Fidelity(
         name,
-        z=squared_bias / spread if spread > 0 else 0.0,
+        z=normal_score(along),
         bias=math.sqrt(max(0.0, squared_bias) / size) if size else 0.0,
         error=math.sqrt(error / size) if size else 0.0,
         variance_to_sgd=error / noise if noise else 0.0,
         kept=kept,
         variance_per_byte=error / size / kept if kept and size else None,
     )
+
+
+def normal_score(values: Tensor) -> float:
+    """Student's t of the mean of `values`, as the standard normal number of the same tail (Wallace 1959)."""
+    mean, deviation, freedom = float(values.mean()), float(values.std()), len(values) - 1
+    if deviation == 0.0:
+        return math.copysign(math.inf, mean) if mean else 0.0
+    t = mean / deviation * math.sqrt(len(values))
+    z = (8 * freedom + 1) / (8 * freedom + 3) * math.sqrt(freedom * math.log1p(t * t / freedom))
+    return math.copysign(z, t)
 
 
 def judge(results: list[Fidelity], max_bias: float) -> None:

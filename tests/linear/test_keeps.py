@@ -246,3 +246,34 @@ def test_held_codes_come_back():
     for bits, most in ((8, 0.01), (4, 0.12)):
         again = load(Quantized(bits, 32).hold(x, torch.tensor(3)))
         assert again.shape == x.shape and (again - x).norm() < most * x.norm()
+
+
+@pytest.mark.parametrize("keep", [Sampled(0.4, min_rows=2), Quantized(4, 4)], ids=str)
+def test_a_tensor_that_lives_on_is_drawn_anew_and_seen_as_it_is(keep):
+    """Data that the caller holds, and a parameter as an input: what was kept of it must not outlive the pass."""
+    x, dy = inputs()
+    made = layer(keep)
+    draws = []
+    for seed in range(1500):
+        torch.manual_seed(seed)
+        made.zero_grad()
+        made(x).backward(dy)  # one tensor object for all passes
+        draws.append(made.weight.grad.clone())
+    assert bias_z(draws, dy.t() @ x) < 4.5
+    made.zero_grad()
+    made(x)  # a pass without a backward, and then a change in place
+    with torch.no_grad():
+        x.mul_(100)
+    made(x).backward(dy)
+    assert (made.weight.grad - dy.t() @ x).norm() < 2 * (dy.t() @ x).norm()
+    assert made.weight.grad.norm() > 10 * draws[0].norm()
+
+
+def test_a_change_in_place_after_a_norm_is_seen():
+    norm, made = RMSNorm(nn.Parameter(torch.rand(K) + 0.5)), layer(Exact())
+    x, dy = inputs()
+    y = norm(x.requires_grad_())
+    with torch.no_grad():
+        y.mul_(3)
+    made(y).backward(dy)
+    torch.testing.assert_close(made.weight.grad, dy.t() @ (3 * norm(x)).detach())

@@ -100,7 +100,7 @@ def test_more_variance_of_rows_than_allowed_keeps_more_rows(factor, expected):
     tuner, _, stack = tuned("vcas")
     name, layer = next(iter(layers(stack).items()))
     others = [m.keep.ratio for m in layers(stack).values()][1:]
-    layer.keep = Sampled(0.7)
+    layer.keep = Sampled(0.7, min_rows=1, at="backward")
     scale = vcas._scale(layer.weight)
     window = Window(count=2, act=0.0, norms=[[None] * 3] * 2)
     window.spread = {f"{name}.weight": torch.tensor(4.0 / scale)}
@@ -108,7 +108,7 @@ def test_more_variance_of_rows_than_allowed_keeps_more_rows(factor, expected):
     tuner.methods[-1]._adapt(stack, vars(stack)["vcas"], window)
     assert layer.keep.ratio == pytest.approx(expected) and ratios(stack) == [1.0] * 3
     assert [m.keep.ratio for m in layers(stack).values()][1:] == others
-    layer.keep = Sampled(0.99)
+    layer.keep = Sampled(0.99, min_rows=1, at="backward")
     window.weight = {name: torch.tensor(1e9)}
     tuner.methods[-1]._adapt(stack, vars(stack)["vcas"], window)
     assert layer.keep.ratio == 1.0
@@ -145,7 +145,7 @@ def test_a_run_lowers_its_shares_while_the_variance_allows_and_keeps_them_in_ord
     for block in stack:
         block.forward.ratio = 0.5
     for layer in layers(stack).values():
-        layer.keep = Sampled(0.5)
+        layer.keep = Sampled(0.5, min_rows=1, at="backward")
     for step in range(4):
         optimizer.zero_grad()
         tuner.backward(batch(seed=step, rows=8), loss_fn)
@@ -166,7 +166,7 @@ def test_the_step_that_measures_trains_on_the_exact_gradient(recipe):
         block.forward.ratio = 0.5
     for layer in layers(stack).values():
         if isinstance(layer.keep, Sampled):
-            layer.keep = Sampled(0.5)
+            layer.keep = Sampled(0.5, min_rows=1, at="backward")
     for chunk in batch(rows=8).chunk(2):
         torch.manual_seed(0)
         expected_loss = plain.backward(chunk, loss_fn, scale=0.5)

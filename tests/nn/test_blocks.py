@@ -12,7 +12,7 @@ from efftune.linear.keep.quantized import Quantized
 from efftune.memory import meter
 from efftune.nn.blocks import install, recognise
 from efftune.nn.norm import LayerNorm, RMSNorm
-from tests.nn.families import FAMILIES, batch, loss, model
+from tests.nn.families import FAMILIES, LAYERS, batch, loss, model
 
 
 def gradients(model, inputs):
@@ -32,7 +32,7 @@ def test_loss_and_gradients_are_as_near_to_float64_as_the_models_own(family, dty
     oracle_loss, oracle = gradients(copy.deepcopy(plain).double(), inputs)
     own_loss, own = gradients(plain, inputs)
     tuner = efftune.apply(plain, "full")
-    assert tuner.blocks.swaps and tuner.blocks.attention
+    assert tuner.blocks.swaps and len(tuner.blocks.attention) == LAYERS
     got_loss, got = gradients(tuner.model, inputs)
     assert got.keys() == own.keys() == oracle.keys()
     eps = torch.finfo(dtype).eps
@@ -58,6 +58,7 @@ def test_remove_gives_the_model_back(family):
     assert tuner.remove() is plain and str(plain) == structure
     assert all(module is modules[name] for name, module in plain.named_modules())
     assert plain.config._attn_implementation == config._attn_implementation == "sdpa"
+    assert not any(hasattr(m, "keep") for m in plain.modules())
     assert all(torch.equal(t, state[name]) for name, t in plain.state_dict().items())
     assert torch.equal(loss(plain, batch()), expected)
 
@@ -76,8 +77,7 @@ def test_remove_takes_adapters_out_and_merge_puts_them_in():
 
 def test_blocks_can_be_left_alone():
     tuner = efftune.apply(model("Llama"), "full", blocks=False)
-    assert not any(isinstance(m, (RMSNorm, Linear)) for m in tuner.model.modules())
-    assert tuner.model.config._attn_implementation == "sdpa"
+    assert not any(isinstance(m, (RMSNorm, Linear)) or hasattr(m, "keep") for m in tuner.model.modules())
 
 
 class Wrong(nn.Module):
@@ -98,7 +98,7 @@ class OddRMSNorm(Wrong):
 def test_what_computes_something_else_is_left_alone():
     hooked = nn.LayerNorm(8)
     hooked.register_forward_hook(lambda *_: None)
-    net = nn.Sequential(OddRMSNorm(), nn.LayerNorm(8), hooked, nn.RMSNorm(8), nn.Sigmoid(), nn.GELU("tanh"))
+    net = nn.Sequential(OddRMSNorm(), nn.LayerNorm(8), hooked, nn.RMSNorm(8, eps=1e-6), nn.Sigmoid(), nn.GELU("tanh"))
     done = install(net)
     assert [type(m).__name__ for m in net] == [
         "OddRMSNorm", "LayerNorm", "LayerNorm", "RMSNorm", "Sigmoid", "Activation",
@@ -209,3 +209,106 @@ def test_keeps_of_a_block_are_one():
     keeps = {str(m.keep) for m in tuner.model.modules() if hasattr(m, "keep")}
     # the head is no block
     assert keeps == {str(Quantized(4, 32))} and Exact() not in keeps
+
+
+def test_clipped_activations_are_no_others():
+    from transformers.activations import ACT2FN
+
+    assert recognise(ACT2FN["gelu_10"]) is None and recognise(nn.Hardtanh(0, 20)) is None
+    assert recognise(ACT2FN["gelu_new"]) == "gelu_tanh" and recognise(ACT2FN["relu2"]) == "relu2"
+    state = torch.get_rng_state()
+    install(nn.Sequential(nn.Dropout(0.5), nn.RReLU()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_second_recipe_changes_the_keeps_of_the_blocks():
+    plain = model("Llama")
+    structure = str(plain)
+    first = efftune.apply(plain, "full")
+    second = efftune.apply(plain, "full + mesa(bits=4)")
+    assert {str(m.keep) for m in plain.modules() if hasattr(m, "keep")} == {str(Quantized(4))}
+    second.remove()
+    first.remove()
+    assert str(plain) == structure and plain.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("recipe", ["full + wtacrs", "vcas", "lora(r=4)"])
+def test_a_tuner_without_its_recipe_says_so_and_drives_nothing(recipe):
+    tuner = efftune.apply(model("Llama"), recipe)
+    optimizer = tuner.optimizer(lr=1e-3)
+    tuner.remove()
+    optimizer.step()
+    tuner.summary()
+    tuner.remove()
+    with pytest.raises(efftune.EfftuneError, match="taken out"):
+        tuner.backward(batch(), loss)
+
+
+def test_a_rebuilt_tensor_goes_with_the_backward_that_made_it():
+    """Also where not every layer that read it has a backward."""
+    norm = RMSNorm(nn.Parameter(torch.rand(16)))
+    layers = [Linear.from_linear(nn.Linear(16, 8)) for _ in range(3)]
+    y = norm(torch.randn(5, 16, requires_grad=True))
+    once = y._efftune_source.handle.once
+    outputs = [layer(y) for layer in layers]
+    value = outputs[0].sum() + outputs[1].sum()
+    value.backward()
+    assert once.users == 3 and once.value is None and value.grad_fn is not None
+
+
+def test_a_frozen_trunk_keeps_nothing():
+    """Handles are free only where backward holds their tensors anyway."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)).requires_grad_(False)
+    x = torch.randn(200, 32)
+    kept = {}
+    for blocks in (False, True):
+        tuned = efftune.apply(copy.deepcopy(net), "lora(r=2, target_modules='2') + wtacrs(ratio=0.1)", blocks=blocks)
+        kept[blocks] = meter.saved_for_backward(tuned.model, lambda t=tuned: t.model(x).sum()).total
+    assert kept[True] <= kept[False]
+
+
+def test_other_shapes_other_dtypes_and_in_place_changes():
+    norm, linear = RMSNorm(nn.Parameter(torch.rand(8))), Linear.from_linear(nn.Linear(16, 4))
+    x = torch.randn(6, 8, requires_grad=True)
+    linear(norm(x).view(3, 16)).sum().backward()  # rows of another width
+    torch.testing.assert_close(linear.weight.grad[0], norm(x).view(3, 16).sum(0))
+    h = linear(torch.randn(2, 3, 16))
+    h += 1  # as after any layer of torch
+    h.sum().backward()
+    assert norm(x.detach().bfloat16()).dtype == torch.float32  # a float32 weight promotes, as in transformers
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+
+
+def test_a_model_that_looks_at_its_config_sees_sdpa():
+    """Falcon adds its mask in another way unless the config says sdpa."""
+    import transformers
+
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, use_cache=False,
+        new_decoder_architecture=True, hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    falcon = transformers.FalconForCausalLM(config).train()
+    inputs = batch()
+    expected = gradients(falcon, inputs)[1]
+    tuner = efftune.apply(falcon, "full")
+    assert tuner.blocks.swaps
+    found = gradients(falcon, inputs)[1]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_gated_mlp_with_something_more_is_left_alone():
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.dropout, self.act_fn = nn.Dropout(0.5), torch.nn.functional.silu
+
+        def forward(self, x):
+            return self.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+    net = nn.Sequential(Mlp())
+    assert not install(net).swaps

@@ -23,7 +23,7 @@ def test_fidelity_of_known_errors():
     )
     assert fair.variance_per_byte == pytest.approx(fair.error**2 / 100)
     biased = fidelity("w", 0.3 * noise + 0.1 * exact, exact, batches, 0)
-    assert biased.z > 10 and biased.bias == pytest.approx(0.1, rel=0.3) and biased.variance_per_byte is None
+    assert biased.z > 6 and biased.bias == pytest.approx(0.1, rel=0.3) and biased.variance_per_byte is None
     judge([fair], 0.02)
     with pytest.raises(EfftuneError, match=r"1 of 2 gradients are biased; the most that of w: \d+\.\d% of its norm"):
         judge([fair, biased], 0.02)
@@ -36,8 +36,9 @@ def test_fair_noise_is_seldom_called_biased():
     z = []
     for _ in range(200):
         errors = torch.randn(16, 50, generator=generator).double()
+        errors[:, 1:] *= 0.01  # nearly all of it in one direction: a quadratic form would have a heavy tail
         z.append(fidelity("w", errors, torch.ones(50).double(), torch.randn(4, 50).double(), 0).z)
-    assert sum(v > 3 for v in z) <= 3 and abs(sum(z) / len(z)) < 0.3
+    assert sum(v > 2.33 for v in z) <= 7 and abs(sum(z) / len(z)) < 0.3  # 1 % of 200, and 3.5 standard deviations
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from efftune.errors import EfftuneError
 from efftune.linear import Exact, Linear
+from efftune.linear.contracts import Keep
 from efftune.linear.handle import load
 from efftune.linear.keep.exact import product_t
 from efftune.linear.keep.sampled import Sampled
@@ -83,6 +84,15 @@ class Vcas(Method):
         for path, layer in layers.items():
             if isinstance(layer, Linear) and layer.delta.random:  # its mask goes by position in the batch
                 raise EfftuneError(f"vcas runs part of a batch again, and {path} has dropout; use lora_dropout=0.0.")
+        others = [
+            path
+            for path, layer in layers.items()
+            if isinstance(layer, Linear) and not layer.keep.restores and layer.keep.keeps and not _own(layer.keep)
+        ]
+        if others:
+            raise EfftuneError(
+                f"{others[0]} samples its rows already, by another method than vcas; use one of the two."
+            )
         swap(
             model,
             [n for n, layer in layers.items() if _exact(layer)],
@@ -94,11 +104,12 @@ class Vcas(Method):
 
     def backward(self, model, batch, loss_fn, scale, step, optimizer):
         stack, controller = _parts(model)
-        if self.interval and step % self.interval == 0 and controller.started != step and controller.window is None:
+        due = self.interval and step % self.interval == 0 and controller.started != step and not controller.idle
+        if due and controller.window is None:
             controller.started, controller.window = step, Window()
         plain = functools.partial(super().backward, model, batch, loss_fn, scale, step, optimizer)
         window = controller.window
-        if window is None:
+        if window is None or controller.idle:
             return plain()
         loss = self._measure(model, stack, window, plain)
         if window.count == self.batches:
@@ -181,10 +192,14 @@ class Vcas(Method):
 
     @contextmanager
     def exactly(self, model):
-        stack, _ = _parts(model)
+        stack, controller = _parts(model)
         layers = _sampled(stack)
-        with measuring(_recomputes(stack), repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
-            yield
+        controller.idle = True
+        try:
+            with measuring(_recomputes(stack), repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
+                yield
+        finally:
+            controller.idle = False
 
     def remove(self, model):
         stack, _ = _parts(model)
@@ -224,6 +239,7 @@ class Controller:
     share: float = 1.0  # s
     started: int = -1  # the step of the last window
     window: Window | None = None
+    idle: bool = False  # within `exactly`: measures nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,8 +276,12 @@ def smallest_share(norms: Tensor, share: float) -> float:
 def _exact(layer: nn.Module) -> bool:
     """Trains, and keeps its input as it is."""
     if isinstance(layer, Linear):
-        return layer.delta.trains and layer.delta.needs_keep() and isinstance(layer.keep, (Exact, Sampled))
+        return layer.delta.trains and layer.delta.needs_keep() and (type(layer.keep) is Exact or _own(layer.keep))
     return trained_by(layer) is not None
+
+
+def _own(keep: Keep) -> bool:
+    return isinstance(keep, Sampled) and keep.at == "backward" and keep.min_rows == 1
 
 
 def _parts(model: nn.Module) -> tuple[nn.ModuleList, Controller]:
@@ -274,7 +294,7 @@ def _recomputes(stack: nn.ModuleList) -> list[Recompute]:
 
 
 def _sampled(stack: nn.ModuleList) -> dict[str, Linear]:
-    return {n: m for n, m in stack.named_modules() if isinstance(m, Linear) and isinstance(m.keep, Sampled)}
+    return {n: m for n, m in stack.named_modules() if isinstance(m, Linear) and _own(m.keep)}
 
 
 def _rows(layer: Linear) -> float:

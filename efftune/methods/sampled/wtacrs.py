@@ -45,11 +45,13 @@ class WtaCrs(Method):
     def prepare(self, model):
         keep = Sampled(self.ratio, self.sampler, self.min_rows)
         layers = keep_in_layers(self, model, self.target_modules, keep)
-        scores = TokenScores()
+        known = [m.scores for m in model.modules() if isinstance(m, Linear) and m.scores is not None]
+        scores = known[0] if known else TokenScores()  # of another wtacrs, for other layers of the model
         for name in layers:
             cast(Linear, model.get_submodule(name)).scores = scores
         for block in _stack(model):
-            block.register_forward_hook(_Observer(scores))
+            if not any(isinstance(hook, _Observer) for hook in block._forward_hooks.values()):
+                block.register_forward_hook(_Observer(scores))
 
     def before_backward(self, model, batch):
         _scores(model).begin(batch)

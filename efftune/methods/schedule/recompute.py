@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
 from efftune.methods._base import Method, blocks
-from efftune.nn.subbatch import install, uninstall
+from efftune.nn.subbatch import Recompute, install, uninstall
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,10 @@ class RecomputeBlocks(Method):
             raise EfftuneError(f"recompute runs every n-th block again, n at least 1, not {self.every}.")
 
     def prepare(self, model):
-        for block in blocks(model)[1][:: self.every]:
+        stack = blocks(model)[1]
+        if any(isinstance(vars(block).get("forward"), Recompute) for block in stack):
+            raise EfftuneError("the blocks run again in backward already (vcas does that, too); leave recompute out.")
+        for block in stack[:: self.every]:
             install(block)
 
     def remove(self, model):
