@@ -8,7 +8,7 @@ import torch
 
 from efftune import use_backend
 from efftune.ops._available import extension
-from efftune.ops.glu import ACTIVATIONS, activation_name, glu, glu_backward, glu_backward_op, glu_op
+from efftune.ops.glu import ACTIVATIONS, glu, glu_backward, glu_backward_op, glu_op
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, on, skip_truncation
 
@@ -146,24 +146,6 @@ def test_float64(activation, gated):
     args = (dy, gate, up if gated else None, activation)
     for result, exact in zip(everything(*args, ("reference", "cpu")), oracle(*args, torch.float64), strict=True):
         torch.testing.assert_close(result, exact, rtol=1e-12, atol=1e-13)
-
-
-def test_hugging_face_names():
-    activations = pytest.importorskip("transformers.activations")
-    x = torch.linspace(-4, 4, 101, dtype=torch.float64)[None]
-    known = {}
-    for name in activations.ACT2CLS:
-        found = activation_name(name)
-        if found is None:
-            continue
-        module = activations.ACT2FN[name]
-        known[name] = found
-        assert activation_name(module) == found
-        assert torch.allclose(module(x), act(x, found), atol=1e-7)  # some of their constants have ten digits
-    assert {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "relu2"} <= set(known)
-    assert activation_name(torch.nn.SiLU()) == "silu" and activation_name(torch.nn.GELU("tanh")) == "gelu_tanh"
-    for other in ("quick_gelu", "gelu_10", "tanh", torch.nn.ReLU6(), torch.relu):
-        assert activation_name(other) is None
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
