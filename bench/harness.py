@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SHORTEST = 2e-3  # seconds: shorter calls are timed several at a time
+LONG = 20.0  # seconds: such a call has warmed up after one
 
 
 def timed(call: Callable[[], object], device: str, count: int = 1) -> float:
@@ -102,6 +103,8 @@ def run(
             if setup:
                 setup()
             seconds = timed(call, device)
+            if seconds > LONG:
+                break
         counts[label] = 1 if setup else max(1, int(SHORTEST / seconds))
     samples: dict[str, list[float]] = {label: [] for label in variants}
     labels = list(variants)
@@ -114,7 +117,7 @@ def run(
     floor = max(bytes / copy_bandwidth(device) if bytes else 0.0, flops / gemm_rate(dtype, device) if flops else 0.0)
     rows = []
     for label, call in variants.items():
-        low, _, high = statistics.quantiles(samples[label], n=4)
+        low, _, high = statistics.quantiles(samples[label], n=4) if repeats > 1 else samples[label] * 3
         rows.append(
             {
                 "name": name,

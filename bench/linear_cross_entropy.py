@@ -1,7 +1,7 @@
 """The loss of a language-model head, forward + backward: logits and F.cross_entropy, torch's own chunked operator, and
 ours. Peak memory includes the gradient of a head that trains.
 
-python -m bench.linear_cross_entropy [--device cpu|cuda] [--small]
+python -m bench.linear_cross_entropy [--device cpu|cuda] [--small] [--repeats N] [--first]
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="V 32k, K 1024, 1024 tokens, for slow processors")
+    parser.add_argument("--first", action="store_true", help="the first job only: bfloat16, a head that trains")
     parser.add_argument("--repeats", type=int, help="of each variant (default 3 on a CPU, 10 on a GPU)")
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats or (3 if arguments.device == "cpu" else 10)
@@ -82,8 +83,9 @@ def main() -> None:
     jobs = [(torch.bfloat16, *shape, True), (torch.bfloat16, *shape, False), (torch.float32, *shape, True)]
     if device != "cpu" and not arguments.small:
         jobs += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
+    jobs = jobs[:1] if arguments.first else jobs
     rows = [row for job in jobs for row in rows_for(device, *job, repeats)]
-    save(rows, f"bench/results/linear_cross_entropy-{device}.json")
+    save(rows, f"bench/results/linear_cross_entropy-{device}{'-small' if arguments.small else ''}.json")
     print_table(rows)
 
 

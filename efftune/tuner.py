@@ -237,7 +237,7 @@ class Tuner:
         if not self.methods:
             raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
         for method in self.methods:
-            method.before_backward(self.model, batch)
+            method.before_backward(self.model, batch, loss_fn)
         method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
         loss = method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
         for method in self.methods:

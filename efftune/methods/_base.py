@@ -48,7 +48,7 @@ class Method:
     def block_keep(self) -> Keep | None:
         """What norms, activations and attention in the blocks keep for backward, or None for no say in it."""
 
-    def before_backward(self, model: nn.Module, batch) -> None:
+    def before_backward(self, model: nn.Module, batch, loss_fn: Callable) -> None:
         """Called before the forward and backward passes of each micro-batch that goes through `Tuner.backward`."""
 
     def after_backward(self, model: nn.Module, batch) -> None:

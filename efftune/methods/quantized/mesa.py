@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from efftune.errors import EfftuneError
+from efftune.linear import Exact
+from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
 from efftune.methods._base import ALL_LINEAR, Method, exact_keeps, keep_in_layers
+from efftune.methods._gradients import coordinates, discarding, distance
+from efftune.nn.subbatch import generators, replaying
+
+EXACT = 0  # as a number of bits
+ROUNDS, DRAWS = 6, 2  # of choosing, and of gradients to check a choice by
 
 
 @dataclass(frozen=True)
@@ -16,25 +34,274 @@ class Mesa(Method):
     Given dy, a linear layer's gradient stays unbiased, unless its input is an activation made again from codes. There,
     and through norms, activations and attention, gradients have a bias of second order in the rounding error. `efftune
     verify` measures it.
+
+    With `max_error` not everything has `bits`. The first micro-batch that goes through `tuner.backward` tells how much
+    error each place (the norms, activations, attention or linear layers of one block) puts into the gradient of each
+    block; places are then given 8 bits, or are kept exactly, most error per byte first, until
+
+        √(E‖g − g*‖² / ‖g*‖²) ≤ max_error    over the parameters of every block
+
+    and two draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17 times
+    smaller (with bits=8: with exact keeps, which is then what that micro-batch needs memory for).
+
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
-    Raises: EfftuneError for other bits than 8 and 4, and where none of the layers trains.
+    Cost of max_error: once, a forward and backward pass for each place, about four a block.
+    Raises: EfftuneError for other bits than 8 and 4, a max_error that is not positive, and where no layer trains.
     Source: Pan et al. 2021, arXiv:2111.11124.
     """
 
     bits: int = 8
     group: int = 64
+    max_error: float | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     name = "mesa"
 
     def __post_init__(self):
         Quantized(self.bits, self.group)  # raises on a value out of range
+        if self.max_error is not None and not self.max_error > 0:
+            raise EfftuneError(f"mesa's max_error is a share of the gradient above 0, not {self.max_error}.")
 
     def prepare(self, model):
         keep_in_layers(self, model, self.target_modules, Quantized(self.bits, self.group))
+        if self.max_error is not None:
+            vars(model)["mesa"] = Chosen()
 
     def block_keep(self):
         return Quantized(self.bits, self.group)
 
+    def before_backward(self, model, batch, loss_fn):
+        chosen = vars(model).get("mesa")
+        if chosen is None or chosen.bits or chosen.idle or self.max_error is None:
+            return
+        chosen.places = chosen.places or _places(model)
+        chosen.bits, chosen.error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
+        self._use(chosen)
+        if chosen.error > self.max_error:
+            warnings.warn(
+                f"mesa found no keeps with a gradient error of at most {self.max_error:.1%}; with the best it tried it "
+                f"is {chosen.error:.1%}.",
+                stacklevel=3,
+            )
+
+    def _keep(self, bits: int) -> Keep:
+        return Quantized(bits, self.group) if bits else Exact()
+
+    def _use(self, chosen: Chosen) -> None:
+        _set(chosen.places, {name: self._keep(bits) for name, bits in chosen.bits.items()})
+
+    def _choose(
+        self, model: nn.Module, places: Places, loss: Callable[[], Tensor], max_error: float
+    ) -> tuple[dict[str, int], float]:
+        """-> place -> bits, and the error of the worst block with them."""
+        better = EXACT if self.bits == 8 else 8
+        reference = {name: Quantized(better, self.group) if better else Aligned() for name in places}
+        with probing(model, places) as probe:
+            exact = probe.gradient(loss, reference)
+            costs, errors = {}, {}
+            for name in places:
+                counting = Counting(self.bits, self.group)
+                errors[name] = probe.errors(probe.gradient(loss, {**reference, name: counting}), exact)
+                costs[name] = {bits: counting.bytes(bits) for bits in (self.bits, 8, EXACT)}
+            bits, worst, limit = dict.fromkeys(places, self.bits), math.inf, max_error**2
+            for _ in range(ROUNDS):
+                bits = allocate(self.bits, costs, errors, limit)
+                keeps = {name: self._keep(b) if b else Aligned() for name, b in bits.items()}
+                found: dict[str, float] = defaultdict(float)
+                for _ in range(DRAWS):
+                    probe.advance()
+                    drawn = probe.gradient(loss, keeps)
+                    for block, error in probe.errors(drawn, probe.gradient(loss, reference)).items():
+                        found[block] += error / DRAWS
+                worst = max(found.values(), default=0.0)
+                if worst <= max_error**2:
+                    break
+                limit *= 0.9 * max_error**2 / worst
+        return bits, worst**0.5
+
+    def after_step(self, model, step, optimizer):
+        chosen = vars(model).get("mesa")
+        if chosen is not None and not chosen.bits and step == 0:
+            warnings.warn(
+                f"mesa measures in tuner.backward(batch, loss_fn), which this loop does not call: everything stays at "
+                f"{self.bits} bits.",
+                stacklevel=2,
+            )
+
     def exactly(self, model):
-        return exact_keeps(model)
+        return self._exactly(model) if "mesa" in vars(model) else exact_keeps(model)
+
+    @contextmanager
+    def _exactly(self, model: nn.Module) -> Iterator[None]:
+        vars(model)["mesa"].idle = True
+        try:
+            with exact_keeps(model):
+                yield
+        finally:
+            vars(model)["mesa"].idle = False
+
+    def remove(self, model):
+        vars(model).pop("mesa", None)
+
+    def report(self, model):
+        chosen = vars(model).get("mesa")
+        if chosen is None:
+            return None
+        if not chosen.bits:
+            return f"mesa: {self.bits} bits everywhere, until the first micro-batch tells where more are needed"
+        counts = Counter(f"{bits} bits" if bits else "exact" for bits in chosen.bits.values())
+        spread = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
+        return f"mesa: keeps {spread}; gradient error at most {chosen.error:.1%} in every block"
+
+    def state_dict(self, model):
+        chosen = vars(model).get("mesa")
+        return {} if chosen is None else {"bits": dict(chosen.bits), "error": chosen.error}
+
+    def load_state_dict(self, model, state):
+        if "mesa" in vars(model) and state.get("bits"):
+            chosen = vars(model)["mesa"]
+            chosen.places = chosen.places or _places(model)
+            chosen.bits, chosen.error = dict(state["bits"]), state["error"]
+            self._use(chosen)
+
+
+Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
+
+
+@dataclass
+class Chosen:
+    """What max_error has led to. Rides on the model; see Mesa.state_dict."""
+
+    bits: dict[str, int] = field(default_factory=dict)  # place -> 4, 8 or EXACT; empty: not measured yet
+    error: float = 0.0
+    places: Places = field(default_factory=dict)
+    idle: bool = False  # within `exactly`: measures nothing
+
+
+def _block(name: str) -> str:
+    """Of a module or parameter: the path up to its first number, which counts the blocks of a model."""
+    numbered = re.match(r"(.*?\b\d+)\.", name)
+    return numbered[1] if numbered else "the rest"
+
+
+def _places(model: nn.Module) -> Places:
+    found: Places = {}
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "keep", None), Quantized):
+            found.setdefault(f"{_block(path)}: {type(module).__name__}", []).append(module)
+    return found
+
+
+def _set(places: Places, keeps: dict[str, Any]) -> None:
+    for name, modules in places.items():
+        for module in modules:
+            module.keep = keeps[name]
+
+
+def allocate(
+    bits: int, costs: dict[str, dict[int, float]], errors: dict[str, dict[str, float]], limit: float
+) -> dict[str, int]:
+    """place -> bits, such that the errors of every block add up to `limit` at most; greedy, most error per byte first.
+
+    Args:
+        costs: place -> bits -> bytes.   errors: place -> block -> squared relative error of that block's gradient with
+            `bits` in this place; they add up, since places draw independently, and 8 bits have 1/289 of 4 bits'.
+    """
+    chosen = dict.fromkeys(costs, bits)
+    while True:
+        total: dict[str, float] = defaultdict(float)
+        for name, blocks in errors.items():
+            for block, error in blocks.items():
+                total[block] += error * _share(bits, chosen[name])
+        over = {block: error - limit for block, error in total.items() if error > limit}
+        best, most = None, 0.0
+        for name, now in chosen.items():
+            if now == EXACT or not over:
+                continue
+            then = 8 if now < 8 else EXACT
+            fall = _share(bits, now) - _share(bits, then)
+            gain = sum(min(excess, errors[name].get(block, 0.0) * fall) for block, excess in over.items())
+            price = max(1.0, costs[name][then] - costs[name][now])
+            if gain / price > most:
+                best, most = (name, then), gain / price
+        if best is None:
+            return chosen
+        chosen[best[0]] = best[1]
+
+
+def _share(bits: int, other: int) -> float:
+    """The variance of rounding to `other` bits, in units of that of `bits`."""
+    return 0.0 if other == EXACT else ((2**bits - 1) / (2**other - 1)) ** 2
+
+
+@dataclass(frozen=True)
+class Aligned(Exact):
+    """Exact, and takes a seed like keeps that draw: what is drawn after it (dropout) does not change."""
+
+    random = True
+
+
+@dataclass(frozen=True, eq=False)
+class Counting(Quantized):
+    """Quantized, and notes the shapes of what it keeps."""
+
+    seen: list[tuple[torch.Size, int]] = field(default_factory=list)
+
+    def hold(self, z, seed, stream=0):
+        self.seen.append((z.shape, z.element_size()))
+        return super().hold(z, seed, stream)
+
+    def bytes(self, bits: int) -> float:
+        """What these tensors take in `bits`."""
+        if bits == EXACT:
+            return sum(m * k * size for (m, k), size in self.seen)
+        return sum(m * (k * bits / 8 + 4 * -(-k // self.group)) for (m, k), _ in self.seen)
+
+
+@dataclass
+class Probe:
+    """Gradients of one micro-batch with different keeps and the same random numbers, which leave no trace."""
+
+    model: nn.Module
+    places: Places
+    device: torch.device
+    before: tuple[Tensor, ...]
+    after: tuple[Tensor, ...] = ()
+
+    def gradient(self, loss: Callable[[], Tensor], keeps: dict[str, Any]) -> dict[str, Tensor]:
+        _set(self.places, keeps)
+        watched = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with replaying(self.before, self.device), discarding(self.model), coordinates(watched) as seen:
+            loss().backward()
+            self.after = generators(self.device)
+        return seen
+
+    def advance(self) -> None:
+        """Other random numbers from here on."""
+        self.before = self.after
+
+    def errors(self, drawn: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+        """block -> ‖drawn - exact‖² / ‖exact‖² over its parameters."""
+        parameters = dict(self.model.named_parameters())
+        error: dict[str, float] = defaultdict(float)
+        size: dict[str, float] = defaultdict(float)
+        for name, value in exact.items():
+            error[_block(name)] += float(distance(drawn[name], value, parameters[name]))
+            size[_block(name)] += float(distance(torch.zeros_like(value), value, parameters[name]))
+        return {block: error[block] / size[block] for block in size if size[block]}
+
+
+@contextmanager
+def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
+    """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly."""
+    ours = {id(module) for modules in places.values() for module in modules}
+    others: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "keep", None), Keep) and id(m) not in ours]
+    drawing = [(module, module.keep) for module in others if module.keep.random]
+    for module, _ in drawing:
+        module.keep = Aligned()
+    try:
+        device = next(model.parameters()).device
+        yield Probe(model, places, device, generators(device))
+    finally:
+        for module, keep in drawing:
+            module.keep = keep

@@ -22,9 +22,8 @@ from efftune.linear.handle import load
 from efftune.linear.keep.exact import product_t
 from efftune.linear.keep.sampled import Sampled
 from efftune.methods._base import Method, blocks, linear_layers, swap, trained_by
+from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
 from efftune.nn.subbatch import Recompute, generators, install, probabilities, set_generators, uninstall
-
-STRIDE, AT_LEAST = 97, 64  # every 97th coordinate of a weight's gradient is looked at, and of a small one about 64
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,14 @@ class Vcas(Method):
             with measuring(recomputes, repeat), keeping(layers, probes), discarding(model):
                 with coordinates(watched) as drawn:
                     backward()
-            window.act += sum(_distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
+            window.act += sum(distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
         set_generators(after, device)
         window.add(exact, norms, {n: torch.stack(p.seen).sum() / self.batches for n, p in probes.items() if p.seen})
         return loss
 
     def _adapt(self, stack: nn.ModuleList, controller: Controller, window: Window) -> None:
         parameters = dict(stack.named_parameters())
-        spread = {n: float(v) * _scale(parameters[n]) / (self.batches - 1) for n, v in window.spread.items()}
+        spread = {n: float(v) * inverse_share(parameters[n]) / (self.batches - 1) for n, v in window.spread.items()}
         v_s, v_act = sum(spread.values()), float(window.act) / self.batches**2
         sign = (v_act > self.tau_act * v_s) - (v_act < self.tau_act * v_s)
         controller.share = min(1.0, max(0.0, controller.share + self.alpha * sign))
@@ -329,55 +328,3 @@ def keeping(layers: dict[str, Linear], keeps: dict[str, Any]) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.keep = before[name]
-
-
-def _stride(parameter: Tensor) -> int:
-    return min(STRIDE, max(1, parameter.numel() // AT_LEAST))
-
-
-def _scale(parameter: Tensor) -> float:
-    """Of a sum over the looked-at coordinates, to one over all."""
-    return parameter.numel() / len(range(0, parameter.numel(), _stride(parameter)))
-
-
-def _distance(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
-    return (a - b).square().sum(dtype=torch.float64) * _scale(parameter)
-
-
-@contextmanager
-def coordinates(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dict that each backward within fills: name -> the looked-at coordinates of its gradient, in f32."""
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str, stride: int):
-        def hook(g: Tensor) -> None:
-            seen[name] = g.reshape(-1)[::stride].float().clone()
-
-        return hook
-
-    handles = [p.register_hook(look(name, _stride(p))) for name, p in parameters.items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def discarding(model: nn.Module) -> Iterator[None]:
-    """Gradients within are dropped, each as soon as it is there; those of before are back afterwards."""
-    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-
-    def drop(p: Tensor) -> None:
-        p.grad = None
-
-    handles = [p.register_post_accumulate_grad_hook(drop) for p, _ in held]
-    for p, _ in held:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, grad in held:
-            p.grad = grad

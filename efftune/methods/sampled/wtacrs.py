@@ -53,7 +53,7 @@ class WtaCrs(Method):
             if not any(isinstance(hook, _Observer) for hook in block._forward_hooks.values()):
                 block.register_forward_hook(_Observer(scores))
 
-    def before_backward(self, model, batch):
+    def before_backward(self, model, batch, loss_fn):
         _scores(model).begin(batch)
 
     def after_backward(self, model, batch):

@@ -1,0 +1,64 @@
+"""Looking at gradients without keeping them: what methods measure themselves by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+STRIDE, AT_LEAST = 97, 64  # every 97th coordinate of a weight's gradient is looked at, and of a small one about 64
+
+
+def _stride(parameter: Tensor) -> int:
+    return min(STRIDE, max(1, parameter.numel() // AT_LEAST))
+
+
+def inverse_share(parameter: Tensor) -> float:
+    """Of a sum over the looked-at coordinates, to one over all."""
+    return parameter.numel() / len(range(0, parameter.numel(), _stride(parameter)))
+
+
+def distance(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
+    """‖a - b‖² of two gradients of `parameter`, from their looked-at coordinates."""
+    return (a - b).square().sum(dtype=torch.float64) * inverse_share(parameter)
+
+
+@contextmanager
+def coordinates(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yields a dict that each backward within fills: name -> the looked-at coordinates of its gradient, in f32."""
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, stride: int):
+        def hook(g: Tensor) -> None:
+            seen[name] = g.reshape(-1)[::stride].float().clone()
+
+        return hook
+
+    handles = [p.register_hook(look(name, _stride(p))) for name, p in parameters.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def discarding(model: nn.Module) -> Iterator[None]:
+    """Gradients within are dropped, each as soon as it is there; those of before are back afterwards."""
+    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+
+    def drop(p: Tensor) -> None:
+        p.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(drop) for p, _ in held]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in held:
+            p.grad = grad
