@@ -25,6 +25,7 @@ RECIPES = {
     "full + lisa(layers=2)": (3e-3, 12, 0.85),
     "lora(r=4) + lisa(layers=2, interval=3)": (1e-2, 12, 0.97),
     "full + mesa(bits=8)": (3e-3, 12, 0.8),
+    "lora(r=4) + mesa(bits=4, max_error=0.02)": (1e-2, 12, 0.95),
     "full + wtacrs(ratio=0.5, min_rows=4)": (3e-3, 12, 0.9),
     "lora(r=4) + wtacrs(ratio=0.5, min_rows=4) + mesa(bits=4)": (1e-2, 12, 0.97),
     "vcas(interval=2, alpha=0.2)": (3e-3, 12, 0.8),

@@ -42,7 +42,8 @@ class Mesa(Method):
         √(E‖g − g*‖² / ‖g*‖²) ≤ max_error    over the parameters of every block
 
     and two draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17 times
-    smaller (with bits=8: with exact keeps, which is then what that micro-batch needs memory for).
+    smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the first
+    micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
 
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
     Cost of max_error: once, a forward and backward pass for each place, about four a block.
@@ -75,12 +76,15 @@ class Mesa(Method):
         if chosen is None or chosen.bits or chosen.idle or self.max_error is None:
             return
         chosen.places = chosen.places or _places(model)
-        chosen.bits, chosen.error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
+        bits, error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
+        if not math.isfinite(error):
+            return  # of a loss that is not: the next micro-batch will tell
+        chosen.bits, chosen.error = bits, error
         self._use(chosen)
-        if chosen.error > self.max_error:
+        if error > self.max_error:
             warnings.warn(
                 f"mesa found no keeps with a gradient error of at most {self.max_error:.1%}; with the best it tried it "
-                f"is {chosen.error:.1%}.",
+                f"is {error:.1%}.",
                 stacklevel=3,
             )
 
@@ -94,8 +98,8 @@ class Mesa(Method):
         self, model: nn.Module, places: Places, loss: Callable[[], Tensor], max_error: float
     ) -> tuple[dict[str, int], float]:
         """-> place -> bits, and the error of the worst block with them."""
-        better = EXACT if self.bits == 8 else 8
-        reference = {name: Quantized(better, self.group) if better else Aligned() for name in places}
+        truth = {name: Aligned() for name in places}
+        reference = truth if self.bits == 8 else {name: Quantized(8, self.group) for name in places}
         with probing(model, places) as probe:
             exact = probe.gradient(loss, reference)
             costs, errors = {}, {}
@@ -103,6 +107,8 @@ class Mesa(Method):
                 counting = Counting(self.bits, self.group)
                 errors[name] = probe.errors(probe.gradient(loss, {**reference, name: counting}), exact)
                 costs[name] = {bits: counting.bytes(bits) for bits in (self.bits, 8, EXACT)}
+            if max_error**2 < 10 * max(total(self.bits, dict.fromkeys(places, 8), errors).values(), default=0.0):
+                reference = truth  # 8 bits are no measure for errors as small as their own
             bits, worst, limit = dict.fromkeys(places, self.bits), math.inf, max_error**2
             for _ in range(ROUNDS):
                 bits = allocate(self.bits, costs, errors, limit)
@@ -121,7 +127,7 @@ class Mesa(Method):
 
     def after_step(self, model, step, optimizer):
         chosen = vars(model).get("mesa")
-        if chosen is not None and not chosen.bits and step == 0:
+        if chosen is not None and not (chosen.bits or chosen.idle) and step == 0:
             warnings.warn(
                 f"mesa measures in tuner.backward(batch, loss_fn), which this loop does not call: everything stays at "
                 f"{self.bits} bits.",
@@ -209,11 +215,7 @@ def allocate(
     """
     chosen = dict.fromkeys(costs, bits)
     while True:
-        total: dict[str, float] = defaultdict(float)
-        for name, blocks in errors.items():
-            for block, error in blocks.items():
-                total[block] += error * _share(bits, chosen[name])
-        over = {block: error - limit for block, error in total.items() if error > limit}
+        over = {block: error - limit for block, error in total(bits, chosen, errors).items() if error > limit}
         best, most = None, 0.0
         for name, now in chosen.items():
             if now == EXACT or not over:
@@ -227,6 +229,15 @@ def allocate(
         if best is None:
             return chosen
         chosen[best[0]] = best[1]
+
+
+def total(bits: int, chosen: dict[str, int], errors: dict[str, dict[str, float]]) -> dict[str, float]:
+    """block -> squared relative error with the bits of `chosen`."""
+    found: dict[str, float] = defaultdict(float)
+    for name, blocks in errors.items():
+        for block, error in blocks.items():
+            found[block] += error * _share(bits, chosen[name])
+    return found
 
 
 def _share(bits: int, other: int) -> float:
@@ -293,10 +304,11 @@ class Probe:
 
 @contextmanager
 def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
-    """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly."""
+    """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly. Afterwards all
+    keeps are those of before."""
     ours = {id(module) for modules in places.values() for module in modules}
-    others: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "keep", None), Keep) and id(m) not in ours]
-    drawing = [(module, module.keep) for module in others if module.keep.random]
+    every: list[tuple[Any, Any]] = [(m, getattr(m, "keep", None)) for m in model.modules()]
+    drawing = [(m, keep) for m, keep in every if isinstance(keep, Keep) and (keep.random or id(m) in ours)]
     for module, _ in drawing:
         module.keep = Aligned()
     try:
