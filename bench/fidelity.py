@@ -88,6 +88,8 @@ def main() -> None:
             module.keep = keep if chosen in (None, kind(module)) else Exact()
         note(f"{chosen or 'all'}, {keep.bits} bits, groups of {keep.group}")
 
+    with tuner.exactly():
+        note("exact")
     everywhere(Quantized(8))
     everywhere(Quantized(4))
     if args.kinds:

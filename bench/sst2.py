@@ -1,7 +1,7 @@
 """Fine-tuning an encoder on labelled sentences: efftune against the same training written with transformers and PEFT.
 
 python -m bench.sst2 --data sst2_train.tsv --eval-data sst2_dev.tsv [--recipes full "lora(r=16)"] [--seeds 0 1]
-                     [--dtype mixed|float32]
+                     [--dtype mixed|float32] [--ours]
 
 Both sides: AdamW, linear schedule with 6 % warm-up, batch 32, sequences cut at 64 tokens and padded to the longest of
 the batch, gradient norm clipped at 1, float32 weights, under bfloat16 autocast unless --dtype says otherwise. The runs
@@ -98,9 +98,9 @@ def peers(recipe: str, seed: int, args) -> tuple[float, float]:
         return trainer.evaluate()["eval_accuracy"], taken
 
 
-def sides(recipe: str) -> dict:
-    """Who can train a recipe: the peers only what they have."""
-    known = recipe == "full" or re.fullmatch(r"lora\(r=\d+\)", recipe)
+def sides(recipe: str, alone: bool) -> dict:
+    """Who trains a recipe: the peers only what they have."""
+    known = not alone and (recipe == "full" or re.fullmatch(r"lora\(r=\d+\)", recipe))
     return {"efftune": ours} | ({"transformers + PEFT": peers} if known else {})
 
 
@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="mixed", choices=["mixed", "float32"])
+    parser.add_argument("--ours", action="store_true", help="without the peers' side")
     parser.add_argument("--out", default="bench/results/sst2.json")
     args = parser.parse_args()
     if args.data is None or args.eval_data is None:
@@ -123,7 +124,7 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         for recipe in args.recipes:
-            for who, run in sides(recipe).items():
+            for who, run in sides(recipe, args.ours).items():
                 accuracy, taken = run(recipe, seed, args)
                 rows.append({"recipe": recipe, "who": who, "seed": seed, "accuracy": accuracy, "seconds": taken})
                 print(rows[-1], flush=True)
@@ -142,7 +143,7 @@ def main() -> None:
     width = max(map(len, args.recipes))
     print(f"{'recipe':<{width}} {'':<20} {'accuracy':>9} {'seconds':>8}")
     for recipe in args.recipes:
-        for who in sides(recipe):
+        for who in sides(recipe, args.ours):
             mine = [row for row in rows if (row["recipe"], row["who"]) == (recipe, who)]
             accuracy, taken = (sum(row[key] for row in mine) / len(mine) for key in ("accuracy", "seconds"))
             print(f"{recipe:<{width}} {who:<20} {100 * accuracy:8.2f}% {taken:8.1f}")

@@ -36,6 +36,16 @@ def blocks(data: dict) -> list[str]:
     return lines
 
 
+def fidelity(data: dict) -> list[str]:
+    """One line per setting of bench.fidelity: bytes kept, and the error of every layer's gradient."""
+    places = list(data["rows"][0]["errors"])
+    lines = [f"| keeps | MiB | {' | '.join(places)} |", "|---|---:|" + "---:|" * len(places)]
+    for row in data["rows"]:
+        errors = " | ".join(f"{100 * error:.1f} %" for error in row["errors"].values())
+        lines.append(f"| {row['what']} | {row['kept_bytes'] / 2**20:.1f} | {errors} |")
+    return lines
+
+
 def accuracies(data: dict) -> list[str]:
     lines = ["| recipe | written with | dev accuracy, mean | of each seed | training, s |", "|---|---|---:|---:|---:|"]
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -56,8 +66,8 @@ def table(name: str) -> str:
     data = json.loads(path.read_text())
     environment = data["environment"]
     first = data["rows"][0]
-    form = accuracies if "accuracy" in first else blocks if "saved_d" in first else timings
-    lines = form(data)
+    forms = {"accuracy": accuracies, "saved_d": blocks, "errors": fidelity}
+    lines = next((form for key, form in forms.items() if key in first), timings)(data)
     made = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
     commit = (environment["commit"] or "unknown")[:10]
     return "\n".join([*lines, "", f"{made}, {environment['date'][:10]}, commit {commit}."])
