@@ -1,9 +1,10 @@
-"""The command line: `efftune train | compare | verify | methods | info | bench | export | merge`."""
+"""The command line: `efftune train | compare | verify | methods | info | bench | export | merge | replay`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from efftune.errors import EfftuneError
 
@@ -67,6 +68,18 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("source", metavar="RUN", help="run directory")
         command.add_argument("--out", required=True, help="folder to write; it must be empty or not exist")
         command.set_defaults(run=run)
+        if name == "export":
+            command.add_argument(
+                "--seed-log",
+                action="store_true",
+                help="of a zeroth-order run: one file, 16 bytes a step; --out names it",
+            )
+
+    replay = commands.add_parser("replay", help="make the model that a seed log describes, from its base model")
+    replay.add_argument("base", metavar="BASE", help="model folder or Hugging Face name; 'default': the small model")
+    replay.add_argument("log", metavar="LOG", help="file that efftune export --seed-log has written")
+    replay.add_argument("out", metavar="OUT", help="folder to write; it must be empty or not exist")
+    replay.set_defaults(run=_replay)
     return top
 
 
@@ -110,7 +123,6 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     import runpy
-    from pathlib import Path
 
     import efftune
 
@@ -131,6 +143,17 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from efftune.train import run, rundir
 
+    if arguments.seed_log:
+        from efftune.train.replay import export_log
+
+        out = Path(arguments.out)
+        if out.exists():
+            raise EfftuneError(f"{out} exists already; give another --out.")
+        with rundir.writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            count = export_log(arguments.source, out)
+        print(f"{out} holds the {count:,} directions of {arguments.source} in {out.stat().st_size:,} bytes.")
+        return
     out = rundir.choose(arguments.out, resume=False)
     tuner, _ = run.finished(arguments.source)
     with rundir.writing(out):
@@ -148,6 +171,17 @@ def _merge(arguments: argparse.Namespace) -> None:
         tuner.merge().save_pretrained(out)
         tokenizer.save_pretrained(out)
     print(f"{out} holds the merged model; from_pretrained('{out}') loads it.")
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from efftune.train import rundir
+    from efftune.train.replay import replay
+
+    out = rundir.choose(arguments.out, resume=False)
+    about = replay(arguments.base, arguments.log, out)
+    done, count = about["replayed"], about["count"]
+    cut = "" if done == count else f" The log is cut short: it had {count:,} when it was written."
+    print(f"{out} holds {arguments.base} after {done:,} directions of '{about['recipe']}'.{cut}")
 
 
 if __name__ == "__main__":

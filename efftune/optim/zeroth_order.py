@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from efftune.errors import EfftuneError
-from efftune.ops.perturb import perturb_
+from efftune.ops.perturb import perturb, perturb_
+from efftune.optim.seed_log import DECAY, SeedLog
+
+Direction = tuple[int, Tensor, frozenset[int]]  # seed, scalar (), ids of the parameters that it is for
+FORGOTTEN = 1e-3  # of a direction's first weight: with momentum, directions that weigh less are left out
 
 
 def stream_of(name: str) -> int:
@@ -17,30 +24,83 @@ def stream_of(name: str) -> int:
 
 
 class ZerothOrderSGD(torch.optim.Optimizer):
-    """w ← w − lr · (Σ_i a_i · z(seed_i) + weight_decay · w), z drawn again from its seed, no buffer of w's size.
+    """c_i = −lr · a_i / (√v + 1e-8);   w ← (1 − lr·weight_decay) · w + Σ_i momentum^(steps since i) · c_i · z(seed_i).
+
+    z is drawn again from its seed, no buffer of w's size exists. v is the running mean of a² with beta2 > 0 (the
+    second moment of Adam, of which a·z has one number), and absent otherwise. With momentum the Σ runs over the steps
+    whose weight is above 1e-3 (66 of them at 0.9), one draw of z for each, in one pass over w; the learning rate of a
+    direction is that of the step that found it.
 
     Args:
         params: groups of ("name", parameter) pairs: the name picks the random stream.
         lr: learning rate.   weight_decay: decoupled.   dist: "normal" or "rademacher", as the gradients were estimated.
-    Numerics: w − lr·a·z in float32; bfloat16 and float16 weights are rounded stochastically: lr·a·z is mostly below
-        half a unit in the last place, and rounding to nearest would drop it.
-    State: none. `accumulate` collects the scalars of a step; `step` applies and forgets them.
-    Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1.
+        momentum: in [0, 1).   beta2: in [0, 1).   rounding: "stochastic" or "nearest", of 16-bit weights.
+        sparsity: the share of a tensor's entries, the largest at the start, that neither `perturbed` nor `step` touches
+            as long as they are that large.
+        one_point: ε where `accumulate` is given losses at w + ε·z instead of differences: a = (loss − the last one)/ε.
+    Numerics: a in float64, c in float32, both on the device of the loss; the sum in float32, rounded once. bfloat16 and
+        float16 weights are rounded stochastically: lr·a·z is mostly below half a unit in the last place, and rounding
+        to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`.
+    State: `log`, 16 bytes a step; with beta2 one number. `accumulate` collects the scalars of a step; `step` applies
+        and forgets them. With torch.distributed they are averaged over the processes first.
+    Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1 and section 2.2.
     """
 
-    def __init__(self, params, lr: float = 1e-6, weight_decay: float = 0.0, dist: str = "normal"):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, dist=dist))
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-6,
+        weight_decay: float = 0.0,
+        dist: str = "normal",
+        momentum: float = 0.0,
+        beta2: float = 0.0,
+        rounding: str = "stochastic",
+        sparsity: float = 0.0,
+        one_point: float = 0.0,
+    ):
+        if not (0 <= momentum < 1 and 0 <= beta2 < 1 and 0 <= sparsity < 1):
+            raise EfftuneError(f"momentum, beta2 and sparsity lie in [0, 1), not {momentum}, {beta2} and {sparsity}.")
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         if any("param_names" not in group for group in self.param_groups):
             raise EfftuneError("ZerothOrderSGD draws by parameter name: give it (name, parameter) pairs.")
-        self.pending: list[tuple[int, float, set[int]]] = []
+        self.dist, self.momentum, self.beta2, self.rounding = dist, momentum, beta2, rounding
+        self.sparsity, self.one_point = sparsity, one_point
+        self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
+        self.log, self.steps = SeedLog(), 0
+        self.recent: list[deque[list[Direction]]] = [deque() for _ in self.param_groups]  # by step, the newest first
+        self.previous: Tensor | None = None  # losses (n,) of the last step, for one point
+        self.second: Tensor | None = None  # v, not corrected for its start
+        self.skipped: Tensor | None = None
+        self.thresholds: dict[str, float] = {}
+        self.base = ""  # fingerprint of the model before the first step
 
-    def named_parameters(self):
+    def named(self, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
+        return zip(group["param_names"], group["params"], strict=True)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for group in self.param_groups:
-            yield from zip(group["param_names"], group["params"], strict=True)
+            yield from self.named(group)
 
-    def accumulate(self, seed: int, a: float, seen: set[int]) -> None:
-        """Adds a·z(seed) to the step's gradient for the parameters whose id is in `seen`."""
-        self.pending.append((seed, a, seen))
+    def threshold(self, name: str, w: Tensor) -> float | None:
+        """The largest |w_i| that trains, of the tensor as it was when first asked for; None: all."""
+        if not self.sparsity:
+            return None
+        if name not in self.thresholds:
+            count = max(1, round((1 - self.sparsity) * w.numel()))
+            self.thresholds[name] = float(w.detach().abs().flatten().float().kthvalue(count).values)
+        return self.thresholds[name]
+
+    def perturbed(self, name: str, w: Tensor, eps: float, seed: int) -> Tensor:
+        """w + eps·z in a new tensor."""
+        threshold = self.threshold(name, w)
+        return perturb(w, eps, seed=seed, stream=stream_of(name), dist=self.dist, threshold=threshold)
+
+    def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
+        """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
+        a = torch.as_tensor(a, dtype=torch.float64)
+        if seed in self.pending:
+            a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
+        self.pending[seed] = a, frozenset(used)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -56,15 +116,123 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             raise EfftuneError(
                 "ZerothOrderSGD takes its gradients from tuner.backward(batch, loss_fn), not loss.backward()."
             )
-        for group in self.param_groups:
-            for name, parameter in zip(group["param_names"], group["params"], strict=True):
-                if group["weight_decay"] and any(id(parameter) in seen for _, _, seen in self.pending):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                for seed, a, seen in self.pending:
-                    if id(parameter) in seen:
-                        perturb_(
-                            parameter, -group["lr"] * a, seed=seed, stream=stream_of(name),
-                            dist=group["dist"], rounding="stochastic",
-                        )  # fmt: skip
+        if self.pending:
+            found = self._scalars()
+            for index, group in enumerate(self.param_groups):
+                c = (found * -group["lr"]).float()
+                directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
+                decay = torch.tensor(1 - group["lr"] * group["weight_decay"]).item()  # as the log has it
+                used = frozenset().union(*(used for _, _, used in directions))
+                for seed, scalar, ids in (
+                    directions if decay == 1 else [(DECAY, c.new_tensor(decay), used), *directions]
+                ):
+                    unused = [name for name, p in self.named(group) if id(p) not in ids]
+                    self.log.append(self.steps, seed, scalar, index, unused)
+                self._apply(index, directions, decay, used)
         self.pending.clear()
+        self.steps += 1
         return loss
+
+    def _scalars(self) -> Tensor:
+        """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
+        a = average(torch.stack([a for a, _ in self.pending.values()]))
+        if self.one_point:
+            last = a if self.previous is None else self.previous
+            self.previous = torch.where(a.isfinite(), a, last)
+            a = (a - last) / self.one_point
+        finite = a.isfinite()
+        bad = (~finite).sum()
+        self.skipped = bad if self.skipped is None else self.skipped + bad
+        a = torch.where(finite, a, 0.0)
+        if self.beta2:
+            square = a.square().sum() / finite.sum().clamp_min(1)
+            self.second = (1 - self.beta2) * square + (0.0 if self.second is None else self.beta2 * self.second)
+            a = a / ((self.second / (1 - self.beta2 ** (self.steps + 1))).sqrt() + 1e-8)
+        return a
+
+    def _apply(self, index: int, directions: list[Direction], decay: float, used: frozenset[int]) -> None:
+        recent = self._recall(index, directions)
+        weights = [self.momentum**age for age in range(len(recent))]  # 0 ** 0 is 1
+        every = [(seed, c, w, ids) for w, step in zip(weights, recent, strict=True) for seed, c, ids in step]
+        made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
+        for name, p in self.named(self.param_groups[index]):
+            if decay != 1 and id(p) in used:
+                p.mul_(decay)
+            mine = [(seed, c, w) for seed, c, w, ids in every if id(p) in ids]
+            if not mine:
+                continue
+            seeds = tuple(seed for seed, _, _ in mine)
+            key = seeds, p.device, p.dtype == torch.float64
+            if key not in made:
+                scalars = torch.stack([c * w for _, c, w in mine]).to(p.device, non_blocking=True)
+                made[key] = scalars.double() if p.dtype == torch.float64 else scalars
+            perturb_(
+                p, made[key], seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding,
+                threshold=self.threshold(name, p),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def replay(self, log: SeedLog) -> None:
+        """Does to the parameters what the run did that wrote `log`: bit for bit on the same kind of device, and on any
+        with ±1 draws and float32 weights; else up to the rounding of Gaussian draws."""
+        for step, rows in log.by_step():
+            for index, (directions, decay, used) in self._of_groups(rows).items():
+                self._apply(index, directions, decay, used)
+            self.steps = step + 1
+
+    def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
+        """One step of a log -> group -> its directions, its decay and what that is for."""
+        groups: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}
+        for part, seed, scalar in rows:
+            index = part["group"]
+            used = frozenset(id(p) for n, p in self.named(self.param_groups[index]) if n not in part["unused"])
+            directions, decay, decayed = groups.get(index, ([], 1.0, frozenset()))
+            if seed == DECAY:
+                groups[index] = directions, scalar, used
+            else:
+                groups[index] = [*directions, (seed, torch.tensor(scalar), used)], decay, decayed
+        return groups
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "zeroth_order": {
+                "log": self.log.state_dict(),
+                "steps": self.steps,
+                "second": self.second,
+                "previous": self.previous,
+                "skipped": self.skipped,
+                "thresholds": dict(self.thresholds),
+                "base": self.base,
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        own = state_dict["zeroth_order"]
+        device = next(p for _, p in self.named_parameters()).device
+        self.log.load_state_dict(own["log"])
+        self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
+        for key in ("second", "previous", "skipped"):
+            setattr(self, key, None if own[key] is None else own[key].to(device))
+        self.pending.clear()
+        self.recent = [deque() for _ in self.param_groups]
+        for _, rows in self.log.by_step() if self.momentum else ():
+            for index, (directions, _, _) in self._of_groups(rows).items():
+                self._recall(index, directions)
+
+    def _recall(self, index: int, directions: list[Direction]) -> deque[list[Direction]]:
+        """The directions of the group's recent steps, with these in front."""
+        recent = self.recent[index]
+        recent.appendleft(directions)
+        while self.momentum ** (len(recent) - 1) < FORGOTTEN:
+            recent.pop()
+        return recent
+
+
+def average(a: Tensor) -> Tensor:
+    """The mean over the processes of torch.distributed, if there are any: all that they exchange."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return a
+    a = a.clone()
+    distributed.all_reduce(a)
+    return a / distributed.get_world_size()

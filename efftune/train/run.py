@@ -174,16 +174,21 @@ def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
     print(f"\n{out}/report.html shows the run; {out}/adapter holds what was trained.")
 
 
-def finished(run: str) -> tuple[Any, Any]:
-    """(tuner, tokenizer) of a run directory, as its newest intact checkpoint has it. The data is not read."""
+def finished_settings(run: str) -> tuple[Path, TrainConfig, list[str] | None]:
+    """(newest intact checkpoint, settings, names of the classes) of a run directory."""
     path = Path(run)
     if not (path / "config.json").exists():
         raise EfftuneError(f"{run} is no run directory; give one that efftune train has written.")
     settings, labels = TrainConfig.load_settings(path / "config.json")
-    config = TrainConfig(**settings)
     newest, _ = checkpoint.newest_intact(path / "checkpoints")
     if newest is None:
         raise EfftuneError(f"{run} has no intact checkpoint; continue it with efftune train --out {run} --resume.")
+    return newest, TrainConfig(**settings), labels
+
+
+def finished(run: str) -> tuple[Any, Any]:
+    """(tuner, tokenizer) of a run directory, as its newest intact checkpoint has it. The data is not read."""
+    newest, config, labels = finished_settings(run)
     state.set_seed(config.seed)
     model, tokenizer, _ = load(config, labels)
     state.set_seed(config.seed)

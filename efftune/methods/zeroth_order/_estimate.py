@@ -1,0 +1,183 @@
+"""Gradients from forward passes alone: what the methods of this folder share."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from efftune.errors import EfftuneError
+from efftune.methods._base import Method
+from efftune.modes import evaluation_mode
+from efftune.optim.seed_log import DECAY, fingerprint
+from efftune.optim.zeroth_order import ZerothOrderSGD
+
+LOST = 0.01  # of the trained entries may be too large for eps before it is said
+
+
+@dataclass(frozen=True)
+class ZerothOrder(Method):
+    """a = (L(θ + εz) − L(θ − εz)) / 2ε for a random z, which is drawn again from its seed wherever it is wanted.
+
+    Settings that all methods of the family have; see `efftune.optim.zeroth_order.ZerothOrderSGD` for how they update.
+
+    Args:
+        eps: ε.   dist: of z, "normal" or "rademacher" (±1).   seed: of all draws; step t draws from (seed, t).
+        points: 2, or 1: a = (L(θ_t + εz_t) − L(θ_{t−1} + εz_{t−1})) / ε, one forward pass a step and a larger variance
+            (one-point estimate with residual feedback, Zhang et al. 2022, arXiv:2006.10820). The first step only looks.
+        samples: directions a step, whose estimates are averaged.
+        momentum, beta2: of the update.
+        update: "stochastic" rounds 16-bit weights stochastically; "exact" refuses them.
+    """
+
+    eps: float = 1e-3
+    dist: str = "normal"
+    seed: int = 0
+    points: int = 2
+    samples: int = 1
+    momentum: float = 0.0
+    beta2: float = 0.0
+    update: str = "stochastic"
+
+    def __post_init__(self):
+        if not self.eps > 0:
+            raise EfftuneError(f"{self.name} needs eps > 0, not {self.eps}; 1e-3 is usual.")
+        if self.dist not in ("normal", "rademacher"):
+            raise EfftuneError(f"{self.name}'s dist is 'normal' or 'rademacher', not {self.dist!r}.")
+        if self.points not in (1, 2) or self.samples < 1:
+            raise EfftuneError(
+                f"{self.name} takes 1 or 2 points and at least 1 sample, not {self.points} and {self.samples}."
+            )
+        if not (0 <= self.momentum < 1 and 0 <= self.beta2 < 1):
+            raise EfftuneError(f"{self.name}'s momentum and beta2 lie in [0, 1), not {self.momentum} and {self.beta2}.")
+        if self.update not in ("stochastic", "exact"):
+            raise EfftuneError(f"{self.name}'s update is 'stochastic' or 'exact', not {self.update!r}.")
+
+    def optimizer(self, groups, **defaults):
+        made = ZerothOrderSGD(
+            groups, dist=self.dist, momentum=self.momentum, beta2=self.beta2, sparsity=getattr(self, "sparsity", 0.0),
+            rounding="stochastic" if self.update == "stochastic" else "nearest",
+            one_point=self.eps if self.points == 1 else 0.0, **defaults,
+        )  # fmt: skip
+        short = next((n for n, p in made.named_parameters() if p.dtype.itemsize < 4), None)
+        if self.update == "exact" and short is not None:
+            raise EfftuneError(
+                f"{self.name}(update='exact') would lose most updates of {short}, which has 16 bits; use "
+                "update='stochastic', or float32 weights."
+            )
+        return made
+
+    def seeds(self, step: int) -> list[int]:
+        """The directions of a step."""
+        draw = random.Random(f"{self.seed}:{step}")
+        return [draw.randrange(DECAY) for _ in range(self.samples)]
+
+    @torch.no_grad()
+    def backward(self, model, batch, loss_fn, scale, step, optimizer):
+        if not isinstance(optimizer, ZerothOrderSGD):
+            raise EfftuneError(
+                f"{self.name} has no gradient tensors to give; make the optimizer with tuner.optimizer(lr=...)."
+            )
+
+        if step == 0 and not optimizer.base:
+            optimizer.base = fingerprint(model)
+        shown, used = [], set()
+        for seed in self.seeds(step):
+            with evaluation_mode(model):
+                plus, used = loss_at(model, batch, loss_fn, optimizer, self.eps, seed)
+                value, loss = plus, plus
+                if self.points == 2:
+                    minus, _ = loss_at(model, batch, loss_fn, optimizer, -self.eps, seed)
+                    value = (plus - minus) / (2 * self.eps)
+                    loss = torch.where(value.isfinite(), (plus + minus) / 2, plus.fmin(minus))
+            optimizer.accumulate(seed, value * (scale / self.samples), used)
+            shown.append(loss)
+        if step == 0:
+            look(self, optimizer, used)
+        return torch.stack(shown).mean()
+
+    def after_step(self, model, step, optimizer):
+        vars(model)["skipped_directions"] = optimizer.skipped  # for `report`
+
+    def remove(self, model):
+        vars(model).pop("skipped_directions", None)
+
+    def report(self, model):
+        skipped = vars(model).get("skipped_directions")
+        count = 0 if skipped is None else int(skipped)
+        return f"{self.name}: {count} direction{'s' * (count > 1)} skipped, whose loss was not finite" if count else None
+
+
+def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: int) -> tuple[Tensor, set[int]]:
+    """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
+    with perturbed(model, optimizer, eps, seed) as used:
+        loss = torch.as_tensor(loss_fn(model, batch))
+    return loss.detach().double(), used
+
+
+def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: set[int]) -> None:
+    """Warns of weights that do not train, or are too large for ε."""
+    training = {name: p for name, p in optimizer.named_parameters() if p.requires_grad}
+    unused = [name for name, p in training.items() if id(p) not in used]
+    if unused:
+        warnings.warn(
+            f"{method.name}: no module's forward used {', '.join(unused[:5])}; they are not trained.", stacklevel=4
+        )
+    lost = {name: half for name, p in training.items() if (half := half_place(p)) > method.eps}
+    total = sum(p.numel() for p in training.values())
+    if sum(training[name].numel() for name in lost) > LOST * total:
+        name = max(lost, key=lambda n: lost[n])
+        warnings.warn(
+            f"{method.name}: eps={method.eps:g} is below half a unit in the last place of {len(lost)} tensors, so that "
+            f"most of z is rounded away; the smallest that is not lost is {lost[name]:.2g} (for {name}, "
+            f"{str(training[name].dtype).removeprefix('torch.')}).",
+            stacklevel=4,
+        )
+
+
+def half_place(w: Tensor) -> float:
+    """Half a unit in the last place of a number as large as w's entries are (their root mean square)."""
+    size = float(w.detach().float().square().mean().sqrt())
+    return torch.finfo(w.dtype).eps / 2 * 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 0.0
+
+
+@contextmanager
+def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int) -> Iterator[set[int]]:
+    """Within the block every module computes with w + eps·z for those of its own parameters that train. Yields the set
+    of ids of the parameters that were used so."""
+    names = {id(p): name for name, p in optimizer.named_parameters() if p.requires_grad}
+    stack: list[list[tuple[nn.Parameter, Tensor]]] = []  # clean tensors of the calls under way, innermost last
+    dirty: set[int] = set()  # a parameter that nested modules share is perturbed by the outermost alone
+    used: set[int] = set()
+
+    def enter(module: nn.Module, args) -> None:
+        stack.append([])
+        for parameter in module.parameters(recurse=False):
+            name = names.get(id(parameter))
+            if name is not None and id(parameter) not in dirty:
+                stack[-1].append((parameter, parameter.data))
+                parameter.data = optimizer.perturbed(name, parameter.data, eps, seed)
+                dirty.add(id(parameter))
+                used.add(id(parameter))
+
+    def leave(module: nn.Module, args, output) -> None:
+        for parameter, data in stack.pop():
+            parameter.data = data
+            dirty.remove(id(parameter))
+
+    handles = []
+    for module in model.modules():
+        if any(id(p) in names for p in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield used
+    finally:
+        for handle in handles:
+            handle.remove()

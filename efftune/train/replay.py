@@ -1,0 +1,68 @@
+"""A zeroth-order run as a file of seeds and scalars, and the model made from it and its base again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import efftune
+from efftune.errors import EfftuneError
+from efftune.interop import peft
+from efftune.optim.seed_log import SeedLog, fingerprint
+from efftune.optim.zeroth_order import ZerothOrderSGD
+from efftune.train import checkpoint, default_job, run, rundir, state
+from efftune.train.config import TrainConfig
+from efftune.train.models import quiet
+
+DEFAULT = "default"  # as a base: the small model of `efftune train` without options
+KEPT = ("dtype", "seed", "blocks", "seq_len")  # settings that decide what a model is before training
+
+
+def export_log(source: str, out: Path) -> int:
+    """Writes the seed log of the run directory `source`, as its newest checkpoint has it; how many entries it has.
+
+    Raises: EfftuneError where the run is no zeroth-order one.
+    """
+    path, config, labels = run.finished_settings(source)
+    _, _, rest = checkpoint.load(path, {})
+    own = rest["optimizer"].get("zeroth_order")
+    if own is None:
+        raise EfftuneError(
+            f"{source} was trained with '{config.recipe}', which leaves no seeds; export it without --seed-log."
+        )
+    log = SeedLog()
+    log.load_state_dict(own["log"])
+    about = {"recipe": config.recipe, "base": own["base"], "labels": labels}
+    log.save(out, about | {name: getattr(config, name) for name in KEPT})
+    return len(log.entries)
+
+
+def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
+    """Makes the model that a seed log describes: a PEFT adapter for LoRA, else a plain Hugging Face checkpoint.
+
+    Args:
+        base: folder or Hugging Face name of the model that the run began with, or "default".
+    Returns: what the log says about itself, and "replayed": how many entries were there.
+    Raises: EfftuneError for a file that is no seed log, and for another base than the run's.
+    """
+    log, about = SeedLog.load(log_file)
+    settings = {name: about[name] for name in KEPT}
+    model_name = str(default_job.small_model()) if base == DEFAULT else base
+    config = TrainConfig(model=model_name, recipe=about["recipe"], **settings)
+    state.set_seed(config.seed)
+    model, tokenizer, _ = run.load(config, about["labels"])
+    state.set_seed(config.seed)
+    tuner = efftune.apply(model, config.recipe, config.blocks)
+    optimizer = tuner.optimizer(lr=0.0)
+    if not isinstance(optimizer, ZerothOrderSGD):
+        raise EfftuneError(f"{log_file} is damaged: its recipe '{config.recipe}' leaves no seeds.")
+    if fingerprint(tuner.model) != about["base"]:
+        raise EfftuneError(f"{base} is not the model that {log_file} began with: nothing was replayed.")
+    optimizer.replay(log)
+    with rundir.writing(out), quiet():
+        if peft.adapters(tuner.model):
+            tuner.save(out)
+        else:
+            tuner.merge().save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    return about | {"replayed": len(log.entries)}
