@@ -1,4 +1,6 @@
 // The Python face of the C++ kernels.
+#include <pybind11/stl.h>
+
 #include "bind.h"
 
 namespace py = pybind11;
@@ -6,21 +8,34 @@ using namespace efftune;
 
 namespace {
 
-void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& dtype, float a, uint64_t seed,
-                  uint32_t stream, uint64_t offset, bool sign, bool stochastic, int threads) {
+void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& dtype, uintptr_t a,
+                  const std::vector<uint64_t>& seeds, uint32_t stream, uint64_t offset, bool sign, bool stochastic,
+                  float threshold, int threads) {
     check(count >= 0 && threads > 0, "perturb takes a count of at least 0 and at least one thread.");
     const PerturbArgs args{pointer<const void>(w),
                            pointer<void>(out),
                            count,
                            dtype_from(dtype),
-                           a,
-                           seed,
+                           pointer<const float>(a),
+                           seeds.data(),
+                           seeds.empty() ? 0 : seeds[0],
+                           static_cast<int64_t>(seeds.size()),
                            stream,
                            offset,
                            sign,
-                           stochastic};
+                           stochastic,
+                           threshold};
     py::gil_scoped_release release;
     perturb(args, threads);
+}
+
+float bind_draw(int64_t count, const std::vector<uint64_t>& seeds, uint32_t stream, bool sign, int threads) {
+    check(count >= 0 && threads > 0, "draw takes a count of at least 0 and at least one thread.");
+    PerturbArgs args{};
+    args.count = count, args.seeds = seeds.data(), args.draws = static_cast<int64_t>(seeds.size());
+    args.stream = stream, args.sign = sign;
+    py::gil_scoped_release release;
+    return draw(args, threads);
 }
 
 void bind_dropout(uintptr_t x, uintptr_t out, int64_t count, const std::string& dtype, uint32_t threshold, float scale,
@@ -242,6 +257,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "efftune's C++ kernels for the CPU; call them through efftune.ops.";
     m.def("limit_isa", [](int limit) { isa_limit = limit; });
     m.def("perturb", &bind_perturb);
+    m.def("draw", &bind_draw);
     m.def("dropout", &bind_dropout);
     m.def("int8_dequantize", &bind_int8);
     m.def("pack_act", &bind_pack_act);

@@ -6,19 +6,23 @@ using namespace efftune;
 
 namespace {
 
-void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& dtype, float a, uint64_t seed,
-                  uint32_t stream, uint64_t offset, bool sign, bool stochastic, uintptr_t cuda_stream) {
-    check(count >= 0, "perturb takes a count of at least 0.");
+void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& dtype, uintptr_t a, uintptr_t seeds,
+                  uint64_t seed, int64_t draws, uint32_t stream, uint64_t offset, bool sign, bool stochastic,
+                  float threshold, uintptr_t cuda_stream) {
+    check(count >= 0 && draws >= 0, "perturb takes a count of at least 0.");
     const PerturbArgs args{pointer<const void>(w),
                            pointer<void>(out),
                            count,
                            dtype_from(dtype),
-                           a,
+                           pointer<const float>(a),
+                           pointer<const uint64_t>(seeds),
                            seed,
+                           draws,
                            stream,
                            offset,
                            sign,
-                           stochastic};
+                           stochastic,
+                           threshold};
     const char* error = perturb_cuda(args, pointer<void>(cuda_stream));
     if (error != nullptr) throw std::runtime_error(std::string("perturb did not start: ") + error);
 }

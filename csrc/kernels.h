@@ -15,14 +15,18 @@ struct PerturbArgs {
     void* out;  // may be w
     int64_t count;
     Dtype dtype;
-    float a;
-    uint64_t seed;
+    const float* a;         // (draws), on the GPU for a kernel there
+    const uint64_t* seeds;  // (draws), as a; not read on a GPU if there is but one
+    uint64_t seed;          // seeds[0], whose bits round
+    int64_t draws;
     uint32_t stream;
     uint64_t offset;
     bool sign, stochastic;
+    float threshold;  // weights above it in magnitude, and NaN, stay as they are
 };
 
 void perturb(const PerturbArgs& args, int threads);
+float draw(const PerturbArgs& args, int threads);                 // the numbers alone, for bench/perturb.py
 const char* perturb_cuda(const PerturbArgs& args, void* stream);  // nullptr, or what CUDA says
 
 struct DropoutArgs {

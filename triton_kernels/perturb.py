@@ -1,4 +1,4 @@
-"""out = w + a z. Programs cover tiles that start at multiples of TILE of the offset, so blocks are drawn whole."""
+"""out = w + Σ a z. Programs cover tiles that start at multiples of TILE of the offset, so blocks are drawn whole."""
 
 import torch
 import triton
@@ -8,62 +8,91 @@ from efftune.triton_kernels import philox
 TILE = 1024
 
 
-@triton.jit(do_not_specialize=["a", "seed", "stream"])
+@triton.jit
+def draw(seed, tile, stream, SIGN: tl.constexpr, TILE: tl.constexpr):
+    if SIGN:
+        return philox.sign(seed, tile * (TILE // 128) + tl.arange(0, TILE // 128), stream, TILE // 128)
+    else:
+        return tl.reshape(philox.normal(seed, tile * (TILE // 4) + tl.arange(0, TILE // 4), stream), (TILE,))
+
+
+@triton.jit(do_not_specialize=["seed", "draws", "stream", "threshold"])
 def perturb_kernel(
     w_ptr,
     out_ptr,
     count,
-    a: tl.float32,
+    a_ptr,
+    seeds_ptr,
     seed: tl.int64,
+    draws: tl.int32,
     stream: tl.int32,
     first_tile: tl.int64,
     head,
+    threshold: tl.float32,
     SIGN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SINGLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     tile = first_tile + pid
-    if SIGN:
-        z = philox.sign(seed, tile * (TILE // 128) + tl.arange(0, TILE // 128), stream, TILE // 128)
-    else:
-        z = philox.normal(seed, tile * (TILE // 4) + tl.arange(0, TILE // 4), stream)
-        z = tl.reshape(z, (TILE,))
     i = pid * TILE - head + tl.arange(0, TILE)
     mask = (i >= 0) & (i < count)
-    w = tl.load(w_ptr + i, mask=mask).to(tl.float32)
-    y = w + a * z
+    w = tl.load(w_ptr + i, mask=mask, other=0.0)
+    y = w.to(tl.float32)
+    if SINGLE:  # a loop would take twice the registers
+        y = tl.fma(tl.load(a_ptr), draw(seed, tile, stream, SIGN, TILE), y)
+    else:
+        for k in range(draws):
+            y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
     if STOCHASTIC:
         random = philox.rounding(seed, tile * (TILE // 8) + tl.arange(0, TILE // 8), stream)
         y = philox.round_stochastic(y, tl.reshape(random, (TILE,)), w_ptr.dtype.element_ty)
-    tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=mask)
+    small = tl.abs(w.to(tl.float32)) <= threshold
+    tl.store(out_ptr + i, tl.where(small, y.to(out_ptr.dtype.element_ty), w), mask=mask)
 
 
 def perturb(
-    w: torch.Tensor, out: torch.Tensor, a: float, seed: int, stream: int, offset: int, sign: bool, stochastic: bool
+    w: torch.Tensor,
+    out: torch.Tensor,
+    a: torch.Tensor,
+    seeds: torch.Tensor,
+    seed: int,
+    stream: int,
+    offset: int,
+    sign: bool,
+    stochastic: bool,
+    threshold: float,
 ) -> None:
-    """w, out: contiguous, f32 | bf16 | f16, out may be w."""
+    """w, out: contiguous, f32 | bf16 | f16, out may be w. a: f32, one number for each seed. seeds: int64; of a single
+    one it is not read. seed: the first."""
     if w.numel() == 0:
         return
     first_tile, head = divmod(offset, TILE)
     stream = stream - 2**32 if stream >= 2**31 else stream
     grid = (triton.cdiv(head + w.numel(), TILE),)
-    stochastic = stochastic and w.dtype != torch.float32
+    stochastic = stochastic and a.numel() > 0 and w.dtype != torch.float32
     perturb_kernel[grid](
-        w, out, w.numel(), a, seed, stream, first_tile, head, sign, stochastic, TILE, enable_fp_fusion=True
-    )
+        w, out, w.numel(), a, seeds, seed, a.numel(), stream, first_tile, head, threshold,
+        sign, stochastic, a.numel() == 1, TILE, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
-def _case(dtype: str, sign: bool, stochastic: bool) -> dict:
-    types = {"w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "count": "i64", "a": "fp32", "seed": "i64", "stream": "i32"}
-    types |= {"first_tile": "i64", "head": "i32"}
-    return {"kernel": perturb_kernel, "types": types, "constants": dict(SIGN=sign, STOCHASTIC=stochastic, TILE=TILE)}
+def _case(dtype: str, sign: bool, stochastic: bool, single: bool) -> dict:
+    types = {"w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "count": "i64", "a_ptr": "*fp32", "seeds_ptr": "*i64"}
+    types |= {"seed": "i64", "draws": "i32", "stream": "i32", "first_tile": "i64", "head": "i32", "threshold": "fp32"}
+    constants = dict(SIGN=sign, STOCHASTIC=stochastic, SINGLE=single, TILE=TILE)
+    return {"kernel": perturb_kernel, "types": types, "constants": constants}
 
 
 COMPILE_CASES = {
-    "normal-f32": _case("fp32", False, False),
-    "normal-bf16": _case("bf16", False, False),
-    "normal-bf16-stochastic": _case("bf16", False, True),
-    "normal-f16-stochastic": _case("fp16", False, True),
-    "sign-bf16": _case("bf16", True, False),
+    name + ("" if single else "-seeds"): _case(*case, single)
+    for single in (True, False)
+    for name, case in {
+        "normal-f32": ("fp32", False, False),
+        "normal-bf16": ("bf16", False, False),
+        "normal-bf16-stochastic": ("bf16", False, True),
+        "normal-f16-stochastic": ("fp16", False, True),
+        "sign-bf16": ("bf16", True, False),
+    }.items()
 }

@@ -1,6 +1,9 @@
-"""out = w + a z, z drawn again from (seed, stream) whenever it is wanted, never stored."""
+"""out = w + Σ a_k z_k, each z drawn again from (seed, stream) whenever it is wanted, never stored."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,20 +15,24 @@ from efftune.ops._op import Op
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _reference(w, out, a, seed, stream, offset, dist, rounding):
-    _check(w, out, a, seed, stream, offset, dist, rounding)
+def _compute_dtype(w: Tensor) -> torch.dtype:
+    return torch.float64 if w.dtype == torch.float64 else torch.float32
+
+
+def _reference(w, out, a, seeds, stream, offset, dist, rounding, threshold):
+    _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     offsets = torch.arange(offset, offset + w.numel(), device=w.device)
-    z = (philox.normal if dist == "normal" else philox.sign)(seed, stream, offsets).view(w.shape)
-    if w.dtype == torch.float64:
-        out.copy_(w + a * z)
-        return
-    y = w.float() + torch.tensor(a, dtype=torch.float32, device=w.device) * z.float()
-    if rounding == "stochastic":
-        y = philox.round_stochastic(y, w.dtype, philox.rounding_bits(seed, stream, offsets).view(w.shape))
-    out.copy_(y)
+    draw = philox.normal if dist == "normal" else philox.sign
+    y = x = w.to(_compute_dtype(w))
+    for a_k, seed in zip(a.reshape(-1), seeds, strict=True):
+        y = y + a_k * draw(seed, stream, offsets).view(w.shape).to(x.dtype)
+    if rounding == "stochastic" and seeds and w.dtype != torch.float64:
+        y = philox.round_stochastic(y, w.dtype, philox.rounding_bits(seeds[0], stream, offsets).view(w.shape))
+    small = x.abs() <= torch.full((), threshold, dtype=x.dtype, device=w.device)
+    out.copy_(torch.where(small, y.to(w.dtype), w))
 
 
-def _check(w, out, a, seed, stream, offset, dist, rounding):
+def _check(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     if not w.dtype.is_floating_point or w.dtype.itemsize < 2:
         raise ValueError(
             f"perturb takes float64, float32, bfloat16 or float16, not {w.dtype}; perturb the tensor that trains."
@@ -35,6 +42,16 @@ def _check(w, out, a, seed, stream, offset, dist, rounding):
             f"perturb needs out like w, {tuple(w.shape)} {w.dtype} on {w.device}, "
             f"not {tuple(out.shape)} {out.dtype} on {out.device}; make it with torch.empty_like(w)."
         )
+    if a.dtype != _compute_dtype(w) or a.device != w.device:
+        raise ValueError(
+            f"perturb takes a as {_compute_dtype(w)} on {w.device} for this w, not {a.dtype} on {a.device}; "
+            f"move it with a.to({_compute_dtype(w)}) or a.to(w.device)."
+        )
+    if a.ndim > 1 or a.numel() != len(seeds):
+        raise ValueError(
+            f"perturb takes one a for each seed, here a tensor ({len(seeds)},), not {tuple(a.shape)}; "
+            f"a number or a 0-d tensor goes with one seed."
+        )
     if dist not in ("normal", "rademacher"):
         raise ValueError(f"perturb draws dist='normal' or 'rademacher', not {dist!r}.")
     if rounding not in ("nearest", "stochastic"):
@@ -43,13 +60,15 @@ def _check(w, out, a, seed, stream, offset, dist, rounding):
         raise ValueError(f"perturb takes a stream in [0, 2^32), not {stream}; hash the name to 32 bits.")
     if offset < 0:
         raise ValueError(f"perturb takes an offset of at least 0, not {offset}; it is the place of w[0] in the whole.")
+    if not threshold >= 0:
+        raise ValueError(f"perturb takes a threshold of at least 0 or None for all weights, not {threshold}.")
 
 
-# Symbolic integers: a compiled function then takes any seed without being compiled again. For a new `a` it is, unless
-# torch._dynamo.config.specialize_float is off.
+# `a` is a tensor and the seeds are symbolic integers: a compiled function takes new ones without being compiled again,
+# and a GPU's scalar need not come to the host. For a new threshold it is compiled again.
 perturb_op = Op(
-    "perturb(Tensor w, Tensor(a!) out, float a, SymInt seed, SymInt stream, SymInt offset, str dist, str rounding)"
-    " -> ()",
+    "perturb(Tensor w, Tensor(a!) out, Tensor a, SymInt[] seeds, SymInt stream, SymInt offset, str dist, str rounding,"
+    " float threshold) -> ()",
     _reference,
     _check,
 )
@@ -73,87 +92,120 @@ def _cuda_why_not(w, out, *_):
     return cuda_why_not(w, out) or _dtype_why_not(w)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _written(out: Tensor) -> None:
     # Autograd's check that a saved tensor was not changed since sees only what torch's own kernels write.
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
-def _compiled(extension_name: str, where: int, w, out, a, seed, stream, offset, dist, rounding) -> None:
-    _check(w, out, a, seed, stream, offset, dist, rounding)
-    signs, stochastic = dist == "rademacher", rounding == "stochastic"
-    dtype = str(w.dtype).removeprefix("torch.")
-    run = extension(extension_name).perturb
-    run(w.data_ptr(), out.data_ptr(), w.numel(), dtype, a, seed % 2**64, stream, offset, signs, stochastic, where)
+@perturb_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _cpp(w, out, a, seeds, stream, offset, dist, rounding, threshold):
+    _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
+    extension("_cpu").perturb(
+        w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.contiguous().data_ptr(), [s % 2**64 for s in seeds],
+        stream, offset, dist == "rademacher", rounding == "stochastic", threshold, torch.get_num_threads(),
+    )  # fmt: skip
     _written(out)
 
 
-@perturb_op.backend("cpp", "cpu", why_not=_cpp_why_not)
-def _cpp(*args):
-    _compiled("_cpu", torch.get_num_threads(), *args)
+def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
+    """The seeds where w is, without waiting for a GPU. Kernels get the first as a number: one alone is not copied."""
+    if len(seeds) < 2:
+        return torch.empty(0, dtype=torch.int64, device=w.device)
+    pinned = w.device.type != "cpu"
+    return torch.tensor(seeds, dtype=torch.int64, pin_memory=pinned).to(w.device, non_blocking=True)
 
 
 @perturb_op.backend("triton", "cuda", why_not=_triton_why_not)
-def _triton(w, out, a, seed, stream, offset, dist, rounding):
+def _triton(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     from efftune.triton_kernels.perturb import perturb
 
-    _check(w, out, a, seed, stream, offset, dist, rounding)
-    perturb(w, out, a, seed, stream, offset, dist == "rademacher", rounding == "stochastic")
+    _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
+    first = seeds[0] if seeds else 0
+    a, others, signs = a.contiguous(), _seeds_beside(w, seeds), dist == "rademacher"
+    perturb(w, out, a, others, first, stream, offset, signs, rounding == "stochastic", threshold)
     _written(out)
 
 
 @perturb_op.backend("cuda", "cuda", why_not=_cuda_why_not)
-def _cuda(w, *args):
+def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
+    _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
+    first = seeds[0] % 2**64 if seeds else 0
     with torch.cuda.device(w.device):
-        _compiled("_cuda", torch.cuda.current_stream().cuda_stream, w, *args)
+        a, others, signs = a.contiguous(), _seeds_beside(w, seeds), dist == "rademacher"
+        extension("_cuda").perturb(
+            w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), others.data_ptr(), first, len(seeds),
+            stream, offset, signs, rounding == "stochastic", threshold, torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+    _written(out)
 
 
 def perturb(
     w: Tensor,
-    a: float,
+    a: float | Tensor,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     stream: int,
     offset: int = 0,
     dist: str = "normal",
     rounding: str = "nearest",
+    threshold: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out_i = w_i + a · z(seed, stream, offset + i), i the linear index.
+    """out_i = w_i + Σ_k a_k · z(seed_k, stream, offset + i) where |w_i| ≤ threshold, else w_i; i the linear index.
 
     Args:
-        w: any shape, f64 | f32 | bf16 | f16.   a: a number, pinned to float32 (float64 for a float64 w).
-        seed: 64 bits.   stream: names the parameter, in [0, 2^32).
+        w: any shape, f64 | f32 | bf16 | f16.
+        a: a number, or a tensor () or (K,) on w's device, f32 (f64 for a float64 w). No kernel brings it to the host: a
+            scalar that a GPU computed is used there, and nothing waits.
+        seed: 64 bits (signed), or a sequence of K of them; as many as a. No seed, with an a of shape (0,), copies w.
+        stream: names the parameter, in [0, 2^32).
         offset: place of w's first element in the whole tensor; shards that pass theirs get the z of the whole.
         dist: "normal" (z ~ N(0, 1)) or "rademacher" (z = ±1).
-        rounding: "nearest" or "stochastic" (E[out] = w + a z; nothing to do for f32 and f64).
+        rounding: "nearest" or "stochastic" (E[out] = w + Σ a z; nothing to do for f32 and f64), with random bits of the
+            first seed.
+        threshold: None for all weights, or a number of at least 0, pinned to float32 as a is. It meets w before the
+            call, also in place. NaN is not below any.
         out: like w; w itself for in place (`perturb_`). Other overlaps give undefined results.
-    Returns: out, or a new tensor. No gradient: w and out are taken as they are.
+    Returns: out, or a new tensor. No gradient: w, a and out are taken as they are.
     Numerics: z by Philox4x32-10 and Box–Muller, a function of (seed, stream, offset + i) alone: not of dtype, tiling,
-        thread count or device. The sum is computed in float32 and rounded to w.dtype once. ±1 and the bits for rounding
-        are equal bit for bit on all backends, normals on all CPUs, and to a few float32 ulps elsewhere. Stochastic
-        rounding is exact in probability, for float16 subnormals to 2^-17 of a step; above the largest finite number it
-        may give infinity where nearest rounding does not.
+        thread count or device. The sum is computed in float32 (float64 for a float64 w), from w on and in the order of
+        the seeds, and rounded to w.dtype once. So for float32 and float64 a call with K seeds is bit for bit K calls in
+        place, as long as there is no threshold. ±1 and the bits for rounding are equal bit for bit on all backends,
+        normals on all CPUs, and to a few float32 ulps elsewhere. Stochastic rounding is exact in probability, for
+        float16 subnormals to 2^-17 of a step; above the largest finite number it may give infinity where nearest
+        rounding does not.
+    Cost: each weight is read and written once, whatever K; beyond that, drawing the numbers.
     Saved for backward: nothing.
-    Raises: ValueError for an integer tensor, an out unlike w, an unknown dist or rounding, a negative offset.
+    Raises: ValueError for an integer tensor, an out unlike w, an a of another dtype, device or number than the seeds
+        ask for, an unknown dist or rounding, a negative offset or threshold.
     Source: Salmon et al. 2011 (Philox); Malladi et al. 2023, arXiv:2305.17333, algorithm 1.
     """
     w = w.detach()
     out = torch.empty_like(w) if out is None else out.detach()
-    perturb_op(w, out, a, seed, stream, offset, dist, rounding)
+    a = a.detach() if isinstance(a, Tensor) else torch.full((), a, dtype=_compute_dtype(w), device=w.device)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    perturb_op(w, out, a, seeds, stream, offset, dist, rounding, math.inf if threshold is None else threshold)
     return out
 
 
 def perturb_(
     w: Tensor,
-    a: float,
+    a: float | Tensor,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     stream: int,
     offset: int = 0,
     dist: str = "normal",
     rounding: str = "nearest",
+    threshold: float | None = None,
 ) -> Tensor:
-    """w_i += a · z(seed, stream, offset + i), in place, without a buffer for z; see `perturb`. Returns w."""
-    perturb(w, a, seed=seed, stream=stream, offset=offset, dist=dist, rounding=rounding, out=w)
+    """w_i += Σ_k a_k · z(seed_k, stream, offset + i), in place, without a buffer for z; see `perturb`. Returns w."""
+    perturb(
+        w, a, seed=seed, stream=stream, offset=offset, dist=dist, rounding=rounding, threshold=threshold, out=w
+    )  # fmt: skip
     return w

@@ -220,7 +220,7 @@ def test_errors_name_the_remedy(change, sentence):
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         w = weights(64, dtype)
-        args = (w, torch.empty_like(w), 0.1, 1, 2, 3, "normal", "stochastic")
+        args = (w, torch.empty_like(w), torch.tensor([0.1, 0.2]), [1, 2], 2, 3, "normal", "stochastic", 0.02)
         torch.library.opcheck(perturb_op.overload, args)
 
 
