@@ -61,6 +61,20 @@ class SeedLog:
         for step, rows in groupby(self.fetch().tolist(), key=lambda row: row[2]):
             yield step, [(self.parts[d >> SEED_BITS], d & DECAY, scalar) for d, scalar, _ in rows]
 
+    def sums(self) -> list[tuple[dict[str, Any], list[int], np.ndarray]]:
+        """(part, seeds, the sum of each one's scalars (float32)): what a run comes to where order does not matter, with
+        neither momentum nor weight decay. Raises: EfftuneError for a log with weight decay."""
+        entries = self.fetch()
+        if (entries["direction"] & np.uint64(DECAY) == DECAY).any():
+            raise EfftuneError("The log has weight decay, so that its steps do not commute; replay it step by step.")
+        found = []
+        for index, part in enumerate(self.parts):
+            mine = entries[entries["direction"] >> np.uint64(SEED_BITS) == index]
+            seeds, where = np.unique(mine["direction"] & np.uint64(DECAY), return_inverse=True)
+            totals = np.bincount(where, weights=mine["scalar"].astype(np.float64), minlength=len(seeds))
+            found.append((part, seeds.tolist(), totals.astype(np.float32)))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [dict(part) for part in self.parts], "entries": as_bytes(self.fetch())}
 

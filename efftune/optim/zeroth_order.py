@@ -180,6 +180,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self._apply(index, directions, decay, used)
             self.steps = step + 1
 
+    @torch.no_grad()
+    def replay_sums(self, log: SeedLog) -> None:
+        """Like `replay`, every weight read and rounded once: Σ c · z over the different seeds of the log. Up to the
+        rounding of the sums; K draws for each weight, however many steps the log has.
+
+        Raises: EfftuneError for a log with weight decay, and with momentum or sparsity, where steps do not commute.
+        """
+        if self.momentum or self.sparsity:
+            raise EfftuneError("With momentum or sparsity the steps do not commute; replay them one by one.")
+        for part, seeds, totals in log.sums():
+            for name, p in self.named(self.param_groups[part["group"]]):
+                if name not in part["unused"] and seeds:
+                    a = torch.from_numpy(totals).to(p.device, torch.float64 if p.dtype == torch.float64 else None)
+                    perturb_(p, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding)
+
     def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
         """One step of a log -> group -> its directions, its decay and what that is for."""
         groups: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}

@@ -73,10 +73,13 @@ class ZerothOrder(Method):
             )
         return made
 
-    def seeds(self, step: int) -> list[int]:
-        """The directions of a step."""
+    def directions(self, model: nn.Module, step: int) -> list[tuple[int, float]]:
+        """The step's directions: seeds, and what their estimates are weighted by."""
         draw = random.Random(f"{self.seed}:{step}")
-        return [draw.randrange(DECAY) for _ in range(self.samples)]
+        return [(draw.randrange(DECAY), 1.0) for _ in range(self.samples)]
+
+    def observe(self, model: nn.Module, seed: int, a: Tensor) -> None:
+        """Called with each estimate."""
 
     @torch.no_grad()
     def backward(self, model, batch, loss_fn, scale, step, optimizer):
@@ -88,7 +91,7 @@ class ZerothOrder(Method):
         if step == 0 and not optimizer.base:
             optimizer.base = fingerprint(model)
         shown, used = [], set()
-        for seed in self.seeds(step):
+        for seed, weight in self.directions(model, step):
             with evaluation_mode(model):
                 plus, used = loss_at(model, batch, loss_fn, optimizer, self.eps, seed)
                 value, loss = plus, plus
@@ -96,7 +99,8 @@ class ZerothOrder(Method):
                     minus, _ = loss_at(model, batch, loss_fn, optimizer, -self.eps, seed)
                     value = (plus - minus) / (2 * self.eps)
                     loss = torch.where(value.isfinite(), (plus + minus) / 2, plus.fmin(minus))
-            optimizer.accumulate(seed, value * (scale / self.samples), used)
+            self.observe(model, seed, value)
+            optimizer.accumulate(seed, value * (weight * scale / self.samples), used)
             shown.append(loss)
         if step == 0:
             look(self, optimizer, used)

@@ -1,0 +1,74 @@
+"""A zeroth-order step against two forward passes of the same batch: time, and memory above the weights.
+
+python -m bench.mezo [--device cpu|cuda] [--dtypes bfloat16,float32] [--repeats N]
+
+On a CPU the model and batch of `efftune train` without options (5.2 M parameters, 8 x 256 tokens); on a GPU a Llama of 1 B
+parameters on 2048 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import efftune
+from bench.harness import print_table, run, save
+from efftune.train.default_job import MODEL
+from efftune.train.task import causal_lm_loss
+
+LARGE = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+RECIPES = ("mezo", "mezo(dist='rademacher')", "sparsemezo", "mezo(momentum=0.9)", "lora(r=16) + mezo")
+
+
+def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, config = ((8, 256), MODEL) if device == "cpu" else ((1, 2048), LARGE)
+    ids = torch.randint(config["vocab_size"], shape, device=device)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def two_forwards(model):
+        @torch.no_grad()
+        def call():
+            return causal_lm_loss(model, batch) + causal_lm_loss(model, batch)
+
+        return call
+
+    def step(tuner, optimizer):
+        def call():
+            optimizer.zero_grad()
+            tuner.backward(batch, causal_lm_loss)
+            optimizer.step()
+
+        return call
+
+    def fresh():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**config)).to(device, dtype).eval()
+
+    plain = efftune.apply(fresh(), "mezo")
+    variants = {"two forward passes": two_forwards(plain.model)}
+    for recipe in RECIPES:
+        tuner = efftune.apply(fresh(), recipe)
+        variants[recipe] = step(tuner, tuner.optimizer(lr=1e-7))
+    name = f"{str(dtype).removeprefix('torch.')} {sum(p.numel() for p in plain.model.parameters()) / 1e6:.0f} M {device}"
+    return run(name, variants, device=device, dtype=dtype, repeats=repeats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    rows = [row for name in args.dtypes.split(",") for row in rows_for(args.device, getattr(torch, name), args.repeats)]
+    save(rows, f"bench/results/mezo-{args.device}.json")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""FedKSeed: all directions come from K shared seeds, so that a run is K numbers, however long it was."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efftune.errors import EfftuneError
+from efftune.methods.zeroth_order._estimate import ZerothOrder
+from efftune.optim.seed_log import DECAY
+
+
+@functools.cache
+def candidates(seed: int, k: int) -> tuple[int, ...]:
+    """The K seeds that all who know `seed` share."""
+    draw = random.Random(f"{seed}:candidates")
+    return tuple(draw.sample(range(DECAY), k))
+
+
+@dataclass(frozen=True)
+class FedKSeed(ZerothOrder):
+    """MeZO whose step draws z from one of `k` seeds; θ − θ₀ = Σ_k c_k · z(seed_k), and the c_k are all that a client
+    sends, or that a seed log sums up to (`SeedLog.sums`).
+
+    With pro=True a seed is drawn with probability p_k = softmax of its mean |a|, min-max scaled over the seeds (a seed
+    that was not drawn yet counts with the mean of the others), taken anew every `interval` steps: directions in which
+    the loss is steep come more often. The update is then that of another expectation, Σ p_k a_k z_k; unbiased=True
+    weights a by 1/(k·p_k) and has the uniform one's.
+
+    Memory: mezo's, and with pro two numbers a seed. Cost: mezo's; replaying the sums draws k numbers for each weight,
+    and reads it once (`perturb` with many seeds).
+    State in a checkpoint: sums and counts of |a| (pro).
+    Raises: EfftuneError for k or interval below 1, and for unbiased without pro, which has nothing to correct.
+    Source: Qin et al. 2024, arXiv:2312.06353 (K = 4096), section 3.4 for pro.
+    """
+
+    k: int = 4096
+    pro: bool = False
+    unbiased: bool = False
+    interval: int = 100
+
+    name = "fedkseed"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.k < 1 or self.interval < 1:
+            raise EfftuneError(f"fedkseed needs k and interval of at least 1, not {self.k} and {self.interval}.")
+        if self.unbiased and not self.pro:
+            raise EfftuneError("fedkseed draws its seeds uniformly and is unbiased; unbiased=True belongs to pro=True.")
+
+    def directions(self, model, step):
+        draw, seeds = random.Random(f"{self.seed}:{step}"), candidates(self.seed, self.k)
+        if not self.pro:
+            return [(draw.choice(seeds), 1.0) for _ in range(self.samples)]
+        p = self._probabilities(model, step)
+        chosen = draw.choices(range(self.k), weights=p, k=self.samples)
+        return [(seeds[i], 1 / (self.k * p[i]) if self.unbiased else 1.0) for i in chosen]
+
+    def _probabilities(self, model, step: int) -> list[float]:
+        known = vars(model).setdefault("fedkseed", {})
+        if "p" not in known or step % self.interval == 0 and known.get("at") != step:
+            known["p"], known["at"] = significance(known.get("sum"), known.get("count"), self.k), step
+        return known["p"]
+
+    def observe(self, model, seed, a):
+        if not self.pro:
+            return
+        known = vars(model).setdefault("fedkseed", {})
+        index = candidates(self.seed, self.k).index(seed)
+        if "sum" not in known:
+            known["sum"], known["count"] = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
+        finite = a.isfinite()
+        known["sum"][index] += torch.where(finite, a.abs(), 0.0)
+        known["count"][index] += finite
+
+    def remove(self, model):
+        super().remove(model)
+        vars(model).pop("fedkseed", None)
+
+    def state_dict(self, model):
+        known = vars(model).get("fedkseed", {})
+        return {name: known[name] for name in ("sum", "count", "p", "at") if name in known}
+
+    def load_state_dict(self, model, state):
+        device = next(model.parameters()).device
+        vars(model)["fedkseed"] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()}
+
+
+def significance(total: Tensor | None, count: Tensor | None, k: int) -> list[float]:
+    """p (k,), of Σ|a| and how often, by seed; uniform while nothing is known. Waits for the device."""
+    if total is None or count is None or not bool(count.any()):
+        return [1 / k] * k
+    mean = total / count.clamp_min(1)
+    mean = torch.where(count > 0, mean, mean[count > 0].mean())
+    low, high = mean.min(), mean.max()
+    scaled = torch.where(high > low, (mean - low) / (high - low), torch.zeros_like(mean))
+    return scaled.softmax(0).tolist()
