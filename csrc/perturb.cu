@@ -83,7 +83,7 @@ __global__ void perturb_kernel(PerturbArgs p, bool aligned) {
         const int64_t draws = kSingle ? 1 : p.draws;
 #pragma unroll 1
         for (int64_t k = 0; k < draws; ++k) {
-            draw<kSigns>(z, p.stream, k == 0 ? p.seed : p.seeds[k], offset);
+            draw<kSigns>(z, p.stream, kSingle ? p.seed : p.seeds[k], offset);
             const float a = p.a[k];
 #pragma unroll
             for (int j = 0; j < kEach; ++j) y[j] = __fmaf_rn(a, z[j], y[j]);

@@ -1,4 +1,4 @@
-// One tile of w + a z. Compiled once per instruction set by multiversion.h, hence no include guard and no headers.
+// One tile of w + Σ a z. Compiled once per instruction set by multiversion.h, hence no include guard and no headers.
 
 #include "philox_lanes.h"
 
