@@ -102,7 +102,8 @@ static inline void perturb_tile_of(const PerturbArgs& p, uint64_t first, int64_t
         fill(z, to, p.sign, p.seed, first, p.stream);
         return add_scaled<T, T>(w, out, from, to, p.a[0], z, random, stochastic);
     }
-    alignas(64) float sum[kTile] = {};
+    alignas(64) float sum[kTile];
+    if (to - from < kTile) memset(sum, 0, sizeof sum);  // add_signs takes 32 at a time
 #pragma omp simd
     for (int i = from; i < to; ++i) sum[i] = T::load(w[i]);
     int64_t k = 0;
