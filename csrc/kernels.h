@@ -16,7 +16,7 @@ struct PerturbArgs {
     int64_t count;
     Dtype dtype;
     const float* a;         // (draws), on the GPU for a kernel there
-    const uint64_t* seeds;  // (draws), as a; not read on a GPU if there is but one
+    const uint64_t* seeds;  // (draws), as a; not read on a GPU where there is one seed
     uint64_t seed;          // seeds[0], whose bits round
     int64_t draws;
     uint32_t stream;

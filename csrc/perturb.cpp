@@ -1,5 +1,6 @@
-// w + a z(seed, stream, offset + i), tile by tile. Tiles start at multiples of kTile of the *offset*, so that a block
-// of random numbers is always computed whole and in the same lanes, however the tensor is cut.
+// w + Σ a z(seed, stream, offset + i), tile by tile, all seeds on a tile while it is in the first-level cache. Tiles
+// start at multiples of kTile of the *offset*, so that a block of random numbers is always computed whole and in the
+// same lanes, however the tensor is cut.
 #include <algorithm>
 
 #include "kernels.h"

@@ -36,19 +36,19 @@ __device__ __half store<__half>(float x, uint32_t random, bool stochastic) {
 
 template <bool kSigns>
 __device__ void draw(float (&z)[kEach], uint32_t stream, uint64_t seed, uint64_t offset) {
-    if (kSigns) {
+    if constexpr (kSigns) {
         const Words w = philox(seed, offset >> 7, stream, kSign);
         const uint32_t which = (offset >> 5) & 3;
         const uint32_t word = which == 0 ? w.w0 : which == 1 ? w.w1 : which == 2 ? w.w2 : w.w3;
         for (int j = 0; j < kEach; ++j) z[j] = (word >> ((offset & 31) + j)) & 1 ? 1.0f : -1.0f;
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const Words w = philox(seed, (offset >> 2) + half, stream, kGaussian);
-        const Pair first = box_muller(w.w0, w.w1), second = box_muller(w.w2, w.w3);
-        z[4 * half] = first.even, z[4 * half + 1] = first.odd;
-        z[4 * half + 2] = second.even, z[4 * half + 3] = second.odd;
+        for (int half = 0; half < 2; ++half) {
+            const Words w = philox(seed, (offset >> 2) + half, stream, kGaussian);
+            const Pair first = box_muller(w.w0, w.w1), second = box_muller(w.w2, w.w3);
+            z[4 * half] = first.even, z[4 * half + 1] = first.odd;
+            z[4 * half + 2] = second.even, z[4 * half + 3] = second.odd;
+        }
     }
 }
 
@@ -83,7 +83,7 @@ __global__ void perturb_kernel(PerturbArgs p, bool aligned) {
         const int64_t draws = kSingle ? 1 : p.draws;
 #pragma unroll 1
         for (int64_t k = 0; k < draws; ++k) {
-            draw<kSigns>(z, p.stream, k == 0 ? p.seed : p.seeds[k], offset);
+            draw<kSigns>(z, p.stream, kSingle ? p.seed : p.seeds[k], offset);
             const float a = p.a[k];
 #pragma unroll
             for (int j = 0; j < kEach; ++j) y[j] = __fmaf_rn(a, z[j], y[j]);

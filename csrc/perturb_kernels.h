@@ -1,4 +1,4 @@
-// One tile of w + a z. Compiled once per instruction set by multiversion.h, hence no include guard and no headers.
+// One tile of w + Σ a z. Compiled once per instruction set by multiversion.h, hence no include guard and no headers.
 
 #include "philox_lanes.h"
 
@@ -102,7 +102,8 @@ static inline void perturb_tile_of(const PerturbArgs& p, uint64_t first, int64_t
         fill(z, to, p.sign, p.seed, first, p.stream);
         return add_scaled<T, T>(w, out, from, to, p.a[0], z, random, stochastic);
     }
-    alignas(64) float sum[kTile] = {};
+    alignas(64) float sum[kTile];
+    if (to - from < kTile) memset(sum, 0, sizeof sum);  // add_signs takes 32 at a time
 #pragma omp simd
     for (int i = from; i < to; ++i) sum[i] = T::load(w[i]);
     int64_t k = 0;

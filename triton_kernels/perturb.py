@@ -38,11 +38,13 @@ def perturb_kernel(
     tile = first_tile + pid
     i = pid * TILE - head + tl.arange(0, TILE)
     mask = (i >= 0) & (i < count)
-    w = tl.load(w_ptr + i, mask=mask, other=0.0)
-    y = w.to(tl.float32)
-    if SINGLE:  # a loop would take twice the registers
-        y = tl.fma(tl.load(a_ptr), draw(seed, tile, stream, SIGN, TILE), y)
+    if SINGLE:  # a loop, or w loaded first, would take more registers
+        z = draw(seed, tile, stream, SIGN, TILE)
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = tl.fma(tl.load(a_ptr), z, w.to(tl.float32))
     else:
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = w.to(tl.float32)
         for k in range(draws):
             y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
     if STOCHASTIC:

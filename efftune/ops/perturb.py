@@ -65,7 +65,7 @@ def _check(w, out, a, seeds, stream, offset, dist, rounding, threshold):
 
 
 # `a` is a tensor and the seeds are symbolic integers: a compiled function takes new ones without being compiled again,
-# and a GPU's scalar need not come to the host. For a new threshold it is compiled again.
+# and a scalar that a GPU computed stays there. For a new threshold or another number of seeds it is compiled again.
 perturb_op = Op(
     "perturb(Tensor w, Tensor(a!) out, Tensor a, SymInt[] seeds, SymInt stream, SymInt offset, str dist, str rounding,"
     " float threshold) -> ()",
@@ -105,15 +105,16 @@ def _written(out: Tensor) -> None:
 @perturb_op.backend("cpp", "cpu", why_not=_cpp_why_not)
 def _cpp(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
+    a, unsigned = a.contiguous(), [s % 2**64 for s in seeds]
     extension("_cpu").perturb(
-        w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.contiguous().data_ptr(), [s % 2**64 for s in seeds],
-        stream, offset, dist == "rademacher", rounding == "stochastic", threshold, torch.get_num_threads(),
+        w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), unsigned, stream, offset,
+        dist == "rademacher", rounding == "stochastic", threshold, torch.get_num_threads(),
     )  # fmt: skip
     _written(out)
 
 
 def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
-    """The seeds where w is, without waiting for a GPU. Kernels get the first as a number: one alone is not copied."""
+    """The seeds where w is, without waiting for a GPU. One alone goes to the kernel as a number and is not copied."""
     if len(seeds) < 2:
         return torch.empty(0, dtype=torch.int64, device=w.device)
     pinned = w.device.type != "cpu"
@@ -125,23 +126,28 @@ def _triton(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     from efftune.triton_kernels.perturb import perturb
 
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
-    first = seeds[0] if seeds else 0
-    a, others, signs = a.contiguous(), _seeds_beside(w, seeds), dist == "rademacher"
-    perturb(w, out, a, others, first, stream, offset, signs, rounding == "stochastic", threshold)
+    first, signs, stochastic = seeds[0] if seeds else 0, dist == "rademacher", rounding == "stochastic"
+    perturb(w, out, a.contiguous(), _seeds_beside(w, seeds), first, stream, offset, signs, stochastic, threshold)
     _written(out)
 
 
 @perturb_op.backend("cuda", "cuda", why_not=_cuda_why_not)
 def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
-    first = seeds[0] % 2**64 if seeds else 0
+    first, signs, stochastic = seeds[0] % 2**64 if seeds else 0, dist == "rademacher", rounding == "stochastic"
     with torch.cuda.device(w.device):
-        a, others, signs = a.contiguous(), _seeds_beside(w, seeds), dist == "rademacher"
+        a, beside = a.contiguous(), _seeds_beside(w, seeds)
         extension("_cuda").perturb(
-            w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), others.data_ptr(), first, len(seeds),
-            stream, offset, signs, rounding == "stochastic", threshold, torch.cuda.current_stream().cuda_stream,
+            w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), beside.data_ptr(), first, len(seeds),
+            stream, offset, signs, stochastic, threshold, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     _written(out)
+
+
+def _scalar(a: float, w: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # only in arithmetic with a tensor does a number stay symbolic
+        return torch.ones((), dtype=_compute_dtype(w), device=w.device) * a
+    return torch.full((), a, dtype=_compute_dtype(w), device=w.device)
 
 
 def perturb(
@@ -187,7 +193,7 @@ def perturb(
     """
     w = w.detach()
     out = torch.empty_like(w) if out is None else out.detach()
-    a = a.detach() if isinstance(a, Tensor) else torch.full((), a, dtype=_compute_dtype(w), device=w.device)
+    a = a.detach() if isinstance(a, Tensor) else _scalar(a, w)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     perturb_op(w, out, a, seeds, stream, offset, dist, rounding, math.inf if threshold is None else threshold)
     return out

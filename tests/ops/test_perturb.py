@@ -1,4 +1,5 @@
-"""w + a z: equal on all backends, a function of the offset alone, with the right moments, unbiased when it rounds."""
+"""w + Σ a z: equal on all backends, a function of the offset alone, with the right moments, rounded once and unbiased.
+Many seeds in one call are many calls; what is above the threshold keeps its bits."""
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from efftune import perturb, perturb_, use_backend
 from efftune.ops import philox
 from efftune.ops._available import extension
 from efftune.ops.perturb import perturb_op
+from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, on, skip_truncation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KEY = dict(seed=-(3**39), stream=2**31 + 5, offset=2**33 + 77)
+SEEDS = [-(3**39), 0, 1, 2**63 - 1, -(2**63), 7, -7, 2**32, 9, 10, 11]  # a group of eight and three more
 
 
 def weights(n, dtype, seed=0):
@@ -46,36 +49,165 @@ def test_normal_is_accurate(backend):
     assert ((z.double() - exact).abs() <= 5 * 2**-23 * exact.abs()).all()
 
 
+def amounts(count, dtype=torch.float32):
+    return torch.linspace(-1.5e-3, 2e-3, count, dtype=dtype) if count > 1 else torch.full((1,), 1e-3, dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("count", [2, 11])
+def test_many_seeds_are_many_calls_rounded_once(backend, dtype, dist, rounding, count):
+    skip_truncation(backend, dtype, exact=rounding == "stochastic")
+    n, key, a, seeds = 2601, dict(stream=KEY["stream"], offset=KEY["offset"], dist=dist), amounts(count), SEEDS[:count]
+    w = weights(n, dtype)
+    total = w.float()
+    for k in range(count):
+        total = on(backend, perturb, total, a[k].item(), seed=seeds[k], **key)
+    if rounding == "stochastic":
+        offsets = torch.arange(KEY["offset"], KEY["offset"] + n)
+        total = philox.round_stochastic(total, dtype, philox.rounding_bits(seeds[0], KEY["stream"], offsets))
+    assert torch.equal(on(backend, perturb, w, a, seed=seeds, rounding=rounding, **key), total.to(dtype))
+
+
+def test_many_seeds_in_float64():
+    w, a = weights(700, torch.float64), amounts(11, torch.float64)
+    total = w.clone()
+    for k in range(11):
+        perturb_(total, a[k], seed=SEEDS[k], stream=3)
+    assert torch.equal(perturb(w, a, seed=SEEDS, stream=3), total)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+def test_a_sum_over_seeds_is_within_the_error_budget(backend, dtype, dist):
+    skip_truncation(backend, dtype)
+    n, count = 3001, 16 if backend == ("triton", "cpu") else 64
+    w, a, key = weights(n, dtype), amounts(count), dict(seed=list(range(count)), stream=5, offset=3, dist=dist)
+    oracle = perturb(w.double(), a.double(), **key)
+    with use_backend("reference"):
+        float32_result = perturb(w.float(), a, **key)
+    assert_within_budget(on(backend, perturb, w, a, **key), oracle, float32_result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_no_seed_copies(backend, dtype):
+    if dtype == torch.float64 and backend[0] != "reference":
+        pytest.skip("float64 is computed by the reference")
+    w = torch.tensor([1.5, -0.0, torch.inf, torch.nan, 3e-3]).to(dtype)
+    a = torch.empty(0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for rounding in ("nearest", "stochastic"):
+        result = on(backend, perturb, w, a, seed=[], stream=1, rounding=rounding)
+        assert torch.equal(result.view(torch.uint8), w.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("seeds", [[3], [3, 4, 5]])
+def test_threshold(backend, dtype, dist, rounding, seeds):
+    """What is above it keeps its bits, the rest is as without it; in place and out of place."""
+    threshold = weights(1, dtype, seed=5).abs().item()
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, threshold, -threshold])
+    w = torch.cat([weights(2500, dtype), special.to(dtype)])
+    options = dict(seed=seeds, stream=1, offset=13, dist=dist, rounding=rounding)
+    everywhere, a = on(backend, perturb, w, amounts(len(seeds)), **options), amounts(len(seeds))
+
+    def in_place(w, a, **options):
+        return perturb_(w.clone(), a, **options)
+
+    def bits(x):
+        return x.view(torch.int32 if dtype == torch.float32 else torch.int16)
+
+    for bound in (0.0, threshold, 0.01):
+        small = w.float().abs() <= torch.tensor(bound)
+        for call in (perturb, in_place):
+            result = on(backend, call, w, a, threshold=bound, **options)
+            assert torch.equal(bits(result), bits(torch.where(small, everywhere, w)))
+        assert bound != threshold or small[-4:].all() and not small[:-4].all()
+    assert torch.equal(bits(on(backend, perturb, w, a, threshold=torch.inf, **options)), bits(everywhere))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threshold_is_met_by_the_clean_weight(backend):
+    """In float64, too; and seeds that lift a weight over it do not stop halfway."""
+    dtype = torch.float64 if backend[0] == "reference" else torch.float32
+    w, a = torch.full((100,), 0.5, dtype=dtype), torch.full((4,), 1.0, dtype=dtype)
+    options = dict(seed=[1, 2, 3, 4], stream=1, dist="rademacher")
+    assert torch.equal(on(backend, perturb, w, a, threshold=0.5, **options), on(backend, perturb, w, a, **options))
+    assert torch.equal(on(backend, perturb, w, a, threshold=0.49, **options), w)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_or_a_tensor(backend, dtype):
+    w, key = weights(300, dtype), dict(stream=1, dist="rademacher", rounding="stochastic")
+    expected = on(backend, perturb, w, 0.25, seed=3, **key)
+    for a in (torch.tensor(0.25), torch.tensor([0.25]), torch.tensor([0.25, 1.0])[::2]):
+        a.requires_grad_()
+        for seed in (3, [3], (3,), range(3, 4)):
+            result = on(backend, lambda w, seed, a: perturb(w, a.to(w.device), seed=seed, **key), w, seed, a)
+            assert torch.equal(result, expected) and not result.requires_grad
+    two, spread = torch.tensor([0.25, -0.5]), torch.tensor([0.25, 7.0, -0.5, 7.0])
+    results = [on(backend, perturb, w, two, seed=[3, 4], **key)]
+    results += [on(backend, lambda w, a: perturb(w, a[::2], seed=[3, 4], **key), w, spread)]
+    assert torch.equal(*results) and not torch.equal(results[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_nothing_waits_for_the_gpu(backend):
+    w, a = torch.zeros(5000, device="cuda"), torch.ones(3, device="cuda")
+    with use_backend(backend):
+        for mode in ("default", "error"):  # the first call compiles
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                perturb_(w, a, seed=[1, 2, 3], stream=1, threshold=2.0)
+                perturb_(w, a.square().mean(), seed=1, stream=1)
+                perturb_(w, 0.5, seed=1, stream=1)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_shards_equal_the_whole(backend, dist, rounding):
-    n, options = 3001, dict(seed=5, stream=2, dist=dist, rounding=rounding)
-    w = weights(n, torch.float16)
-    whole = on(backend, perturb, w, 1e-2, offset=11, **options)
+@pytest.mark.parametrize("seeds, threshold", [([5], None), (SEEDS[:9], 0.02)])
+def test_shards_equal_the_whole(backend, dist, rounding, seeds, threshold):
+    n, options = 3001, dict(seed=seeds, stream=2, dist=dist, rounding=rounding, threshold=threshold)
+    w, a = weights(n, torch.float16), amounts(len(seeds))
+    whole = on(backend, perturb, w, a, offset=11, **options)
     cuts = [0, 1, 6, 130, 1025, n]
-    shards = [on(backend, perturb, w[a:b].clone(), 1e-2, offset=11 + a, **options) for a, b in zip(cuts, cuts[1:])]
+    shards = [on(backend, perturb, w[i:j].clone(), a, offset=11 + i, **options) for i, j in zip(cuts, cuts[1:])]
     assert torch.equal(torch.cat(shards), whole)
 
 
-def test_threads_and_layout_do_not_matter():
-    w = weights(1 << 16, torch.float32)  # 32 tiles: enough for several threads
-    whole, threads = perturb(w, 1.0, seed=1, stream=1), torch.get_num_threads()
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+def test_threads_and_layout_do_not_matter(seeds):
+    w, a = weights(1 << 16, torch.float32), amounts(len(seeds))  # 32 tiles: enough for several threads
+    options, threads = dict(seed=seeds, stream=1, dist="rademacher", threshold=0.03), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(perturb(w, 1.0, seed=1, stream=1), whole)
+        whole = perturb(w, a, **options)
+        torch.set_num_threads(3)
+        assert torch.equal(perturb(w, a, **options), whole)
     finally:
         torch.set_num_threads(threads)
     with use_backend("reference"):
-        expected = perturb(w, 1.0, seed=1, stream=1).view(256, 256)
+        expected = perturb(w, a, **options).view(256, 256)
     strided = w.view(256, 256).t().contiguous().t()
-    assert not strided.is_contiguous() and torch.equal(perturb(strided, 1.0, seed=1, stream=1), expected)
+    assert not strided.is_contiguous() and torch.equal(perturb(strided, a, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_instruction_sets_agree_bit_for_bit(dtype, dist, rounding):
+@pytest.mark.parametrize("seeds, threshold", [(SEEDS[:1], None), (SEEDS, 0.02)])
+def test_instruction_sets_agree_bit_for_bit(dtype, dist, rounding, seeds, threshold):
     """A replay on another processor gives the same weights."""
     cpu = extension("_cpu")
     if cpu is None:
@@ -84,7 +216,8 @@ def test_instruction_sets_agree_bit_for_bit(dtype, dist, rounding):
     try:
         for limit in (2, 1, 0):
             cpu.limit_isa(limit)
-            results.append(perturb(w, 1e-2, dist=dist, rounding=rounding, **KEY))
+            options = KEY | dict(seed=seeds, threshold=threshold, dist=dist, rounding=rounding)
+            results.append(perturb(w, amounts(len(seeds)), **options))
     finally:
         cpu.limit_isa(2)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -170,6 +303,21 @@ def test_stochastic_rounding_is_unbiased_over_seeds(dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_of_a_sum_over_seeds_is_unbiased(backend, dtype):
+    draws = 2048 if backend == ("triton", "cpu") else 16384
+    w, a = torch.full((draws,), 0.7), torch.tensor([1.1e-3, -3e-4, 7e-5])
+    options = dict(seed=[6, 7, 8], stream=3, dist="rademacher")
+    exact = perturb(w.to(dtype).float(), a, **options).double()  # one of eight values
+    error = on(backend, perturb, w.to(dtype), a, rounding="stochastic", **options).double() - exact
+    step = torch.finfo(dtype).eps / 2  # of numbers in [0.5, 1)
+    assert (error.abs() < step).all() and error.abs().max() > step / 2
+    for value in exact.unique():
+        here = error[exact == value]
+        assert here.mean().abs() <= 4.5 * step / 2 / len(here) ** 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_zero_step_is_the_identity(backend, dtype, rounding):
@@ -209,6 +357,18 @@ def test_nearest_rounds_to_even(dtype):
         (dict(offset=-1), "offset of at least 0"),
         (dict(out=torch.zeros(4)), "out like w"),
         (dict(out=torch.zeros(3, dtype=torch.float16)), "out like w"),
+        (dict(a=torch.tensor(1.0, dtype=torch.float64)), "a as torch.float32"),
+        (dict(a=torch.tensor(1)), "a as torch.float32"),
+        (dict(w=torch.zeros(3, dtype=torch.bfloat16), a=torch.tensor(1.0).bfloat16()), "a as torch.float32"),
+        (dict(w=torch.zeros(3, dtype=torch.float64), a=torch.tensor(1.0)), "a as torch.float64"),
+        (dict(a=torch.tensor(1.0, device="meta")), "a as torch.float32 on cpu"),
+        (dict(a=torch.ones(2), seed=[1, 2, 3]), "one a for each seed"),
+        (dict(a=torch.ones(2)), "one a for each seed"),
+        (dict(a=torch.ones(1, 1)), "one a for each seed"),
+        (dict(seed=[1, 2]), "one a for each seed"),
+        (dict(seed=[]), "one a for each seed"),
+        (dict(threshold=-0.1), "threshold of at least 0"),
+        (dict(threshold=torch.nan), "threshold of at least 0"),
     ],
 )
 def test_errors_name_the_remedy(change, sentence):
@@ -224,21 +384,23 @@ def test_opcheck():
         torch.library.opcheck(perturb_op.overload, args)
 
 
-def test_compile():
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["number", "tensor", "seeds"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_once_for_all_seeds_and_amounts(backend, kind, dynamic):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
 
-    @torch.compile(fullgraph=True, dynamic=None)
+    @torch.compile(fullgraph=True, backend=counter, dynamic=dynamic)
     def step(w, a, seed):
         return perturb_(w, a, seed=seed, stream=7).sum()
 
-    @torch.compile(fullgraph=True, backend=counter)
-    def counted(w, a, seed):
-        perturb_(w, a, seed=seed, stream=7)
-
-    for seed in (1, 2**40, -7, 3, 4):
-        expected, w = perturb(weights(100, torch.float32), 0.5, seed=seed, stream=7), weights(100, torch.float32)
-        total = step(w, 0.5, seed)
+    for i, seed in enumerate((5, 2**40, -7, 3, 4)):
+        a = 0.1 * i + 0.5
+        if kind != "number":
+            a = torch.full(() if kind == "tensor" else (2,), a)
+        seed = [seed, seed - 3] if kind == "seeds" else seed
+        expected, w = perturb(weights(100, torch.float32), a, seed=seed, stream=7), weights(100, torch.float32)
+        total = step(w, a, seed)
         assert torch.equal(w, expected) and torch.allclose(total, expected.sum())
-        counted(w, 0.5, seed)
-    assert counter.frame_count <= 3  # not once for each seed; torch compiles again for each float `a`
+    assert counter.frame_count == (1 if dynamic else 2)  # torch takes a number for a constant until it has seen another
