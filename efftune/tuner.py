@@ -34,7 +34,8 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
 
     Args:
         blocks: also swap norms, gated MLPs, activations and sdpa attention for those of efftune.nn, whose outputs
-            backward makes again instead of keeping them: less memory, the same gradients up to rounding.
+            backward makes again instead of keeping them, and the rotary embedding for one pass: less memory, the same
+            gradients up to rounding.
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
     """
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
