@@ -84,11 +84,15 @@ class Sampled(Keep):
             rows, idx, weight = cast(tuple[Tensor, Tensor, Tensor], kept)
             return rows_grad(g, idx, weight, rows)
         z, norms, seed = cast(tuple[Tensor | Handle, Tensor, Tensor], kept)
-        scores = norms * row_norms(g)
-        idx, weight, fallback = select_rows(scores, self.rows(g.shape[0]), seed, self.sampler)
+        idx, weight = self.select(norms * row_norms(g), seed)
+        return rows_grad(g, idx, weight, load(z, idx))
+
+    def select(self, scores: Tensor, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
+        """Indices and weights of the rows that are drawn in backward, where scores (M,) float32 are known."""
+        idx, weight, fallback = select_rows(scores, self.rows(scores.shape[0]), seed, self.sampler, stream)
         # Where all scores are zero the gradient is: nothing fell back to anything.
         _count(fallback * (scores.max() != 0))
-        return rows_grad(g, idx, weight, load(z, idx))
+        return idx, weight
 
 
 def _once(source, key, make):

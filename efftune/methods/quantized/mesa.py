@@ -18,8 +18,9 @@ from efftune.errors import EfftuneError
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
-from efftune.methods._base import ALL_LINEAR, Method, exact_keeps, keep_in_layers
+from efftune.methods._base import ALL_LINEAR, Method, drawing_keeps, exact_keeps, keep_in_layers
 from efftune.methods._gradients import coordinates, discarding, distance
+from efftune.nn.attention import KEEP
 from efftune.nn.subbatch import generators, replaying
 
 EXACT = 0  # as a number of bits
@@ -295,13 +296,12 @@ class Probe:
 def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly."""
     ours = {id(module) for modules in places.values() for module in modules}
-    others: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "keep", None), Keep) and id(m) not in ours]
-    drawing = [(module, module.keep) for module in others if module.keep.random]
-    for module, _ in drawing:
-        module.keep = Aligned()
+    drawing = [entry for entry in drawing_keeps(model) if entry[1] != KEEP or id(entry[0]) not in ours]
+    for module, name, _ in drawing:
+        setattr(module, name, Aligned())
     try:
         device = next(model.parameters()).device
         yield Probe(model, places, device, generators(device))
     finally:
-        for module, keep in drawing:
-            module.keep = keep
+        for module, name, keep in drawing:
+            setattr(module, name, keep)
