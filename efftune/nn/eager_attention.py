@@ -95,11 +95,9 @@ def _product_t(a: Tensor, b: Tensor, rows: Keep, seed: Tensor, stream: int) -> T
     if not isinstance(rows, Sampled) or rows.rows(m) == m:
         return torch.bmm(a.mT, b)
     a, b = a.reshape(n * m, s), b.reshape(n * m, d)
-    scores = (row_norms(a) * row_norms(b)).view(n, m)
-    drawn = [rows.select(scores[i], seed, stream + i) for i in range(n)]
-    idx = torch.cat([idx + m * i for i, (idx, _) in enumerate(drawn)])
-    weight = torch.cat([weight for _, weight in drawn])
-    b = (b.index_select(0, idx) * weight[:, None]).to(b.dtype)
+    idx, weight = rows.select((row_norms(a) * row_norms(b)).view(n, m), seed, stream)
+    idx = (idx + m * torch.arange(n, device=idx.device)[:, None]).flatten()
+    b = (b.index_select(0, idx) * weight.view(-1, 1)).to(b.dtype)
     return torch.bmm(a.index_select(0, idx).view(n, -1, s).mT, b.view(n, -1, d))
 
 

@@ -22,8 +22,8 @@ class WtaCrs(Method):
     sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says
     how often there was one.
     With `attention`, models that run with attn_implementation="eager" also estimate dv and dk of attention, from
-    `ratio` of the query rows: see `efftune.nn.eager_attention`. It saves time only, and composes with `mesa`, which says
-    how the attention weights are kept.
+    `ratio` of the query rows: see `efftune.nn.eager_attention`. It saves time only, and composes with `mesa`, which
+    says how the attention weights are kept.
 
     Memory: `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor; an input that
         backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
