@@ -138,7 +138,7 @@ def eager_attention(
         in float32 and rounded once. dS is computed in float32 from P as it was kept, and rounded once. Dropout's mask
         is that of `efftune.ops.dropout`.
     Saved for backward: keep(q), keep(k), keep(v) as they come, and keep(P), exact B·H·T·S elements of q's dtype. (In 16
-        bits transformers keeps 6 bytes for each, and 3 more with dropout.) With dropout or draws, a seed. No mask.
+        bits transformers keeps 6 bytes for each, and 1 or 2 more with dropout.) With dropout or draws, a seed. No mask.
     Raises: ValueError where `why_not` has a reason.
     Source: Vaswani et al. 2017, arXiv:1706.03762; rows: Liu et al. 2023, arXiv:2305.15265.
     """
