@@ -133,7 +133,7 @@ def eager_attention(
             drawn in backward, by ‖weights_i‖·‖dout_i‖ and by ‖dS_i‖·‖q_i‖. dq = scale · dS·k, dP = dout·vᵀ and
             dS = P ∘ (dP - rowsum(P ∘ dP)) stay exact. The last takes all of P, so that no byte is saved by it: two of
             the four products of backward shrink to `ratio`, for a pass over P and dS and a draw for each key-value
-            head. On a CPU, backward takes about 0.75 of the time at 0.3 for T = 512 and more, and more for T = 128.
+            head. At 0.3 backward takes 0.68 to 0.93 of the time on a CPU for T = 512 and 1024, and longer for T = 128.
     Returns: out (B, T, H, Dv), contiguous, and weights (B, H, T, S), both differentiable.
     Numerics: those of transformers' eager_attention_forward: scores are rounded to q's dtype, the softmax is computed
         in float32 and rounded once. dS is computed in float32 from P as it was kept, and rounded once. Dropout's mask
