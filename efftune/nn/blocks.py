@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.nn import attention, rotary
+from efftune.nn import attention, eager_attention, rotary
 from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
@@ -62,8 +62,8 @@ class Blocks:
 @torch.no_grad()
 def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     """Swaps norms, gated MLPs and activations inside `model` for those of efftune.nn, and routes the attention of a
-    transformers model that uses sdpa through `attention` and its rotary embedding through `rotary`. Parameters are
-    shared and keep their names."""
+    transformers model through `attention` (sdpa) or `eager_attention` and its rotary embedding through `rotary`.
+    Parameters are shared and keep their names."""
     done = Blocks()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -172,14 +172,21 @@ def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
 
 
 def _install_attention(model: nn.Module, keep: Keep | None, done: Blocks) -> None:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa" and hasattr(module, "is_causal"):
-            before = getattr(module, attention.KEEP, None)
-            setattr(module, attention.KEEP, keep or before or Exact())
-            done.attention.append((module, before))
-    if done.attention:
+    sdpa = [
+        module
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
+        and hasattr(module, "is_causal")
+    ]
+    eager = eager_attention.modules(model)
+    for module in (*sdpa, *eager):
+        before = getattr(module, attention.KEEP, None)
+        setattr(module, attention.KEEP, keep or before or Exact())
+        done.attention.append((module, before))
+    if sdpa:
         attention.register()
+    if eager:
+        eager_attention.register()
 
 
 def _install_rotary(model: nn.Module, done: Blocks) -> None:
