@@ -168,6 +168,32 @@ void bind_glu(uintptr_t gate, uintptr_t up, uintptr_t dy, uintptr_t y, uintptr_t
     glu(args, threads);
 }
 
+void bind_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t out, const std::array<int64_t, 4>& shape,
+                 const std::array<int64_t, 3>& x_stride, const std::array<int64_t, 3>& out_stride,
+                 const std::array<int64_t, 2>& cos_stride, const std::array<int64_t, 2>& sin_stride,
+                 const std::string& dtype, const std::string& table_dtype, bool transposed, int threads) {
+    const auto [batch, heads, tokens, size] = shape;
+    check(batch >= 0 && heads >= 0 && tokens >= 0 && size >= 0 && size % 2 == 0 && threads > 0,
+          "rotary takes sizes of at least 0, an even number of columns and at least one thread.");
+    const RotaryArgs args{pointer<const void>(x),
+                          pointer<const void>(cos),
+                          pointer<const void>(sin),
+                          pointer<void>(out),
+                          batch,
+                          heads,
+                          tokens,
+                          size,
+                          x_stride,
+                          out_stride,
+                          cos_stride,
+                          sin_stride,
+                          dtype_from(dtype),
+                          dtype_from(table_dtype),
+                          transposed};
+    py::gil_scoped_release release;
+    rotary(args, threads);
+}
+
 void bind_row_norms(uintptr_t x, int64_t stride, uintptr_t out, int64_t rows, int64_t cols, const std::string& dtype,
                     int threads) {
     check(rows >= 0 && cols >= 0 && threads > 0, "row_norms takes sizes of at least 0 and at least one thread.");
@@ -265,6 +291,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("norm", &bind_norm);
     m.def("norm_backward", &bind_norm_backward);
     m.def("glu", &bind_glu);
+    m.def("rotary", &bind_rotary);
     m.def("row_norms", &bind_row_norms);
     m.def("select_rows", &bind_select_rows);
     m.def("gather_rows", &bind_gather_rows);

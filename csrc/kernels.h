@@ -1,6 +1,7 @@
 // What the compiled kernels offer to cpu_module.cpp and cuda_module.cpp.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "numeric.h"
@@ -111,6 +112,18 @@ struct GluArgs {
 };
 
 void glu(const GluArgs& args, int threads);
+
+struct RotaryArgs {
+    const void *x, *cos, *sin;
+    void* out;
+    int64_t batch, heads, tokens, size;             // of x (B, H, T, D); elements of a row are adjacent everywhere
+    std::array<int64_t, 3> x_stride, out_stride;    // from sample to sample, head to head, token to token
+    std::array<int64_t, 2> cos_stride, sin_stride;  // from sample to sample (0: shared), token to token
+    Dtype dtype, table_dtype;                       // of x and out; of cos and sin
+    bool transposed;
+};
+
+void rotary(const RotaryArgs& args, int threads);
 
 struct RowNormsArgs {
     const void* x;

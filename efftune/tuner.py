@@ -33,8 +33,9 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
 
     Args:
-        blocks: also swap norms, gated MLPs, activations and sdpa attention for those of efftune.nn, whose outputs
-            backward makes again instead of keeping them: less memory, the same gradients up to rounding.
+        blocks: also swap norms, gated MLPs, activations and attention (sdpa or eager) for those of efftune.nn, whose
+            outputs backward makes again instead of keeping them, and the rotary embedding for one pass: less memory,
+            the same gradients up to rounding.
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
     """
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from efftune.errors import EfftuneError
 from efftune.linear import Exact, Full, Linear
 from efftune.linear.contracts import Keep, brief
 from efftune.linear.module import is_conv1d
+from efftune.nn.attention import KEEP
+from efftune.nn.eager_attention import ROWS
 
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ALL_LINEAR = "all-linear"
@@ -216,15 +218,20 @@ def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Itera
 @contextmanager
 def exact_keeps(model: nn.Module) -> Iterator[None]:
     """Within it, everything in `model` that backward keeps is kept exactly."""
-    modules: list[tuple[Any, Any]] = [(m, getattr(m, "keep", None)) for m in model.modules()]
-    kept = [(module, keep) for module, keep in modules if isinstance(keep, Keep) and keep.random]
-    for module, _ in kept:
-        module.keep = Exact()
+    drawing = drawing_keeps(model)
+    for module, name, _ in drawing:
+        setattr(module, name, Exact())
     try:
         yield
     finally:
-        for module, keep in kept:
-            module.keep = keep
+        for module, name, keep in drawing:
+            setattr(module, name, keep)
+
+
+def drawing_keeps(model: nn.Module) -> list[tuple[nn.Module, str, Keep]]:
+    """Module, attribute and keep, of all in `model` that backward keeps by drawing."""
+    keeps = ((m, name, getattr(m, name, None)) for m in model.modules() for name in (KEEP, ROWS))
+    return [(module, name, keep) for module, name, keep in keeps if isinstance(keep, Keep) and keep.random]
 
 
 def _needs_input(layer: nn.Module) -> bool:

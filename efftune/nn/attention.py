@@ -19,10 +19,10 @@ aten = torch.ops.aten
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keep: Keep, seed, causal: bool, scale: float, dropout: float, made: list, q, k, v, mask):
-        rows = [_rows(t) for t in (q, k, v)]
-        q, k, v = (_heads(t, like) for t, like in zip(rows, (q, k, v), strict=True))
+        rows = [as_rows(t) for t in (q, k, v)]
+        q, k, v = (as_heads(t, like) for t, like in zip(rows, (q, k, v), strict=True))
         out, rest = _forward(q, k, v, mask, causal, scale, dropout)
-        held = [keep.hold(t.detach(), seed, stream) for stream, t in enumerate((*rows, _rows(out)))]
+        held = [keep.hold(t.detach(), seed, stream) for stream, t in enumerate((*rows, as_rows(out)))]
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
@@ -45,11 +45,11 @@ class _Attention(torch.autograd.Function):
         ctx.once.drop()
         mask, *saved = ctx.saved_tensors
         saved = unflatten(tuple(saved), ctx.structure)
-        q, k, v = (_heads(load(part), shape) for part, shape in zip(saved[:3], ctx.shapes[:3], strict=True))
+        q, k, v = (as_heads(load(part), shape) for part, shape in zip(saved[:3], ctx.shapes[:3], strict=True))
         if ctx.again:
             out, rest = _forward(q, k, v, mask, *ctx.settings)
         else:
-            out, rest = _heads(load(saved[3]), ctx.shapes[3]), saved[4:]
+            out, rest = as_heads(load(saved[3]), ctx.shapes[3]), saved[4:]
         dq, dk, dv = _backward(dout, q, k, v, mask, out, rest, *ctx.settings)
         return None, None, None, None, None, None, dq, dk, dv, None
 
@@ -58,12 +58,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """(B, H, T, D) -> (B·T, H·D): a view of what a projection gave; a copy of another layout."""
     return t.transpose(1, 2).reshape(t.shape[0] * t.shape[2], -1)
 
 
-def _heads(rows: Tensor, like: Tensor | torch.Size) -> Tensor:
+def as_heads(rows: Tensor, like: Tensor | torch.Size) -> Tensor:
     b, h, t, d = like.shape if isinstance(like, Tensor) else like
     return rows.view(b, t, h, d).transpose(1, 2)
 

@@ -1,7 +1,8 @@
 """The parts of a transformer block around its linear layers, swapped on the instance and back.
 
-Norms, gated MLPs, activations and the attention of Hugging Face models are recognised by what they compute, not by
-their class: a candidate is tried on a few numbers against the formula, and left alone where it computes something else.
+Norms, gated MLPs, activations, the attention of Hugging Face models and its rotary embedding are recognised by what
+they compute, not by their class: a candidate is tried on a few numbers against the formula, and left alone where it
+computes something else.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.nn import attention
+from efftune.nn import attention, eager_attention, rotary
 from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
@@ -31,6 +33,7 @@ class Blocks:
 
     swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)  # parent, name, old, new
     attention: list[tuple[nn.Module, Keep | None]] = field(default_factory=list)  # and its keep of before
+    rotary: list[RemovableHandle] = field(default_factory=list)  # hooks of rotary embeddings
 
     def remove(self) -> None:
         for parent, name, old, new in reversed(self.swaps):
@@ -43,20 +46,24 @@ class Blocks:
                 setattr(module, attention.KEEP, before)
             elif hasattr(module, attention.KEEP):
                 delattr(module, attention.KEEP)
-        self.swaps, self.attention = [], []
+        for hook in self.rotary:
+            hook.remove()
+        self.swaps, self.attention, self.rotary = [], [], []
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
         for _, _, _, new in self.swaps:
             kinds[type(new).__name__] = kinds.get(type(new).__name__, 0) + 1
         kinds |= {"attention": len(self.attention)} if self.attention else {}
+        kinds |= {"rotary": len(self.rotary)} if self.rotary else {}
         return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
 
 
 @torch.no_grad()
 def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     """Swaps norms, gated MLPs and activations inside `model` for those of efftune.nn, and routes the attention of a
-    transformers model that uses sdpa through `attention`. Parameters are shared and keep their names."""
+    transformers model through `attention` (sdpa) or `eager_attention` and its rotary embedding through `rotary`.
+    Parameters are shared and keep their names."""
     done = Blocks()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -70,6 +77,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
                 parent._modules[name] = new.train(child.training)
                 done.swaps.append((parent, name, child, new))
     _install_attention(model, keep, done)
+    _install_rotary(model, done)
     return done
 
 
@@ -164,11 +172,26 @@ def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
 
 
 def _install_attention(model: nn.Module, keep: Keep | None, done: Blocks) -> None:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa" and hasattr(module, "is_causal"):
-            before = getattr(module, attention.KEEP, None)
-            setattr(module, attention.KEEP, keep or before or Exact())
-            done.attention.append((module, before))
-    if done.attention:
+    sdpa = [
+        module
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
+        and hasattr(module, "is_causal")
+    ]
+    eager = eager_attention.modules(model)
+    for module in (*sdpa, *eager):
+        before = getattr(module, attention.KEEP, None)
+        setattr(module, attention.KEEP, keep or before or Exact())
+        done.attention.append((module, before))
+    if sdpa:
         attention.register()
+    if eager:
+        eager_attention.register()
+
+
+def _install_rotary(model: nn.Module, done: Blocks) -> None:
+    if not rotary.register({type(module) for module in model.modules()}):
+        return
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding") and rotary.mark not in module._forward_hooks.values():
+            done.rotary.append(module.register_forward_hook(rotary.mark))

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efftune.errors import EfftuneError
+from efftune.nn import rotary
 from efftune.ops._op import forced_backend, use_backend
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.dropout import dropout
@@ -139,6 +140,7 @@ class _Call:
     def __init__(self, owner: Recompute, leaves: list, spec, where: list[int], tensors: list[Tensor], parameters: list):
         self.owner, self.leaves, self.spec, self.where, self.parameters = owner, leaves, spec, where, parameters
         self.requires_grad = [t.requires_grad for t in tensors]
+        self.rotary = [rotary.is_marked(t) for t in tensors]
         self.device = (tensors or parameters)[0].device
         kind = self.device.type
         self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -282,6 +284,9 @@ class _SubBatch(torch.autograd.Function):
                 t.detach().requires_grad_(needed)
                 for t, needed in zip(call.take(inputs, rows), call.requires_grad, strict=True)
             ]
+            for t, marked in zip(sub, call.rotary, strict=True):
+                if marked:  # a new tensor has none of the old one's attributes
+                    rotary.set_marked(t)
             out = call.run(sub, rows)
         pairs = [(o, g) for o, g in zip(out, grads, strict=True) if g is not None and o.requires_grad]
         wrt = [*(t for t in sub if t.requires_grad), *call.parameters]

@@ -26,7 +26,9 @@ class TrainConfig:
     )
     data: str | None = _setting(None, "training file: .jsonl, .json, .txt, .md, .csv, .tsv or .parquet")
     recipe: str = _setting("lora(r=16)", "what trains and how, for example 'int8 + lora(r=8)'")
-    blocks: bool = _setting(True, "norms, activations and attention whose outputs backward makes again")
+    blocks: bool = _setting(
+        True, "norms, activations and attention whose outputs backward makes again, rotary embedding in one pass"
+    )
     out: str | None = _setting(None, "run directory (default: the next free runs/train-NNN)")
     resume: bool = _setting(
         False, "continue the run in --out from its newest intact checkpoint; --steps or --epochs may be new"

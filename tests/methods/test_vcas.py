@@ -9,13 +9,12 @@ import torch
 import efftune
 from efftune.linear import Exact, Linear
 from efftune.methods._base import Method
+from efftune.methods._gradients import coordinates, distance, inverse_share
 from efftune.methods.sampled import vcas
 from efftune.methods.sampled.vcas import (
     Controller,
     Sampled,
     Window,
-    _distance,
-    coordinates,
     row_variance,
     smallest_share,
 )
@@ -90,7 +89,7 @@ def test_more_variance_than_allowed_keeps_more(act, share):
     window = Window(count=2, act=act * v_s * 4, norms=[[torch.ones(4)] * 3] * 2)
     first, second = list(dict(stack.named_parameters()))[:2]
     p = dict(stack.named_parameters())
-    window.spread = {n: torch.tensor(v_s / 2 / vcas._scale(p[n]), dtype=torch.float64) for n in (first, second)}
+    window.spread = {n: torch.tensor(v_s / 2 / inverse_share(p[n]), dtype=torch.float64) for n in (first, second)}
     tuner.methods[-1]._adapt(stack, controller, window)
     assert abs(controller.share - share) < 1e-9
 
@@ -101,7 +100,7 @@ def test_more_variance_of_rows_than_allowed_keeps_more_rows(factor, expected):
     name, layer = next(iter(layers(stack).items()))
     others = [m.keep.ratio for m in layers(stack).values()][1:]
     layer.keep = Sampled(0.7, min_rows=1, at="backward")
-    scale = vcas._scale(layer.weight)
+    scale = inverse_share(layer.weight)
     window = Window(count=2, act=0.0, norms=[[None] * 3] * 2)
     window.spread = {f"{name}.weight": torch.tensor(4.0 / scale)}
     window.weight = {name: torch.tensor(2 * factor * 0.025 * 4.0)}
@@ -206,12 +205,12 @@ def test_repeats_see_the_dropout_of_the_exact_pass_and_draw_other_samples():
     for block in stack:
         block.forward.ratio = 0.5
     acts = []
-    monitor = vcas._distance
-    vcas._distance = lambda a, b, p: acts.append(a) or monitor(a, b, p)
+    monitor = vcas.distance
+    vcas.distance = lambda a, b, p: acts.append(a) or monitor(a, b, p)
     try:
         tuner.backward(None, loss)
     finally:
-        vcas._distance = monitor
+        vcas.distance = monitor
     per = len(acts) // 3
     assert float(vars(stack)["vcas"].window.act) > 1e-8
     assert not torch.equal(acts[0], acts[per]) and not torch.equal(acts[per], acts[2 * per])
@@ -240,7 +239,7 @@ def test_the_measured_variance_of_drawn_samples_is_the_real_one():
     real = []
     for _ in range(60):
         found = drawn()
-        real.append(sum(_distance(found[n], exact[n], p) for n, p in watched.items()))
+        real.append(sum(distance(found[n], exact[n], p) for n, p in watched.items()))
     real = torch.stack(real)
     assert abs(measured - real.mean()) < 4 * (1 / 12 + 1 / 60) ** 0.5 * real.std()
 

@@ -14,7 +14,7 @@ DECODERS = {
 FAMILIES = [*DECODERS, "GPT2", "Bert"]
 
 
-def model(family, dtype=torch.float32, dropout=0.0, seed=0):
+def model(family, dtype=torch.float32, dropout=0.0, seed=0, attention="sdpa"):
     import transformers
 
     torch.manual_seed(seed)
@@ -37,6 +37,7 @@ def model(family, dtype=torch.float32, dropout=0.0, seed=0):
     for name, parameter in made.named_parameters():  # norms that do something
         if "norm" in name.lower() or "ln_" in name:
             torch.nn.init.normal_(parameter, 0.5, 0.2)
+    made.set_attn_implementation(attention)
     return made.to(dtype).train()
 
 

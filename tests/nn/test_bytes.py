@@ -12,21 +12,23 @@ from efftune.memory import meter
 ROWS, TOKENS, D = 2, 128, 1024
 
 
-def llama(layers):
+def llama(layers, attention, dropout):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=D, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
         num_key_value_heads=4, max_position_embeddings=512, use_cache=False, dtype=torch.bfloat16,
+        attention_dropout=dropout,
     )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+    made = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    return made.train()
 
 
-def per_token_and_layer(recipe, padded):
+def per_token_and_layer(recipe, padded=False, attention="sdpa", dropout=0.0):
     counted, allocated = [], []
     for layers in (1, 2):
-        model = llama(layers)
+        model = llama(layers, attention, dropout)
         if recipe:
             efftune.apply(model, recipe)
         ids = torch.randint(0, 128, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -62,7 +64,27 @@ def test_bytes_of_a_block(recipe, padded, most):
     assert counted <= most and allocated <= most
 
 
-def test_what_transformers_keeps():
-    """The figure that the others stand beside."""
-    counted, allocated = per_token_and_layer(None, False)
-    assert counted == pytest.approx(43.1, abs=0.1) and allocated == pytest.approx(43.1, abs=0.1)
+# With 16 · 128 = 2 d attention weights for each token, in 16 bits 4 d.
+@pytest.mark.parametrize(
+    "recipe, dropout, most",
+    [
+        ("full", 0.0, 24.1),
+        ("full", 0.1, 24.1),
+        ("lora(r=16)", 0.0, 24.3),
+        ("full + mesa(bits=8)", 0.0, 12.9),
+        ("full + mesa(bits=4)", 0.0, 6.9),
+        ("lora(r=16) + wtacrs(ratio=0.3, attention=True) + mesa(bits=4)", 0.1, 7.2),
+    ],
+)
+def test_bytes_of_a_block_with_eager_attention(recipe, dropout, most):
+    counted, allocated = per_token_and_layer(recipe, attention="eager", dropout=dropout)
+    print(f"{recipe}, dropout {dropout}: {counted:.3f} d counted, {allocated:.3f} d allocated")
+    assert counted <= most and allocated <= most
+
+
+@pytest.mark.parametrize("attention, dropout, size", [("sdpa", 0.0, 43.1), ("eager", 0.0, 58.0), ("eager", 0.1, 62.0)])
+def test_what_transformers_keeps(attention, dropout, size):
+    """The figures that the others stand beside."""
+    counted, allocated = per_token_and_layer(None, attention=attention, dropout=dropout)
+    print(f"{attention}, dropout {dropout}: {counted:.3f} d counted, {allocated:.3f} d allocated")
+    assert counted == pytest.approx(size, abs=0.1) and allocated == pytest.approx(size, abs=0.1)

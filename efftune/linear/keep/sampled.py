@@ -84,11 +84,18 @@ class Sampled(Keep):
             rows, idx, weight = cast(tuple[Tensor, Tensor, Tensor], kept)
             return rows_grad(g, idx, weight, rows)
         z, norms, seed = cast(tuple[Tensor | Handle, Tensor, Tensor], kept)
-        scores = norms * row_norms(g)
-        idx, weight, fallback = select_rows(scores, self.rows(g.shape[0]), seed, self.sampler)
+        idx, weight = self.select((norms * row_norms(g))[None], seed)
+        return rows_grad(g, idx[0], weight[0], load(z, idx[0]))
+
+    def select(self, scores: Tensor, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows drawn in backward, where ‖g_i‖·‖z_i‖ is known, of N products at once: scores (N, M) float32 -> indices
+        and weights (N, k). Product i draws from stream + i."""
+        k = self.rows(scores.shape[1])
+        drawn = [select_rows(each, k, seed, self.sampler, stream + i) for i, each in enumerate(scores)]
+        idx, weight, fallback = (torch.stack(part) for part in zip(*drawn, strict=True))
         # Where all scores are zero the gradient is: nothing fell back to anything.
-        _count(fallback * (scores.max() != 0))
-        return rows_grad(g, idx, weight, load(z, idx))
+        _count((fallback * (scores.amax(1) != 0)).sum(dtype=fallback.dtype))
+        return idx, weight
 
 
 def _once(source, key, make):

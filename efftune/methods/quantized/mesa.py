@@ -18,7 +18,7 @@ from efftune.errors import EfftuneError
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
-from efftune.methods._base import ALL_LINEAR, Method, exact_keeps, keep_in_layers
+from efftune.methods._base import ALL_LINEAR, Method, drawing_keeps, exact_keeps, keep_in_layers
 from efftune.methods._gradients import coordinates, discarding, distance
 from efftune.nn.subbatch import generators, replaying
 
@@ -306,14 +306,12 @@ class Probe:
 def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly. Afterwards all
     keeps are those of before."""
-    ours = {id(module) for modules in places.values() for module in modules}
-    every: list[tuple[Any, Any]] = [(m, getattr(m, "keep", None)) for m in model.modules()]
-    drawing = [(m, keep) for m, keep in every if isinstance(keep, Keep) and (keep.random or id(m) in ours)]
-    for module, _ in drawing:
-        module.keep = Aligned()
+    drawing = drawing_keeps(model)
+    for module, name, _ in drawing:
+        setattr(module, name, Aligned())
     try:
         device = next(model.parameters()).device
         yield Probe(model, places, device, generators(device))
     finally:
-        for module, keep in drawing:
-            module.keep = keep
+        for module, name, keep in drawing:
+            setattr(module, name, keep)

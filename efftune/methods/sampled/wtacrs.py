@@ -10,6 +10,7 @@ from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled, fallbacks
 from efftune.linear.scores import TokenScores
 from efftune.methods._base import ALL_LINEAR, Method, blocks, exact_keeps, keep_in_layers
+from efftune.nn import eager_attention
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,14 @@ class WtaCrs(Method):
     Scores: ‖x_i‖ · ‖dy_i‖ of each token. Where rows are drawn in forward, ‖dy_i‖ is remembered from the last time the
     sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says
     how often there was one.
+    With `attention`, models that run with attn_implementation="eager" also estimate dv and dk of attention, from
+    `ratio` of the query rows: see `efftune.nn.eager_attention`. It saves time only, and composes with `mesa`, which
+    says how the attention weights are kept.
+
     Memory: `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor; an input that
         backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
-    Raises: EfftuneError for a ratio outside (0, 1], for sampler="topk" without biased=True, and where no layer trains.
+    Raises: EfftuneError for a ratio outside (0, 1], for sampler="topk" without biased=True, where no layer trains, and
+        for attention=True on a model without eager attention.
     Source: Liu et al. 2023, arXiv:2305.15265.
     """
 
@@ -31,6 +37,7 @@ class WtaCrs(Method):
     min_rows: int = 16
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     biased: bool = False
+    attention: bool = False
 
     name = "wtacrs"
 
@@ -45,6 +52,16 @@ class WtaCrs(Method):
     def prepare(self, model):
         keep = Sampled(self.ratio, self.sampler, self.min_rows)
         layers = keep_in_layers(self, model, self.target_modules, keep)
+        if self.attention:
+            attentions = eager_attention.modules(model)
+            if not attentions:
+                raise EfftuneError(
+                    f"wtacrs(attention=True) samples the products of eager attention, and {type(model).__name__} runs "
+                    'none that is known; load it with attn_implementation="eager", or leave attention out.'
+                )
+            for module in attentions:
+                setattr(module, eager_attention.ROWS, keep)
+            eager_attention.register()
         known = [m.scores for m in model.modules() if isinstance(m, Linear) and m.scores is not None]
         scores = known[0] if known else TokenScores()  # of another wtacrs, for other layers of the model
         for name in layers:
@@ -69,6 +86,8 @@ class WtaCrs(Method):
         return exact_keeps(model)
 
     def remove(self, model):
+        for module in model.modules():
+            vars(module).pop(eager_attention.ROWS, None)
         for block in _stack(model):
             for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, _Observer)]:
                 del block._forward_hooks[key]

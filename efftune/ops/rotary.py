@@ -1,0 +1,125 @@
+"""Rotary position embedding, x∘cos + rotate_half(x)∘sin, and its transpose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._op import Op
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def composition(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """The formula in torch operations, with their own gradients. cos and sin broadcast against x (..., D)."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    c1, c2, s1, s2 = cos[..., :half], cos[..., half:], sin[..., :half], sin[..., half:]
+    if transposed:
+        s1, s2 = -s2, -s1
+    return torch.cat([x1 * c1 - x2 * s1, x2 * c2 + x1 * s2], -1)
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if x.ndim != 4 or x.dtype not in (*_STORED, torch.float64):
+        raise ValueError(f"rotary takes x (B, H, T, D), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
+    b, _, t, d = x.shape
+    if d % 2:
+        raise ValueError(f"rotary turns pairs of columns i and D/2 + i; it takes an even D, not {d}.")
+    if cos.shape != sin.shape or cos.shape not in ((b, t, d), (1, t, d)):
+        raise ValueError(
+            f"rotary needs cos and sin ({b}, {t}, {d}) or (1, {t}, {d}) for x {tuple(x.shape)}, not {tuple(cos.shape)} "
+            f"and {tuple(sin.shape)}; where only a part of the columns turns, pass that part of x."
+        )
+    if cos.dtype != sin.dtype or cos.dtype not in (x.dtype, torch.float32):
+        raise ValueError(
+            f"rotary takes cos and sin both in x's {x.dtype} or both in float32, not {cos.dtype} and {sin.dtype}."
+        )
+
+
+def _fake(x, cos, sin, transposed):
+    _check(x, cos, sin)
+    return torch.empty_like(x)
+
+
+def _reference(x, cos, sin, transposed):
+    out = _fake(x, cos, sin, transposed)
+    x, cos, sin = (t if t.dtype == torch.float64 else t.float() for t in (x, cos, sin))
+    return out.copy_(composition(x, cos.unsqueeze(1), sin.unsqueeze(1), transposed))
+
+
+rotary_op = Op("rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _reference, _fake)
+
+
+def _rows_contiguous(t: Tensor) -> bool:
+    return t.ndim > 0 and (t.stride(-1) == 1 or t.shape[-1] <= 1)
+
+
+def _why_not(x, cos, sin, transposed) -> str | None:
+    if not all(_rows_contiguous(t) for t in (x, cos, sin)):
+        return "the kernels take rows whose elements are adjacent"
+    return "float64 is computed by the reference" if x.dtype == torch.float64 else None
+
+
+def _cpp_why_not(x, cos, sin, transposed):
+    return _why_not(x, cos, sin, transposed) or cpp_why_not(*(t[:0] for t in (x, cos, sin)))  # rows may be apart
+
+
+def _triton_why_not(x, cos, sin, transposed):
+    return triton_why_not(x, cos, sin) or _why_not(x, cos, sin, transposed)
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+@rotary_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+def _cpp(x, cos, sin, transposed):
+    out = _fake(x, cos, sin, transposed)
+    extension("_cpu").rotary(
+        *(t.data_ptr() for t in (x, cos, sin, out)),
+        tuple(x.shape),
+        x.stride()[:3],
+        out.stride()[:3],
+        *((t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)) for t in (cos, sin)),
+        _name(x),
+        _name(cos),
+        transposed,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@rotary_op.backend("triton", "cuda", why_not=_triton_why_not)
+def _triton(x, cos, sin, transposed):
+    from efftune.triton_kernels.rotary import rotary
+
+    out = _fake(x, cos, sin, transposed)
+    rotary(x, cos, sin, out, transposed)
+    return out
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    return t if _rows_contiguous(t) else t.contiguous()
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
+    """y1 = x1∘cos1 - x2∘sin1, y2 = x2∘cos2 + x1∘sin2, where 1 and 2 are the halves of the columns: x∘cos +
+    rotate_half(x)∘sin with rotate_half(x) = (-x2, x1).
+
+    Args:
+        x: (B, H, T, D) f64 | f32 | bf16 | f16, D even. Rows of D adjacent elements may lie anywhere, as in (B, T, H, D)
+            seen as (B, H, T, D) or in a part of the columns; that costs no copy.
+        cos, sin: (B, T, D) or (1, T, D) for all samples, both in x's dtype or both in f32. Their halves need not agree.
+        transposed: the gradient instead, dx1 = dy1∘cos1 + dy2∘sin2, dx2 = dy2∘cos2 - dy1∘sin1, with dy as x. Where the
+            halves agree and cos² + sin² = 1, it turns back.
+    Returns: (B, H, T, D), dtype of x, with its dimensions in the same order in memory (that of `torch.empty_like`). No
+        gradient.
+    Numerics: all arithmetic in f32 (f64 for an f64 x), rounded once. With f32 on a CPU the bits are transformers' own.
+    Saved for backward: nothing here; the caller keeps cos and sin.
+    Raises: ValueError for an x that is not (B, H, T, D), floating-point and of an even D, and for cos and sin of other
+        shapes or dtypes.
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34; the halves as in GPT-NeoX and transformers.
+    """
+    return rotary_op(_adjacent(x), _adjacent(cos), _adjacent(sin), transposed)
