@@ -2,8 +2,8 @@
 
 python -m bench.mezo [--device cpu|cuda] [--dtypes bfloat16,float32] [--repeats N]
 
-On a CPU the model and batch of `efftune train` without options (5.2 M parameters, 8 x 256 tokens); on a GPU a Llama of 1 B
-parameters on 2048 tokens.
+On a CPU the model and batch of `efftune train` without options (5.2 M parameters, 8 x 256 tokens); on a GPU a Llama
+of 1 B parameters on 2048 tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     for recipe in RECIPES:
         tuner = efftune.apply(fresh(), recipe)
         variants[recipe] = step(tuner, tuner.optimizer(lr=1e-7))
-    name = f"{str(dtype).removeprefix('torch.')} {sum(p.numel() for p in plain.model.parameters()) / 1e6:.0f} M {device}"
+    name = (
+        f"{str(dtype).removeprefix('torch.')} {sum(p.numel() for p in plain.model.parameters()) / 1e6:.0f} M {device}"
+    )
     return run(name, variants, device=device, dtype=dtype, repeats=repeats)
 
 

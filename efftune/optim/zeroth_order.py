@@ -156,9 +156,13 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         every = [(seed, c, w, ids) for w, step in zip(weights, recent, strict=True) for seed, c, ids in step]
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         for name, p in self.named(self.param_groups[index]):
-            if decay != 1 and id(p) in used:
-                p.mul_(decay)
             mine = [(seed, c, w) for seed, c, w, ids in every if id(p) in ids]
+            decays = decay != 1 and id(p) in used
+            if not mine and not decays:
+                continue
+            threshold = self.threshold(name, p)  # of the weights before their first change
+            if decays:
+                p.mul_(decay)
             if not mine:
                 continue
             seeds = tuple(seed for seed, _, _ in mine)
@@ -168,7 +172,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 made[key] = scalars.double() if p.dtype == torch.float64 else scalars
             perturb_(
                 p, made[key], seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding,
-                threshold=self.threshold(name, p),
+                threshold=threshold,
             )  # fmt: skip
 
     @torch.no_grad()

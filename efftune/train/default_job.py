@@ -28,6 +28,7 @@ SETTINGS = {
     "recipe": "lora(r=16)", "seq_len": 256, "batch_size": 8, "epochs": 3.0, "lr": 8e-3, "eval_every": 60,
     "sample_prompt": "The try statement",
 }  # fmt: skip
+ZEROTH_ORDER_RATE = 1e-3  # largest stable rate falls with the number of parameters, and this model has few
 VOCABULARY = 4096
 MODEL = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,

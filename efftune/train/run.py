@@ -78,8 +78,13 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     saved = out / "config.json"
     if given.get("resume") and saved.exists():
         given = {**TrainConfig.load_settings(saved)[0], **given}
-    elif not given.get("data"):
-        given = {**default_job.SETTINGS, **given}
+    else:
+        job = default_job.SETTINGS if not given.get("data") else {}
+        recipe = {"recipe": TrainConfig.recipe, **job, **given}["recipe"]
+        own = next((rate for m in efftune.recipe.parse(recipe) if (rate := m.learning_rate) is not None), None)
+        if own is not None:
+            job = job | {"lr": default_job.ZEROTH_ORDER_RATE if job else own}
+        given = {**job, **given}
     config = TrainConfig(**{**given, "out": str(out)})
     if config.model and not config.data:
         raise EfftuneError("--model needs --data: give the file to train on.")

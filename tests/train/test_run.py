@@ -188,6 +188,40 @@ def test_classification(write, tmp_path, tokenizer, recipe):
     assert new == [] and json.loads((tmp_path / "merged/config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
 
 
+@pytest.mark.parametrize("recipe", ["mezo", "lora(r=4) + mezo(momentum=0.5)"])
+def test_a_zeroth_order_run_is_shipped_as_seeds(options, recipe, tmp_path, capsys):
+    assert cli.main(arguments(options | {"recipe": recipe, "lr": 1e-3, "weight_decay": 0.01})) == 0
+    run, log, out = str(tmp_path / "run"), str(tmp_path / "log"), str(tmp_path / "again")
+    assert cli.main(["export", run, "--seed-log", "--out", log]) == 0
+    assert Path(log).stat().st_size < 2000
+    assert cli.main(["replay", options["model"], log, out]) == 0
+    command, file = ("export", "adapter_model.safetensors") if "lora" in recipe else ("merge", "model.safetensors")
+    assert cli.main([command, run, "--out", str(tmp_path / "expected")]) == 0
+    expected, found = load_file(tmp_path / "expected" / file), load_file(tmp_path / "again" / file)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[n], found[n]) for n in expected)
+    assert "after 12 directions" in capsys.readouterr().out  # and a decay for each
+
+    assert cli.main(["export", run, "--seed-log", "--out", log]) == 1
+    assert "exists already" in capsys.readouterr().err
+    data = Path(log).read_bytes()
+    Path(log).write_bytes(data[:-40])
+    assert cli.main(["replay", options["model"], log, str(tmp_path / "cut")]) == 0
+    assert "after 9 directions" in (printed := capsys.readouterr().out) and "cut short: it had 12" in printed
+    other = llama(seed=5)
+    shutil.copytree(options["model"], tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    other.save_pretrained(tmp_path / "other")
+    assert cli.main(["replay", str(tmp_path / "other"), log, str(tmp_path / "x")]) == 1
+    assert "is not the model that" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_run_with_gradients_has_no_seeds(options, tmp_path, capsys):
+    assert cli.main(arguments(options | {"steps": 1})) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--seed-log", "--out", str(tmp_path / "log")]) == 1
+    assert "leaves no seeds" in capsys.readouterr().err
+    assert cli.main(["replay", options["model"], str(tmp_path / "qa.jsonl"), str(tmp_path / "x")]) == 1
+    assert "is no seed log" in capsys.readouterr().err
+
+
 def test_tensorboard_on_request(options, tmp_path):
     pytest.importorskip("tensorboard")
     train(options | {"tensorboard": True, "steps": 2})

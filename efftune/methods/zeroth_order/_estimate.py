@@ -45,6 +45,8 @@ class ZerothOrder(Method):
     beta2: float = 0.0
     update: str = "stochastic"
 
+    learning_rate = 1e-6  # in Malladi et al. 2023, for models of billions of parameters
+
     def __post_init__(self):
         if not self.eps > 0:
             raise EfftuneError(f"{self.name} needs eps > 0, not {self.eps}; 1e-3 is usual.")
@@ -115,7 +117,9 @@ class ZerothOrder(Method):
     def report(self, model):
         skipped = vars(model).get("skipped_directions")
         count = 0 if skipped is None else int(skipped)
-        return f"{self.name}: {count} direction{'s' * (count > 1)} skipped, whose loss was not finite" if count else None
+        return (
+            f"{self.name}: {count} direction{'s' * (count > 1)} skipped, whose loss was not finite" if count else None
+        )
 
 
 def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: int) -> tuple[Tensor, set[int]]:
