@@ -34,6 +34,7 @@ class Method:
     trains: ClassVar[bool] = (
         False  # decides which parameters train; where no method of a recipe does, `full` is implied
     )
+    learning_rate: ClassVar[float | None] = None  # of `efftune train` where none is given; None: the trainer's own
 
     def prepare(self, model: nn.Module) -> None:
         """Changes the model in place: swaps layers, turns requires_grad on. The model arrives frozen.

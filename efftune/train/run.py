@@ -12,6 +12,7 @@ from torch import nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.recipe import parse
 from efftune.train import checkpoint, data, default_job, models, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
 from efftune.train.config import TrainConfig
@@ -81,7 +82,7 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     else:
         job = default_job.SETTINGS if not given.get("data") else {}
         recipe = {"recipe": TrainConfig.recipe, **job, **given}["recipe"]
-        own = next((rate for m in efftune.recipe.parse(recipe) if (rate := m.learning_rate) is not None), None)
+        own = next((rate for m in parse(recipe) if (rate := m.learning_rate) is not None), None)
         if own is not None:
             job = job | {"lr": default_job.ZEROTH_ORDER_RATE if job else own}
         given = {**job, **given}
