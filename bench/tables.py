@@ -53,9 +53,10 @@ def accuracies(data: dict) -> list[str]:
         groups.setdefault((row["recipe"], row["who"]), []).append(row)
     for (recipe, who), rows in groups.items():
         each = [100 * row["accuracy"] for row in rows]
-        seconds = sum(row["seconds"] for row in rows) / len(rows)
+        timed = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: the machine had other work
+        seconds = f"{sum(timed) / len(timed):.0f}" if timed else ""
         mean = sum(each) / len(each)
-        lines.append(f"| `{recipe}` | {who} | {mean:.2f} % | {', '.join(f'{e:.2f}' for e in each)} | {seconds:.0f} |")
+        lines.append(f"| `{recipe}` | {who} | {mean:.2f} % | {', '.join(f'{e:.2f}' for e in each)} | {seconds} |")
     return lines
 
 
