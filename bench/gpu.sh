@@ -28,7 +28,7 @@ run() { timeout 200 python3 -m "bench.$1" --device cuda "${@:2}" > "bench/result
 
 names=("$@")
 # perturb and the like first: what is cheap should not wait for what is not.
-if [ $# -eq 0 ]; then names=(perturb lowrank_linear pack_act rms_norm glu rotary rows_grad linear_cross_entropy vcas block); fi
+if [ $# -eq 0 ]; then names=(perturb mezo lowrank_linear pack_act rms_norm glu rotary rows_grad linear_cross_entropy vcas block); fi
 for name in "${names[@]}"; do
     run "$name"
     if [ "$name" = block ]; then run block --lora; fi

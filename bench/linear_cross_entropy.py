@@ -1,7 +1,7 @@
 """The loss of a language-model head, forward + backward: logits and F.cross_entropy, torch's own chunked operator, and
 ours. Peak memory includes the gradient of a head that trains.
 
-python -m bench.linear_cross_entropy [--device cpu|cuda] [--small] [--repeats N] [--first]
+python -m bench.linear_cross_entropy [--device cpu|cuda] [--small] [--repeats N] [--first] [--only naive efftune]
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def losses(device: str) -> dict[str, Loss]:
     return found
 
 
-def rows_for(device: str, dtype: torch.dtype, m: int, k: int, v: int, trains: bool, repeats: int) -> list[dict]:
+def rows_for(
+    device: str, dtype: torch.dtype, m: int, k: int, v: int, trains: bool, repeats: int, only: list[str] | None
+) -> list[dict]:
     torch.manual_seed(0)
     hidden = torch.randn(m, k, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(v, k, device=device) / k**0.5).to(dtype).requires_grad_(trains)
@@ -66,7 +68,7 @@ def rows_for(device: str, dtype: torch.dtype, m: int, k: int, v: int, trains: bo
         return call
 
     name = f"{str(dtype).removeprefix('torch.')} M {m} K {k} V {v}, head {'trained' if trains else 'frozen'}"
-    variants = {label: step(loss) for label, loss in losses(device).items()}
+    variants = {label: step(loss) for label, loss in losses(device).items() if only is None or label in only}
     products = 3 if trains else 2
     return run(name, variants, device=device, dtype=dtype, flops=2 * products * m * k * v, repeats=repeats)
 
@@ -75,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="V 32k, K 1024, 1024 tokens, for slow processors")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
     parser.add_argument("--first", action="store_true", help="the first job only: bfloat16, a head that trains")
     parser.add_argument("--repeats", type=int, help="of each variant (default 3 on a CPU, 10 on a GPU)")
     arguments = parser.parse_args()
@@ -84,7 +87,7 @@ def main() -> None:
     if device != "cpu" and not arguments.small:
         jobs += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
     jobs = jobs[:1] if arguments.first else jobs
-    rows = [row for job in jobs for row in rows_for(device, *job, repeats)]
+    rows = [row for job in jobs for row in rows_for(device, *job, repeats, arguments.only)]
     save(rows, f"bench/results/linear_cross_entropy-{device}{'-small' if arguments.small else ''}.json")
     print_table(rows)
 
