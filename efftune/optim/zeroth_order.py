@@ -68,7 +68,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
         self.log, self.steps = SeedLog(), 0
         self.recent: list[deque[list[Direction]]] = [deque() for _ in self.param_groups]  # by step, the newest first
-        self.previous: Tensor | None = None  # losses (n,) of the last step, for one point
+        self.previous: Tensor | None = None  # sum () of the last step's losses, for one point
         self.second: Tensor | None = None  # v, not corrected for its start
         self.skipped: Tensor | None = None
         self.thresholds: dict[str, float] = {}
@@ -137,8 +137,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
         a = average(torch.stack([a for a, _ in self.pending.values()]))
         if self.one_point:
-            last = a if self.previous is None else self.previous
-            self.previous = torch.where(a.isfinite(), a, last)
+            # The last step's losses are independent of today's directions: whatever the baseline, no bias.
+            last, total = a if self.previous is None else self.previous / len(a), a.sum()
+            if self.previous is not None:
+                total = torch.where(total.isfinite(), total, self.previous)
+            self.previous = total.nan_to_num(0.0, 0.0, 0.0)
             a = (a - last) / self.one_point
         finite = a.isfinite()
         bad = (~finite).sum()

@@ -254,6 +254,7 @@ def test_exact_updates_refuse_sixteen_bits():
 
 VARIANTS = [
     "mezo", "mezo(dist='rademacher', momentum=0.5)", "mezo(beta2=0.9, samples=2)", "mezo(points=1)",
+    "fedkseed(k=3, points=1, samples=3)",
     "sparsemezo(sparsity=0.6)", "lora(r=4) + mezo(momentum=0.8)", "lora(r=4) + lisa(layers=1, interval=2) + mezo",
 ]  # fmt: skip
 
