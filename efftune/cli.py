@@ -150,7 +150,6 @@ def _export(arguments: argparse.Namespace) -> None:
         if out.exists():
             raise EfftuneError(f"{out} exists already; give another --out.")
         with rundir.writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
             count = export_log(arguments.source, out)
         print(f"{out} holds the {count:,} directions of {arguments.source} in {out.stat().st_size:,} bytes.")
         return

@@ -109,11 +109,16 @@ class SeedLog:
                 raise ValueError
             about = json.loads(metadata["about"])
             body = data[8 + length : 8 + length + tensor["data_offsets"][1]]
-            parts, _ = about.pop("parts"), about["count"]
-        except (struct.error, ValueError, KeyError, TypeError):
+            parts, count = about.pop("parts"), about["count"]
+            entries = np.frombuffer(body[: len(body) - len(body) % ENTRY.itemsize], ENTRY)
+            known = all(isinstance(p["group"], int) and isinstance(p["unused"], list) for p in parts)
+            if not known or (entries["direction"] >> np.uint64(SEED_BITS) >= len(parts)).any():
+                raise ValueError
+        except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise EfftuneError(f"{path} is no seed log, or its beginning is damaged; fetch it again.") from None
-        whole = len(body) - len(body) % ENTRY.itemsize
-        return SeedLog(parts, np.frombuffer(body[:whole], ENTRY)), about
+        if count and not len(entries):
+            raise EfftuneError(f"{path} is cut before its first entry; fetch it again.")
+        return SeedLog(parts, entries), about
 
 
 def as_bytes(entries: np.ndarray) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,6 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         momentum: in [0, 1).   beta2: in [0, 1).   rounding: "stochastic" or "nearest", of 16-bit weights.
         sparsity: the share of a tensor's entries, the largest at the start, that neither `perturbed` nor `step` touches
             as long as they are that large.
-        one_point: ε where `accumulate` is given losses at w + ε·z instead of differences: a = (loss − the last one)/ε.
     Numerics: a in float64, c in float32, both on the device of the loss; the sum in float32, rounded once. bfloat16 and
         float16 weights are rounded stochastically: lr·a·z is mostly below half a unit in the last place, and rounding
         to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`.
@@ -56,22 +56,29 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         beta2: float = 0.0,
         rounding: str = "stochastic",
         sparsity: float = 0.0,
-        one_point: float = 0.0,
     ):
         if not (0 <= momentum < 1 and 0 <= beta2 < 1 and 0 <= sparsity < 1):
             raise EfftuneError(f"momentum, beta2 and sparsity lie in [0, 1), not {momentum}, {beta2} and {sparsity}.")
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         if any("param_names" not in group for group in self.param_groups):
             raise EfftuneError("ZerothOrderSGD draws by parameter name: give it (name, parameter) pairs.")
+        short = next((n for n, p in self.named_parameters() if p.dtype.itemsize < 4), None)
+        if short is not None and any(group["weight_decay"] for group in self.param_groups):
+            raise EfftuneError(
+                f"Weight decay would be lost in {short}, which has 16 bits: (1 - lr·weight_decay)·w rounds to w; use "
+                "weight_decay=0, or float32 weights."
+            )
         self.dist, self.momentum, self.beta2, self.rounding = dist, momentum, beta2, rounding
-        self.sparsity, self.one_point = sparsity, one_point
+        self.sparsity = sparsity
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
         self.log, self.steps = SeedLog(), 0
-        self.recent: list[deque[list[Direction]]] = [deque() for _ in self.param_groups]  # by step, the newest first
-        self.previous: Tensor | None = None  # sum () of the last step's losses, for one point
-        self.second: Tensor | None = None  # v, not corrected for its start
+        self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
+        self.losses: list[Tensor] = []  # of this step, and the mean of the last step's: for one point
+        self.previous: Tensor | None = None
+        self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
+        self.seen: Tensor | None = None
         self.skipped: Tensor | None = None
-        self.thresholds: dict[str, float] = {}
+        self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
     def named(self, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -82,12 +89,13 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             yield from self.named(group)
 
     def threshold(self, name: str, w: Tensor) -> float | None:
-        """The largest |w_i| that trains, of the tensor as it was when first asked for; None: all."""
+        """The largest |w_i| that trains, of the tensor as it was when first asked for; None: all, as in a tensor of
+        zeros (LoRA's B, biases), whose sizes say nothing yet."""
         if not self.sparsity:
             return None
         if name not in self.thresholds:
             count = max(1, round((1 - self.sparsity) * w.numel()))
-            self.thresholds[name] = float(w.detach().abs().flatten().float().kthvalue(count).values)
+            self.thresholds[name] = float(w.detach().abs().flatten().float().kthvalue(count).values) or None
         return self.thresholds[name]
 
     def perturbed(self, name: str, w: Tensor, eps: float, seed: int) -> Tensor:
@@ -102,9 +110,16 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
         self.pending[seed] = a, frozenset(used)
 
+    def look(self, loss: Tensor) -> Tensor:
+        """loss () minus the mean of the last step's, 0 while there is none: what one point has for a difference. The
+        last step's losses do not depend on today's directions, so that whatever they are, the gradient has no bias."""
+        self.losses.append(loss)
+        return torch.zeros_like(loss) if self.previous is None else loss - self.previous.to(loss.device)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self.pending.clear()
+        self.losses.clear()
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
@@ -120,8 +135,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             found = self._scalars()
             for index, group in enumerate(self.param_groups):
                 c = (found * -group["lr"]).float()
+                c = torch.where(c.isfinite(), c, 0.0)
                 directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
-                decay = torch.tensor(1 - group["lr"] * group["weight_decay"]).item()  # as the log has it
+                decay = torch.tensor(
+                    1 - group["lr"] * group["weight_decay"], dtype=torch.float32
+                ).item()  # as the log has it
                 used = frozenset().union(*(used for _, _, used in directions))
                 for seed, scalar, ids in (
                     directions if decay == 1 else [(DECAY, c.new_tensor(decay), used), *directions]
@@ -136,30 +154,33 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def _scalars(self) -> Tensor:
         """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
         a = average(torch.stack([a for a, _ in self.pending.values()]))
-        if self.one_point:
-            # The last step's losses are independent of today's directions: whatever the baseline, no bias.
-            last, total = a if self.previous is None else self.previous / len(a), a.sum()
-            if self.previous is not None:
-                total = torch.where(total.isfinite(), total, self.previous)
-            self.previous = total.nan_to_num(0.0, 0.0, 0.0)
-            a = (a - last) / self.one_point
+        for key in ("second", "seen", "previous", "skipped"):  # of a checkpoint: where the losses are now
+            if (value := getattr(self, key)) is not None:
+                setattr(self, key, value.to(a.device))
+        if self.losses:
+            mean = torch.stack(self.losses).mean()
+            self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
+            self.losses.clear()
         finite = a.isfinite()
         bad = (~finite).sum()
         self.skipped = bad if self.skipped is None else self.skipped + bad
         a = torch.where(finite, a, 0.0)
         if self.beta2:
-            square = a.square().sum() / finite.sum().clamp_min(1)
-            self.second = (1 - self.beta2) * square + (0.0 if self.second is None else self.beta2 * self.second)
-            a = a / ((self.second / (1 - self.beta2 ** (self.steps + 1))).sqrt() + 1e-8)
+            second, seen = (a.new_zeros(()) if t is None else t for t in (self.second, self.seen))
+            square, tells = a.square().sum() / finite.sum().clamp_min(1), a.any()  # nothing: skipped, or a first look
+            self.second = torch.where(tells, (1 - self.beta2) * square + self.beta2 * second, second)
+            self.seen = seen + tells
+            a = a / ((self.second / (1 - self.beta2 ** self.seen.clamp_min(1))).sqrt() + 1e-8)
         return a
 
     def _apply(self, index: int, directions: list[Direction], decay: float, used: frozenset[int]) -> None:
         recent = self._recall(index, directions)
         weights = [self.momentum**age for age in range(len(recent))]  # 0 ** 0 is 1
         every = [(seed, c, w, ids) for w, step in zip(weights, recent, strict=True) for seed, c, ids in step]
+        now = frozenset().union(*(ids for _, _, ids in directions))  # what is frozen today rests, whatever came before
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         for name, p in self.named(self.param_groups[index]):
-            mine = [(seed, c, w) for seed, c, w, ids in every if id(p) in ids]
+            mine = tuple(i for i, (*_, ids) in enumerate(every) if id(p) in ids and id(p) in now)
             decays = decay != 1 and id(p) in used
             if not mine and not decays:
                 continue
@@ -168,14 +189,15 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 p.mul_(decay)
             if not mine:
                 continue
-            seeds = tuple(seed for seed, _, _ in mine)
-            key = seeds, p.device, p.dtype == torch.float64
+            key = mine, p.device, p.dtype == torch.float64
             if key not in made:
-                scalars = torch.stack([c * w for _, c, w in mine]).to(p.device, non_blocking=True)
+                there = every[mine[0]][1].device  # directions from a log are on the host
+                scalars = torch.stack([(every[i][1] * every[i][2]).to(there) for i in mine])
+                scalars = scalars.to(p.device, non_blocking=p.device.type != "cpu")
                 made[key] = scalars.double() if p.dtype == torch.float64 else scalars
             perturb_(
-                p, made[key], seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding,
-                threshold=threshold,
+                p, made[key], seed=[every[i][0] for i in mine], stream=stream_of(name), dist=self.dist,
+                rounding=self.rounding, threshold=threshold,
             )  # fmt: skip
 
     @torch.no_grad()
@@ -203,16 +225,22 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                     perturb_(p, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding)
 
     def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
-        """One step of a log -> group -> its directions, its decay and what that is for."""
+        """One step of a log -> group -> its directions, its decay and what that is for. Raises: EfftuneError for a log
+        of other groups than there are."""
         groups: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}
         for part, seed, scalar in rows:
             index = part["group"]
-            used = frozenset(id(p) for n, p in self.named(self.param_groups[index]) if n not in part["unused"])
+            if index >= len(self.param_groups):
+                raise EfftuneError(
+                    f"The log is of {index + 1} groups of parameters or more, not {len(self.param_groups)}."
+                )
+            unused = set(part["unused"])
+            used = frozenset(id(p) for n, p in self.named(self.param_groups[index]) if n not in unused)
             directions, decay, decayed = groups.get(index, ([], 1.0, frozenset()))
             if seed == DECAY:
                 groups[index] = directions, scalar, used
             else:
-                groups[index] = [*directions, (seed, torch.tensor(scalar), used)], decay, decayed
+                groups[index] = [*directions, (seed, torch.tensor(scalar, dtype=torch.float32), used)], decay, decayed
         return groups
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,6 +249,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "log": self.log.state_dict(),
                 "steps": self.steps,
                 "second": self.second,
+                "seen": self.seen,
                 "previous": self.previous,
                 "skipped": self.skipped,
                 "thresholds": dict(self.thresholds),
@@ -231,14 +260,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         own = state_dict["zeroth_order"]
-        device = next(p for _, p in self.named_parameters()).device
         self.log.load_state_dict(own["log"])
         self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
-        for key in ("second", "previous", "skipped"):
-            setattr(self, key, None if own[key] is None else own[key].to(device))
-        self.pending.clear()
-        self.recent = [deque() for _ in self.param_groups]
-        for _, rows in self.log.by_step() if self.momentum else ():
+        for key in ("second", "seen", "previous", "skipped"):
+            setattr(self, key, own[key])
+        self.zero_grad()
+        self.recent.clear()
+        last = math.ceil(math.log(FORGOTTEN) / math.log(self.momentum)) + 1 if self.momentum else 0
+        for _, rows in deque(self.log.by_step(), maxlen=last):
             for index, (directions, _, _) in self._of_groups(rows).items():
                 self._recall(index, directions)
 

@@ -32,6 +32,7 @@ def export_log(source: str, out: Path) -> int:
         )
     log = SeedLog()
     log.load_state_dict(own["log"])
+    out.parent.mkdir(parents=True, exist_ok=True)
     about = {"recipe": config.recipe, "base": own["base"], "labels": labels}
     log.save(out, about | {name: getattr(config, name) for name in KEPT})
     return len(log.entries)
@@ -46,6 +47,9 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
     Raises: EfftuneError for a file that is no seed log, and for another base than the run's.
     """
     log, about = SeedLog.load(log_file)
+    missing = [name for name in (*KEPT, "recipe", "base", "labels") if name not in about]
+    if missing:
+        raise EfftuneError(f"{log_file} does not say '{missing[0]}'; efftune export --seed-log writes logs that do.")
     settings = {name: about[name] for name in KEPT}
     model_name = str(default_job.small_model()) if base == DEFAULT else base
     config = TrainConfig(model=model_name, recipe=about["recipe"], **settings)
@@ -63,6 +67,7 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
         if peft.adapters(tuner.model):
             tuner.save(out)
         else:
-            tuner.merge().save_pretrained(out)
+            plain: Any = tuner.merge()
+            plain.save_pretrained(out)
             tokenizer.save_pretrained(out)
     return about | {"replayed": len(log.entries)}

@@ -16,6 +16,7 @@ import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
 from efftune.nn.subbatch import Recompute
+from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import run as runs
 from efftune.train import rundir, state
 from efftune.train.loop import to_device
@@ -53,6 +54,10 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     state.set_seed(config.seed)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     optimizer = tuner.optimizer(config.lr)
+    if isinstance(optimizer, ZerothOrderSGD):
+        raise EfftuneError(
+            f"'{tuner.recipe}' leaves no gradients to look at; verify measures recipes with a backward pass."
+        )
     model = tuner.model.eval()  # without dropout: all seeds draw from one and the same function
     for module in model.modules():
         if isinstance(vars(module).get("forward"), Recompute):

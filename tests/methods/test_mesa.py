@@ -167,3 +167,54 @@ def test_allocation():
         found = allocate(4, costs, errors, limit)
         assert worst(found) <= limit and cost(found) <= 1.5 * least
     assert allocate(4, {"a": {4: 1, 8: 2, EXACT: 4}}, {"a": {"x": 0.1}}, 0.2) == {"a": 4}
+
+
+def test_nothing_to_choose_is_not_measured_again_and_running_statistics_stay():
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+            self.norm = torch.nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.layers[1](torch.tanh(self.norm(self.layers[0](x))))
+
+    for recipe, passes in (
+        ("full + mesa(bits=4, max_error=0.3)", None),
+        ("full + wtacrs(min_rows=2) + mesa(max_error=0.1)", 1),
+    ):
+        model, x, calls = Normed(), torch.randn(32, 8), [0]
+        tuner = efftune.apply(model, recipe, blocks=False)
+        optimizer = tuner.optimizer(lr=1e-3)
+
+        def loss(m, x, calls=calls):
+            calls[0] += 1
+            return m(x).square().mean()
+
+        tuner.backward(x, loss)
+        assert int(model.norm.num_batches_tracked) == 1
+        first, calls[0] = calls[0], 0
+        optimizer.step()  # warns of nothing
+        tuner.backward(x, loss)
+        assert calls[0] == 1 and (passes is None or first == passes)
+
+
+def test_a_block_whose_gradient_is_not_finite_is_not_chosen_for():
+    tuner, handles = tuned("lora(r=4) + mesa(bits=4, max_error=0.05)"), []
+
+    def loss(model, ids):
+        inner = model.model.layers[1].register_full_backward_hook(lambda m, gi, go: (gi[0] * math.nan,))
+        handles.append(inner)
+        return loss_fn(model, ids)
+
+    tuner.backward(batch(), loss)
+    assert {keep.bits for keep in keeps(tuner).values()} == {4} and not vars(tuner.model)["mesa"].done
+
+
+def test_a_checkpoint_from_before_the_measurement_undoes_one():
+    tuner = tuned("full + mesa(bits=4, max_error=0.05)")
+    before = tuner.state_dict()
+    gradient(tuner)
+    assert {keep.bits for keep in keeps(tuner).values() if isinstance(keep, Quantized)} == {4, 8}
+    tuner.load_state_dict(before)
+    assert {keep.bits for keep in keeps(tuner).values()} == {4}

@@ -76,3 +76,8 @@ def test_compare(job, tmp_path, capsys):
     with pytest.raises(EfftuneError, match="no method 'nonsense'"):
         compare(["full", "nonsense"], {**settings, "out": str(tmp_path / "d")})
     assert not (tmp_path / "d").exists()
+
+
+def test_verify_refuses_what_has_no_gradients(job):
+    with pytest.raises(EfftuneError, match="'full . mezo' leaves no gradients to look at"):
+        verify({**job, "recipe": "mezo"}, seeds=4, batches=2)

@@ -68,8 +68,9 @@ class LoRA(Delta):
     def init(self, base, w):
         n, k = base.shape(w)
         dtype = base.dtype(w) if self.dtype is None else getattr(torch, self.dtype)
-        a = torch.empty(self.r, k, device=w[0].device, dtype=dtype)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        a = torch.empty(self.r, k, device="meta" if w[0].is_meta else "cpu", dtype=dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same numbers on every device
+        a = a.to(w[0].device)
         return a, a.new_zeros(n, self.r)
 
     def trainable(self, base, w):

@@ -46,7 +46,8 @@ class Mesa(Method):
     micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
 
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
-    Cost of max_error: once, a forward and backward pass for each place, about four a block.
+    Cost of max_error: once, a forward and backward pass for each place, about four a block. The gradients are
+        dropped, but hooks on parameters see them.
     Raises: EfftuneError for other bits than 8 and 4, a max_error that is not positive, and where no layer trains.
     Source: Pan et al. 2021, arXiv:2111.11124.
     """
@@ -73,13 +74,17 @@ class Mesa(Method):
 
     def before_backward(self, model, batch, loss_fn):
         chosen = vars(model).get("mesa")
-        if chosen is None or chosen.bits or chosen.idle or self.max_error is None:
+        if chosen is None or chosen.done or chosen.idle or self.max_error is None:
             return
         chosen.places = chosen.places or _places(model)
+        chosen.asked = True
+        if not chosen.places:  # samples, recomputes: nothing is kept as codes
+            chosen.done = True
+            return
         bits, error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
         if not math.isfinite(error):
             return  # of a loss that is not: the next micro-batch will tell
-        chosen.bits, chosen.error = bits, error
+        chosen.bits, chosen.error, chosen.done = bits, error, True
         self._use(chosen)
         if error > self.max_error:
             warnings.warn(
@@ -119,15 +124,15 @@ class Mesa(Method):
                     drawn = probe.gradient(loss, keeps)
                     for block, error in probe.errors(drawn, probe.gradient(loss, reference)).items():
                         found[block] += error / DRAWS
-                worst = max(found.values(), default=0.0)
-                if worst <= max_error**2:
+                worst = max(found.values(), default=0.0, key=lambda e: math.inf if math.isnan(e) else e)
+                if worst <= max_error**2 or not math.isfinite(worst):
                     break
                 limit *= 0.9 * max_error**2 / worst
         return bits, worst**0.5
 
     def after_step(self, model, step, optimizer):
         chosen = vars(model).get("mesa")
-        if chosen is not None and not (chosen.bits or chosen.idle) and step == 0:
+        if chosen is not None and not (chosen.asked or chosen.idle or chosen.done) and step == 0:
             warnings.warn(
                 f"mesa measures in tuner.backward(batch, loss_fn), which this loop does not call: everything stays at "
                 f"{self.bits} bits.",
@@ -164,11 +169,13 @@ class Mesa(Method):
         return {} if chosen is None else {"bits": dict(chosen.bits), "error": chosen.error}
 
     def load_state_dict(self, model, state):
-        if "mesa" in vars(model) and state.get("bits"):
-            chosen = vars(model)["mesa"]
-            chosen.places = chosen.places or _places(model)
-            chosen.bits, chosen.error = dict(state["bits"]), state["error"]
-            self._use(chosen)
+        chosen = vars(model).get("mesa")
+        if chosen is None:
+            return
+        chosen.places = chosen.places or _places(model)
+        chosen.bits, chosen.error = dict(state.get("bits", {})), state.get("error", 0.0)
+        chosen.done = bool(chosen.bits)
+        _set(chosen.places, {name: self._keep(chosen.bits.get(name, self.bits)) for name in chosen.places})
 
 
 Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
@@ -181,6 +188,8 @@ class Chosen:
     bits: dict[str, int] = field(default_factory=dict)  # place -> 4, 8 or EXACT; empty: not measured yet
     error: float = 0.0
     places: Places = field(default_factory=dict)
+    asked: bool = False  # a micro-batch has come by
+    done: bool = False
     idle: bool = False  # within `exactly`: measures nothing
 
 
@@ -307,6 +316,8 @@ def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly. Afterwards all
     keeps are those of before."""
     drawing = drawing_keeps(model)
+    norms = [module for module in model.modules() if hasattr(module, "running_mean")]
+    buffers = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
     for module, name, _ in drawing:
         setattr(module, name, Aligned())
     try:
@@ -315,3 +326,6 @@ def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     finally:
         for module, name, keep in drawing:
             setattr(module, name, keep)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,7 @@ class ZerothOrder(Method):
     def optimizer(self, groups, **defaults):
         made = ZerothOrderSGD(
             groups, dist=self.dist, momentum=self.momentum, beta2=self.beta2, sparsity=getattr(self, "sparsity", 0.0),
-            rounding="stochastic" if self.update == "stochastic" else "nearest",
-            one_point=self.eps if self.points == 1 else 0.0, **defaults,
+            rounding="stochastic" if self.update == "stochastic" else "nearest", **defaults,
         )  # fmt: skip
         short = next((n for n, p in made.named_parameters() if p.dtype.itemsize < 4), None)
         if self.update == "exact" and short is not None:
@@ -96,20 +96,22 @@ class ZerothOrder(Method):
         for seed, weight in self.directions(model, step):
             with evaluation_mode(model):
                 plus, used = loss_at(model, batch, loss_fn, optimizer, self.eps, seed)
-                value, loss = plus, plus
                 if self.points == 2:
-                    minus, _ = loss_at(model, batch, loss_fn, optimizer, -self.eps, seed)
-                    value = (plus - minus) / (2 * self.eps)
-                    loss = torch.where(value.isfinite(), (plus + minus) / 2, plus.fmin(minus))
-            self.observe(model, seed, value)
-            optimizer.accumulate(seed, value * (weight * scale / self.samples), used)
+                    minus, also = loss_at(model, batch, loss_fn, optimizer, -self.eps, seed)
+                    used |= also  # a router may send the two signs different ways
+                    a = (plus - minus) * scale / (2 * self.eps)
+                    loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
+                else:
+                    a, loss = optimizer.look(plus * scale) / self.eps, plus
+            self.observe(model, seed, a)
+            optimizer.accumulate(seed, a * (weight / self.samples), used)
             shown.append(loss)
         if step == 0:
             look(self, optimizer, used)
         return torch.stack(shown).mean()
 
     def after_step(self, model, step, optimizer):
-        vars(model)["skipped_directions"] = optimizer.skipped  # for `report`
+        vars(model)["skipped_directions"] = cast(ZerothOrderSGD, optimizer).skipped  # for `report`
 
     def remove(self, model):
         vars(model).pop("skipped_directions", None)
@@ -189,3 +191,5 @@ def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, data in (pair for call in reversed(stack) for pair in call):
+            parameter.data = data  # after a KeyboardInterrupt torch calls no hook

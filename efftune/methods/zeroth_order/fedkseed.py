@@ -12,6 +12,7 @@ from torch import Tensor
 from efftune.errors import EfftuneError
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim.seed_log import DECAY
+from efftune.optim.zeroth_order import average
 
 
 @functools.cache
@@ -69,6 +70,7 @@ class FedKSeed(ZerothOrder):
     def observe(self, model, seed, a):
         if not self.pro:
             return
+        a = average(a)  # or processes would come to draw different seeds
         known = vars(model).setdefault("fedkseed", {})
         index = candidates(self.seed, self.k).index(seed)
         if "sum" not in known:

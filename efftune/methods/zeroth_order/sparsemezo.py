@@ -14,7 +14,8 @@ class SparseMezo(ZerothOrder):
 
     h is a tensor's quantile 1 − sparsity before the first step, and stays. The mask is made anew from the clean weights
     wherever z is drawn, in the kernel, so it costs no memory and is the same for both signs and the update; an entry
-    that grows beyond h stops training. E[a·z] = ∇L + O(ε²) on the entries that are small, 0 on the others.
+    that grows beyond h stops training. A tensor that begins at zero (LoRA's B, biases) trains whole. E[a·z] = ∇L +
+    O(ε²) on the entries that are small, 0 on the others.
     Memory and cost: those of mezo, and a k-th value of each tensor once.
     Raises: EfftuneError for a sparsity outside (0, 1).
     Source: Liu et al. 2024, arXiv:2402.15751; its code takes the mask from perturbed weights, which flips entries.
