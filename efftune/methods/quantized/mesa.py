@@ -23,7 +23,8 @@ from efftune.methods._gradients import coordinates, discarding, distance
 from efftune.nn.subbatch import generators, replaying
 
 EXACT = 0  # as a number of bits
-ROUNDS, DRAWS = 6, 2  # of choosing, and of gradients to check a choice by
+ROUNDS, DRAWS = 6, 3  # of choosing, and of gradients to check a choice by
+MARGIN = 0.95  # of max_error may be used up: what checks it is itself a sample
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Mesa(Method):
 
         √(E‖g − g*‖² / ‖g*‖²) ≤ max_error    over the parameters of every block
 
-    and two draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17 times
-    smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the first
+    and three draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17
+    times smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the first
     micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
 
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
@@ -114,7 +115,7 @@ class Mesa(Method):
                 costs[name] = {bits: counting.bytes(bits) for bits in (self.bits, 8, EXACT)}
             if max_error**2 < 10 * max(total(self.bits, dict.fromkeys(places, 8), errors).values(), default=0.0):
                 reference = truth  # 8 bits are no measure for errors as small as their own
-            bits, worst, limit = dict.fromkeys(places, self.bits), math.inf, max_error**2
+            bits, worst, limit = dict.fromkeys(places, self.bits), math.inf, (MARGIN * max_error) ** 2
             for _ in range(ROUNDS):
                 bits = allocate(self.bits, costs, errors, limit)
                 keeps = {name: self._keep(b) if b else Aligned() for name, b in bits.items()}
@@ -125,9 +126,9 @@ class Mesa(Method):
                     for block, error in probe.errors(drawn, probe.gradient(loss, reference)).items():
                         found[block] += error / DRAWS
                 worst = max(found.values(), default=0.0, key=lambda e: math.inf if math.isnan(e) else e)
-                if worst <= max_error**2 or not math.isfinite(worst):
+                if worst <= (MARGIN * max_error) ** 2 or not math.isfinite(worst):
                     break
-                limit *= 0.9 * max_error**2 / worst
+                limit *= 0.9 * (MARGIN * max_error) ** 2 / worst
         return bits, worst**0.5
 
     def after_step(self, model, step, optimizer):
