@@ -43,8 +43,8 @@ class Mesa(Method):
         √(E‖g − g*‖² / ‖g*‖²) ≤ max_error    over the parameters of every block
 
     and three draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17
-    times smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the first
-    micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
+    times smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the
+    first micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
 
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
     Cost of max_error: once, a forward and backward pass for each place, about four a block. The gradients are
