@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.files import read_json, read_tensors, required
+from efftune.hooks import watched
 from efftune.interop import peft
 from efftune.linear import Exact, Linear
 from efftune.linear.contracts import Keep
@@ -21,7 +22,7 @@ from efftune.linear.module import is_conv1d
 from efftune.memory.meter import saved_for_backward
 from efftune.methods._base import Method, in_classifier, linear_layers, output_head, places, shared_parameters, swap
 from efftune.methods.full import FullFineTuning
-from efftune.nn.blocks import Blocks, has_hooks, install
+from efftune.nn.blocks import Blocks, install
 from efftune.recipe import format_recipe, parse
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
@@ -72,7 +73,7 @@ def install_blocks(model: nn.Module, keep: Keep | None) -> Blocks:
         trained = {
             n: m
             for n, m in layers.items()
-            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not has_hooks(m)
+            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not watched(m)
         }
         where = places(model)
         swap(model, trained)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
+from efftune.hooks import watched
 from efftune.linear.base.dense import Dense
 from efftune.linear.contracts import Base, Delta, Keep, Need, check
 from efftune.linear.delta.full import Full
@@ -85,8 +86,7 @@ class Linear(nn.Module):
             raise EfftuneError(
                 f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
             )
-        hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
-        if any(hooks) or "forward" in vars(linear):
+        if watched(linear):
             raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
         if base is not None and base != old[0]:
             n, _ = old[0].shape(w)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+from efftune.hooks import watched
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.nn import attention, eager_attention, rotary
@@ -67,7 +68,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     done = Blocks()
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is None or has_hooks(child):
+            if child is None or watched(child):
                 continue
             if type(child) in OURS:
                 child.keep = cast(Any, keep or child.keep)  # of an earlier recipe, or the model's own
@@ -79,11 +80,6 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     _install_attention(model, keep, done)
     _install_rotary(model, done)
     return done
-
-
-def has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
 
 
 def twin(module: nn.Module, keep: Keep) -> nn.Module | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from efftune.hooks import called, unhooked, watched
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 
 ALL_ZERO = "its logits are all 0, which says nothing about how they are made"
@@ -45,9 +46,10 @@ def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: T
     head, softcap = model.get_output_embeddings(), _softcap(model)
     compared = _COMPARED.get(model, ((), None))[0] == _key(model)
     state = None if compared else _random_state(counted.device)
-    hidden, last = _forward(model, inputs)
+    with unhooked(head):  # these logits serve to compare, if at all
+        hidden, last = _forward(model, inputs)
+        reason = None if compared else _compare(head, softcap, hidden, last)
     if not compared:
-        reason = _compare(head, softcap, hidden, last)
         if reason != ALL_ZERO:  # a head that starts at 0 will say more later
             _COMPARED[model] = _key(model), reason
         if reason is not None:
@@ -55,6 +57,10 @@ def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: T
             return None
     assert hidden is not None  # compared
     hidden = hidden.flatten(0, 1).index_select(0, counted)
+    return called(head, lambda: _loss(head, softcap, hidden, targets))
+
+
+def _loss(head: Any, softcap: float | None, hidden: Tensor, targets: Tensor) -> Tensor:
     if type(head) is nn.Linear:
         return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction="sum", softcap=softcap)
     step = max(1, TILE // head.out_features)
@@ -77,7 +83,7 @@ def lm_head_why_not(model: Any) -> str | None:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return "it cannot be asked for fewer logits"
     for name, module in (("the model", model), ("its head", head)):
-        if _watched(module):
+        if watched(module):
             return f"{name} has hooks, which would not see all logits"
     if type(head) is not nn.Linear:
         reason = _adapted_why_not(head)
@@ -96,11 +102,6 @@ def _adapted_why_not(head: Any) -> str | None:
     if low:
         return f"the gradients of the tiles would be added up in 16 bits in its head's {', '.join(low)}"
     return None
-
-
-def _watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)  # accelerate and others replace forward on the instance
 
 
 def _softcap(model: Any) -> float | None:

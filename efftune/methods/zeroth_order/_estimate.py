@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
+from efftune.hooks import on_parameters
 from efftune.methods._base import Method
 from efftune.modes import evaluation_mode
 from efftune.optim.seed_log import DECAY, fingerprint
@@ -166,6 +167,7 @@ def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int
     dirty: set[int] = set()  # a parameter that nested modules share is perturbed by the outermost alone
     used: set[int] = set()
 
+    @on_parameters
     def enter(module: nn.Module, args) -> None:
         stack.append([])
         for parameter in module.parameters(recurse=False):
@@ -176,6 +178,7 @@ def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int
                 dirty.add(id(parameter))
                 used.add(id(parameter))
 
+    @on_parameters
     def leave(module: nn.Module, args, output) -> None:
         for parameter, data in stack.pop():
             parameter.data = data
