@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+import efftune
+
 
 def llama(tie=False, seed=0, layers=3, dtype=torch.float32):
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,3 +35,20 @@ class Perceptron(nn.Module):
         for layer in self.layers:
             x = torch.tanh(layer(x))
         return x
+
+
+def trained(recipe, steps=6, dtype=torch.float32, lr=1e-3, weight_decay=0.0, resume_at=None):
+    """Some zeroth-order steps on `llama()` at a falling learning rate; returns (tuner, optimizer)."""
+    tuner = efftune.apply(llama(dtype=dtype), recipe)
+    optimizer = tuner.optimizer(lr=lr, weight_decay=weight_decay)
+    for step in range(steps):
+        if step == resume_at:  # into a new optimizer, as a resumed run does
+            state = optimizer.state_dict()
+            optimizer = tuner.optimizer(lr=lr, weight_decay=weight_decay)
+            optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            group["lr"] = lr / (1 + step)
+        optimizer.zero_grad()
+        tuner.backward(batch(step), loss_fn)
+        optimizer.step()
+    return tuner, optimizer

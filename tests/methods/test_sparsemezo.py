@@ -1,0 +1,33 @@
+import torch
+from torch import nn
+
+import efftune
+from tests.methods.models import batch, llama, loss_fn
+
+
+def test_sparse_leaves_large_weights_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40, bias=False))
+    tuner = efftune.apply(model, "sparsemezo(sparsity=0.7)")
+    optimizer = tuner.optimizer(lr=1e-3)
+    before = model[0].weight.detach().clone()
+    limit = before.abs().flatten().kthvalue(480).values
+    for step in range(3):
+        tuner.backward(
+            torch.randn(2, 40, generator=torch.Generator().manual_seed(step)), lambda m, x: m(x).square().sum()
+        )
+        optimizer.step()
+    moved = model[0].weight.detach() != before
+    assert torch.equal(moved & (before.abs() > limit), torch.zeros_like(moved)) and moved.sum() > 470
+
+
+def test_a_tensor_that_begins_at_zero_trains_whole():
+    tuner = efftune.apply(llama(), "lora(r=4) + sparsemezo(sparsity=0.5)")
+    optimizer = tuner.optimizer(lr=1e-2)
+    name, b = next((n, p) for n, p in tuner.named_trained().items() if "lora_b" in n)
+    for step in range(3):
+        before = b.detach().clone()
+        optimizer.zero_grad()
+        tuner.backward(batch(step), loss_fn)
+        optimizer.step()
+        assert (b != before).all(), name
