@@ -13,9 +13,12 @@ from torch import Tensor, distributed, nn
 
 from efftune.errors import EfftuneError
 from efftune.ops.perturb import perturb, perturb_
-from efftune.optim.seed_log import DECAY, SeedLog
+from efftune.optim.seed_log import DECAY, SeedLog, checksum
 
+UPDATES = ("stochastic", "exact", "log")
+PER_LAYER = ("none", "variance", "expectation")
 Direction = tuple[int, Tensor, frozenset[int]]  # seed, scalar (), ids of the parameters that it is for
+Sum = tuple[list[int], Tensor]  # seeds, and by seed the sum of its scalars (n,) float64
 FORGOTTEN = 1e-3  # of a direction's first weight: with momentum, directions that weigh less are left out
 
 
@@ -24,8 +27,22 @@ def stream_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
+def check(dist: str, momentum: float, beta2: float, update: str, per_layer: str, sparsity: float) -> None:
+    """Raises: EfftuneError for settings of ZerothOrderSGD that are out of range."""
+    for setting, value, known in (
+        ("dist", dist, ("normal", "rademacher")),
+        ("update", update, UPDATES),
+        ("per_layer", per_layer, PER_LAYER),
+    ):
+        if value not in known:
+            raise EfftuneError(f"{setting} is {' or '.join(map(repr, known))}, not {value!r}.")
+    for setting, value in (("momentum", momentum), ("beta2", beta2), ("sparsity", sparsity)):
+        if not 0 <= value < 1:
+            raise EfftuneError(f"{setting} lies in [0, 1), and is not {value}.")
+
+
 class ZerothOrderSGD(torch.optim.Optimizer):
-    """c_i = −lr · a_i / (√v + 1e-8);   w ← (1 − lr·weight_decay) · w + Σ_i momentum^(steps since i) · c_i · z(seed_i).
+    """c_i = −lr · a_i / (√v + 1e-8);   w ← (1 − lr·weight_decay) · w + u · Σ_i momentum^(steps since i) · c_i · z_i
 
     z is drawn again from its seed, no buffer of w's size exists. v is the running mean of a² with beta2 > 0 (the
     second moment of Adam, of which a·z has one number), and absent otherwise. With momentum the Σ runs over the steps
@@ -35,15 +52,25 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     Args:
         params: groups of ("name", parameter) pairs: the name picks the random stream.
         lr: learning rate.   weight_decay: decoupled.   dist: "normal" or "rademacher", as the gradients were estimated.
-        momentum: in [0, 1).   beta2: in [0, 1).   rounding: "stochastic" or "nearest", of 16-bit weights.
+        momentum: in [0, 1).   beta2: in [0, 1).
+        update: "stochastic" rounds 16-bit weights stochastically, "exact" refuses them, "log" writes the first weights
+            + u·Σ c·z over all steps so far, rounded once.
+        per_layer: what is perturbed is w + ε·s·z, with s the root mean square of w before the first step over that of
+            all trained entries, to the nearest power of two (1 for tensors of zeros). "variance": u = 1/s, so that the
+            estimate's mean is the gradient, whatever s is; "expectation": u = 1, and its mean is s times the gradient.
+            "none": s = u = 1.
         sparsity: the share of a tensor's entries, the largest at the start, that neither `perturbed` nor `step` touches
             as long as they are that large.
     Numerics: a in float64, c in float32, both on the device of the loss; the sum in float32, rounded once. bfloat16 and
         float16 weights are rounded stochastically: lr·a·z is mostly below half a unit in the last place, and rounding
         to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`.
-    State: `log`, 16 bytes a step; with beta2 one number. `accumulate` collects the scalars of a step; `step` applies
-        and forgets them. With torch.distributed they are averaged over the processes first.
-    Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1 and section 2.2.
+    State: `log`, 16 bytes a step; with beta2 one number; with update="log" a copy of the trained weights as they were
+        when the optimizer was made, in host memory, and a step draws as many numbers for each weight as the log has
+        different seeds: for short runs, and for `fedkseed`, which has k. `accumulate` collects the scalars of a step;
+        `step` applies and forgets them. With torch.distributed they are averaged over the processes first.
+    Raises: EfftuneError for settings that are out of range, 16-bit weights with update="exact" or weight decay, and
+        weight decay with update="log".
+    Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1, section 2.2, and appendix B (per_layer).
     """
 
     def __init__(
@@ -54,22 +81,38 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         dist: str = "normal",
         momentum: float = 0.0,
         beta2: float = 0.0,
-        rounding: str = "stochastic",
+        update: str = "stochastic",
+        per_layer: str = "none",
         sparsity: float = 0.0,
     ):
-        if not (0 <= momentum < 1 and 0 <= beta2 < 1 and 0 <= sparsity < 1):
-            raise EfftuneError(f"momentum, beta2 and sparsity lie in [0, 1), not {momentum}, {beta2} and {sparsity}.")
+        check(dist, momentum, beta2, update, per_layer, sparsity)
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
         if any("param_names" not in group for group in self.param_groups):
             raise EfftuneError("ZerothOrderSGD draws by parameter name: give it (name, parameter) pairs.")
         short = next((n for n, p in self.named_parameters() if p.dtype.itemsize < 4), None)
-        if short is not None and any(group["weight_decay"] for group in self.param_groups):
+        decays = any(group["weight_decay"] for group in self.param_groups)
+        if short is not None and update == "exact":
+            raise EfftuneError(
+                f"update='exact' would lose most updates of {short}, which has 16 bits; use update='stochastic', or "
+                "float32 weights."
+            )
+        if short is not None and decays:
             raise EfftuneError(
                 f"Weight decay would be lost in {short}, which has 16 bits: (1 - lr·weight_decay)·w rounds to w; use "
                 "weight_decay=0, or float32 weights."
             )
-        self.dist, self.momentum, self.beta2, self.rounding = dist, momentum, beta2, rounding
-        self.sparsity = sparsity
+        if update == "log" and (decays or sparsity):
+            raise EfftuneError(
+                "With weight decay or sparsity a run is no sum over its directions, which update='log' is for; leave "
+                "them out, or use update='stochastic'."
+            )
+        self.dist, self.momentum, self.beta2, self.sparsity = dist, momentum, beta2, sparsity
+        self.update, self.per_layer = update, per_layer
+        self.rounding = "stochastic" if update == "stochastic" else "nearest"
+        self.start = {n: p.detach().to("cpu", copy=True) for n, p in self.named_parameters() if update == "log"}
+        self.sums: dict[str, Sum] = {}  # of all steps, for update="log"; parameters with one history share theirs
+        self.unwritten: set[str] = set()
+        self.scales: dict[str, float] = {}  # s, for per_layer
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
         self.log, self.steps = SeedLog(), 0
         self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
@@ -98,9 +141,22 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             self.thresholds[name] = float(w.detach().abs().flatten().float().kthvalue(count).values) or None
         return self.thresholds[name]
 
+    def scale(self, name: str) -> float:
+        """s of a parameter, from all that the optimizer has, as they are when it is first asked for."""
+        if self.per_layer == "none":
+            return 1.0
+        if not self.scales:
+            squares = {n: float(p.detach().double().square().sum()) for n, p in self.named_parameters()}
+            counted = [p.numel() for n, p in self.named_parameters() if squares[n]]
+            mean = sum(squares.values()) / max(1, sum(counted))
+            for n, p in self.named_parameters():
+                self.scales[n] = 2.0 ** round(math.log2(squares[n] / p.numel() / mean) / 2) if squares[n] else 1.0
+        return self.scales[name]
+
     def perturbed(self, name: str, w: Tensor, eps: float, seed: int) -> Tensor:
-        """w + eps·z in a new tensor."""
+        """w + eps·s·z in a new tensor."""
         threshold = self.threshold(name, w)
+        eps = eps * self.scale(name)
         return perturb(w, eps, seed=seed, stream=stream_of(name), dist=self.dist, threshold=threshold)
 
     def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
@@ -147,6 +203,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                     unused = [name for name, p in self.named(group) if id(p) not in ids]
                     self.log.append(self.steps, seed, scalar, index, unused)
                 self._apply(index, directions, decay, used)
+            self._write()
         self.pending.clear()
         self.steps += 1
         return loss
@@ -179,6 +236,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         every = [(seed, c, w, ids) for w, step in zip(weights, recent, strict=True) for seed, c, ids in step]
         now = frozenset().union(*(ids for _, _, ids in directions))  # what is frozen today rests, whatever came before
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
+        sums: dict[tuple, Sum] = {}
         for name, p in self.named(self.param_groups[index]):
             mine = tuple(i for i, (*_, ids) in enumerate(every) if id(p) in ids and id(p) in now)
             decays = decay != 1 and id(p) in used
@@ -195,10 +253,33 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 scalars = torch.stack([(every[i][1] * every[i][2]).to(there) for i in mine])
                 scalars = scalars.to(p.device, non_blocking=p.device.type != "cpu")
                 made[key] = scalars.double() if p.dtype == torch.float64 else scalars
-            perturb_(
-                p, made[key], seed=[every[i][0] for i in mine], stream=stream_of(name), dist=self.dist,
-                rounding=self.rounding, threshold=threshold,
-            )  # fmt: skip
+            seeds = [every[i][0] for i in mine]
+            if self.update == "log":
+                old = self.sums.get(name)
+                if (id(old), key) not in sums:
+                    sums[id(old), key] = plus(old, seeds, made[key])
+                self.sums[name] = sums[id(old), key]
+                self.unwritten.add(name)
+            else:
+                perturb_(
+                    p, made[key] * self._unscaled(name), seed=seeds, stream=stream_of(name), dist=self.dist,
+                    rounding=self.rounding, threshold=threshold,
+                )  # fmt: skip
+
+    def _unscaled(self, name: str) -> float:
+        """u of a parameter."""
+        scale = self.scale(name)
+        return 1 / scale if self.per_layer == "variance" else 1.0
+
+    def _write(self) -> None:
+        """What `_apply` left in `sums`, into the weights."""
+        for name, p in self.named_parameters():
+            if name in self.unwritten:
+                seeds, sums = self.sums[name]
+                a = sums.to(p.device, p.dtype if p.dtype == torch.float64 else torch.float32) * self._unscaled(name)
+                base = self.start[name].to(p.device)
+                perturb(base, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding, out=p)
+        self.unwritten.clear()
 
     @torch.no_grad()
     def replay(self, log: SeedLog) -> None:
@@ -208,6 +289,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             for index, (directions, decay, used) in self._of_groups(rows).items():
                 self._apply(index, directions, decay, used)
             self.steps = step + 1
+        self._write()
 
     @torch.no_grad()
     def replay_sums(self, log: SeedLog) -> None:
@@ -222,6 +304,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             for name, p in self.named(self.param_groups[part["group"]]):
                 if name not in part["unused"] and seeds:
                     a = torch.from_numpy(totals).to(p.device, torch.float64 if p.dtype == torch.float64 else None)
+                    a = a * self._unscaled(name)
                     perturb_(p, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding)
 
     def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
@@ -253,19 +336,34 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "previous": self.previous,
                 "skipped": self.skipped,
                 "thresholds": dict(self.thresholds),
+                "scales": dict(self.scales),
+                "start": {name: checksum(tensor) for name, tensor in self.start.items()},
                 "base": self.base,
             }
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
         own = state_dict["zeroth_order"]
+        if own["start"] != {name: checksum(tensor) for name, tensor in self.start.items()}:
+            raise EfftuneError(
+                "update='log' adds to the weights that the run began with, and these are others; make the optimizer "
+                "before the trained weights are loaded."
+            )
+        super().load_state_dict(state_dict)
         self.log.load_state_dict(own["log"])
+        self.scales = dict(own["scales"])
         self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
         for key in ("second", "seen", "previous", "skipped"):
             setattr(self, key, own[key])
         self.zero_grad()
         self.recent.clear()
+        if self.update == "log":
+            self.sums.clear()
+            for _, rows in self.log.by_step():
+                for index, (directions, decay, used) in self._of_groups(rows).items():
+                    self._apply(index, directions, decay, used)
+            self.unwritten.clear()  # the weights come with the checkpoint
+            return
         last = math.ceil(math.log(FORGOTTEN) / math.log(self.momentum)) + 1 if self.momentum else 0
         for _, rows in deque(self.log.by_step(), maxlen=last):
             for index, (directions, _, _) in self._of_groups(rows).items():
@@ -278,6 +376,15 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         while self.momentum ** (len(recent) - 1) < FORGOTTEN:
             recent.pop()
         return recent
+
+
+def plus(old: Sum | None, seeds: list[int], a: Tensor) -> Sum:
+    """The sum with a (n,) added, by seed."""
+    known, sums = ([], a.new_zeros(0, dtype=torch.float64)) if old is None else old
+    place = {seed: i for i, seed in enumerate(known)}
+    where = [place.setdefault(seed, len(place)) for seed in seeds]
+    sums = torch.cat([sums, sums.new_zeros(len(place) - len(known))])
+    return list(place), sums.index_add(0, torch.tensor(where, device=a.device), a.double())
 
 
 def average(a: Tensor) -> Tensor:

@@ -42,10 +42,15 @@ def trained(recipe, steps=6, dtype=torch.float32, lr=1e-3, weight_decay=0.0, res
     tuner = efftune.apply(llama(dtype=dtype), recipe)
     optimizer = tuner.optimizer(lr=lr, weight_decay=weight_decay)
     for step in range(steps):
-        if step == resume_at:  # into a new optimizer, as a resumed run does
-            state = optimizer.state_dict()
+        if step == resume_at:  # as the trainer does: the optimizer is made on the base model
+            old, state = tuner, optimizer.state_dict()
+            tuner = efftune.apply(llama(dtype=dtype), recipe)
             optimizer = tuner.optimizer(lr=lr, weight_decay=weight_decay)
+            with torch.no_grad():
+                for name, p in tuner.named_trained().items():
+                    p.copy_(old.named_trained()[name])
             optimizer.load_state_dict(state)
+            tuner.load_state_dict(old.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = lr / (1 + step)
         optimizer.zero_grad()

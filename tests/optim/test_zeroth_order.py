@@ -48,8 +48,7 @@ def test_the_mean_update_is_what_was_asked_for(update, dtype):
     steps = 40
     for seed in range(steps):
         weight = nn.Parameter(w.clone())
-        rounding = "stochastic" if update == "stochastic" else "nearest"
-        optimizer = ZerothOrderSGD([("w", weight)], lr=1e-7, dist="rademacher", rounding=rounding)
+        optimizer = ZerothOrderSGD([("w", weight)], lr=1e-7, dist="rademacher", update=update)
         optimizer.accumulate(seed, 1.0, {id(weight)})
         optimizer.step()
         z = perturb(torch.zeros(10_000), 1.0, seed=seed, stream=stream_of("w"), dist="rademacher")
@@ -69,6 +68,8 @@ VARIANTS = [
     "mezo", "mezo(dist='rademacher', momentum=0.5)", "mezo(beta2=0.9, samples=2)", "mezo(points=1)",
     "fedkseed(k=3, points=1, samples=3)", "full + lisa(layers=1, interval=2) + mezo(momentum=0.9)",
     "lora(r=4) + sparsemezo",
+    "fedkseed(k=3, update='log', momentum=0.5)", "full + lisa(layers=1, interval=2) + mezo(update='log', samples=2)",
+    "mezo(per_layer='variance', momentum=0.5)", "lora(r=4) + mezo(per_layer='expectation', update='log')",
     "sparsemezo(sparsity=0.6)", "lora(r=4) + mezo(momentum=0.8)", "lora(r=4) + lisa(layers=1, interval=2) + mezo",
 ]  # fmt: skip
 
@@ -76,7 +77,8 @@ VARIANTS = [
 @pytest.mark.parametrize("recipe", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_log_replays_to_the_same_bits(recipe, dtype, tmp_path):
-    tuner, optimizer = trained(recipe, dtype=dtype, weight_decay=0.1 if dtype == torch.float32 else 0.0)
+    decays = dtype == torch.float32 and "log" not in recipe
+    tuner, optimizer = trained(recipe, dtype=dtype, weight_decay=0.1 if decays else 0.0)
     optimizer.log.save(tmp_path / "log", {"note": 1})
     log, about = SeedLog.load(tmp_path / "log")
     assert about["note"] == 1 and about["count"] == len(log.entries) > 0
@@ -95,6 +97,74 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(recipe):
     for p, q in zip(whole.named_trained().values(), parts.named_trained().values(), strict=True):
         assert torch.equal(p, q)
     assert first.log.fetch().tobytes() == second.log.fetch().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_log_of_updates_is_rounded_once(dtype):
+    """update='log': w = round(w_0 + Σ c·z), so that 200 steps have the error of one rounding."""
+    w = torch.randn(1000).mul(0.02).to(dtype)
+    p = nn.Parameter(w.clone())
+    optimizer = ZerothOrderSGD([("p", p)], lr=1e-4, momentum=0.5, update="log")
+    exact, size, recent = w.double(), w.double().abs(), []
+    for step in range(200):
+        seed = step % 7
+        optimizer.accumulate(seed, 0.1, {id(p)})
+        optimizer.step()
+        recent = [(seed, torch.tensor(-1e-5, dtype=torch.float32).double()), *recent][:10]  # 0.5^10 < 1e-3
+        for age, (old, c) in enumerate(recent):
+            added = 0.5**age * c * perturb(torch.zeros(1000), 1.0, seed=old, stream=stream_of("p")).double()
+            exact, size = exact + added, size + added.abs()
+    half = torch.finfo(dtype).eps / 2 * torch.exp2(exact.abs().log2().floor())
+    assert ((p.detach().double() - exact).abs() <= half + 8 * 2**-24 * size).all()  # 7 seeds, and w
+
+
+def test_a_log_of_updates_refuses_what_is_no_sum():
+    p = [("p", nn.Parameter(torch.zeros(4)))]
+    for settings in ({"weight_decay": 0.1}, {"sparsity": 0.5}):
+        with pytest.raises(efftune.EfftuneError, match="no sum over its directions"):
+            ZerothOrderSGD(p, update="log", **settings)
+    optimizer = ZerothOrderSGD(p, lr=1.0, update="log")
+    optimizer.accumulate(3, 1.0, {id(p[0][1])})
+    optimizer.step()
+    with pytest.raises(efftune.EfftuneError, match="before the trained weights are loaded"):
+        ZerothOrderSGD(p, lr=1.0, update="log").load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("per_layer", ["none", "variance", "expectation"])
+def test_tensors_are_perturbed_by_their_size(per_layer):
+    """L = |θ|²/2 in two tensors of different sizes and one of zeros: a = Σ s·θ·z exactly, and the update is −lr·a·u·z,
+    with mean −lr·u·s·∇L."""
+    torch.manual_seed(0)
+    start = {
+        "small": torch.randn(300).double() * 0.01,
+        "large": torch.randn(200).double(),
+        "zero": torch.zeros(5).double(),
+    }
+
+    class Quadratic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in start.items():
+                setattr(self, name, nn.Parameter(value.clone()))
+
+        def forward(self):
+            return sum(p.square().sum() for p in self.parameters()) / 2
+
+    tuner = efftune.apply(Quadratic(), f"mezo(per_layer={per_layer!r}, eps=0.1)")
+    optimizer = tuner.optimizer(lr=0.01)
+    tuner.backward(None, lambda model, batch: model())
+    ((seed, (a, _)),) = optimizer.pending.items()
+    mean = math.sqrt((300 * 1e-4 + 200) / 500)
+    s = {"small": 2.0 ** round(math.log2(0.01 / mean)), "large": 2.0 ** round(math.log2(1 / mean)), "zero": 1.0}
+    if per_layer == "none":
+        s = dict.fromkeys(s, 1.0)
+    z = {n: perturb(torch.zeros_like(w), 1.0, seed=seed, stream=stream_of(n)) for n, w in start.items()}
+    expected = sum(s[n] * (start[n] * z[n]).sum() for n in start)
+    torch.testing.assert_close(a, expected, rtol=1e-9, atol=0)
+    optimizer.step()
+    for name, p in tuner.named_trained().items():
+        u = 1 / s[name] if per_layer == "variance" else 1.0
+        torch.testing.assert_close(p.detach(), start[name] - 0.01 * a * u * z[name], rtol=1e-6, atol=1e-9)
 
 
 def test_a_seed_that_comes_back_counts_by_its_age():

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from efftune.hooks import on_parameters
 from efftune.methods._base import Method
 from efftune.modes import evaluation_mode
 from efftune.optim.seed_log import DECAY, fingerprint
-from efftune.optim.zeroth_order import ZerothOrderSGD
+from efftune.optim.zeroth_order import ZerothOrderSGD, check
 
 LOST = 0.01  # of the trained entries may be too large for eps before it is said
 
@@ -35,7 +35,9 @@ class ZerothOrder(Method):
             (one-point estimate with residual feedback, Zhang et al. 2022, arXiv:2006.10820). The first step only looks.
         samples: directions a step, whose estimates are averaged.
         momentum, beta2: of the update.
-        update: "stochastic" rounds 16-bit weights stochastically; "exact" refuses them.
+        update: "stochastic" rounds 16-bit weights stochastically; "exact" refuses them; "log" writes the first weights
+            plus the sum over all steps, rounded once: a draw for each different seed so far, and a copy in host memory.
+        per_layer: "variance" or "expectation" perturbs each tensor in proportion to the size of its weights.
     """
 
     eps: float = 1e-3
@@ -46,35 +48,26 @@ class ZerothOrder(Method):
     momentum: float = 0.0
     beta2: float = 0.0
     update: str = "stochastic"
+    per_layer: str = "none"
 
+    sparsity = 0.0
     learning_rate = 1e-6  # in Malladi et al. 2023, for models of billions of parameters
 
     def __post_init__(self):
         if not self.eps > 0:
             raise EfftuneError(f"{self.name} needs eps > 0, not {self.eps}; 1e-3 is usual.")
-        if self.dist not in ("normal", "rademacher"):
-            raise EfftuneError(f"{self.name}'s dist is 'normal' or 'rademacher', not {self.dist!r}.")
         if self.points not in (1, 2) or self.samples < 1:
             raise EfftuneError(
                 f"{self.name} takes 1 or 2 points and at least 1 sample, not {self.points} and {self.samples}."
             )
-        if not (0 <= self.momentum < 1 and 0 <= self.beta2 < 1):
-            raise EfftuneError(f"{self.name}'s momentum and beta2 lie in [0, 1), not {self.momentum} and {self.beta2}.")
-        if self.update not in ("stochastic", "exact"):
-            raise EfftuneError(f"{self.name}'s update is 'stochastic' or 'exact', not {self.update!r}.")
+        check(**self._of_optimizer())
+
+    def _of_optimizer(self) -> dict[str, Any]:
+        names = "dist", "momentum", "beta2", "update", "per_layer", "sparsity"
+        return {name: getattr(self, name) for name in names}
 
     def optimizer(self, groups, **defaults):
-        made = ZerothOrderSGD(
-            groups, dist=self.dist, momentum=self.momentum, beta2=self.beta2, sparsity=getattr(self, "sparsity", 0.0),
-            rounding="stochastic" if self.update == "stochastic" else "nearest", **defaults,
-        )  # fmt: skip
-        short = next((n for n, p in made.named_parameters() if p.dtype.itemsize < 4), None)
-        if self.update == "exact" and short is not None:
-            raise EfftuneError(
-                f"{self.name}(update='exact') would lose most updates of {short}, which has 16 bits; use "
-                "update='stochastic', or float32 weights."
-            )
-        return made
+        return ZerothOrderSGD(groups, **self._of_optimizer(), **defaults)
 
     def directions(self, model: nn.Module, step: int) -> list[tuple[int, float]]:
         """The step's directions: seeds, and what their estimates are weighted by."""
@@ -140,7 +133,8 @@ def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: set[int]) -> None
         warnings.warn(
             f"{method.name}: no module's forward used {', '.join(unused[:5])}; they are not trained.", stacklevel=4
         )
-    lost = {name: half for name, p in training.items() if (half := half_place(p)) > method.eps}
+    needed = {name: half_place(p) / optimizer.scale(name) for name, p in training.items()}
+    lost = {name: eps for name, eps in needed.items() if eps > method.eps}
     total = sum(p.numel() for p in training.values())
     if sum(training[name].numel() for name in lost) > LOST * total:
         name = max(lost, key=lambda n: lost[n])
