@@ -9,7 +9,7 @@ from torch import nn
 import efftune
 from efftune import EfftuneError
 from efftune.interop import peft as files
-from tests.methods.models import batch, llama
+from tests.methods.models import batch, llama, loss_fn
 
 peft = pytest.importorskip("peft")
 
@@ -215,3 +215,16 @@ def test_damaged_missing_and_pickled_files_are_refused(tmp_path):
     (tmp_path / "efftune_config.json").write_text("{")
     with pytest.raises(EfftuneError, match="is not JSON"):
         efftune.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_zeroth_order_over_pefts_prefixes(kind):
+    model = peft.get_peft_model(llama(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    tuner = efftune.apply(model, "full(target_modules='prompt_encoder') + mezo(eps=1e-2)")
+    assert list(tuner.named_trained()) == ["prompt_encoder.default.embedding.weight"]
+    optimizer, losses = tuner.optimizer(lr=5.0), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(float(tuner.backward(batch(), loss_fn)))
+        optimizer.step()
+    assert sum(losses[-5:]) < sum(losses[:5])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from efftune import EfftuneError, Linear
-from efftune.linear import Dense, Exact, Full, Int8, LoRA, NoDelta, Nothing
+from efftune.linear import Dense, Exact, Full, Int8, LoRA, NoDelta, Nothing, Scales
 from tests.budget import assert_within_budget
 from tests.saved import saved_bytes
 
@@ -17,7 +17,7 @@ M, K, N = 33, 48, 40
 BASES = [Dense(), Int8(group=16), Int8(group=20)]
 DELTAS = [
     Full(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
-    LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
+    LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True), Scales(),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]
 
@@ -32,7 +32,7 @@ def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(
 
 
 def combines(base, delta, keep):
-    if isinstance(delta, Full) and isinstance(base, Int8):
+    if isinstance(delta, Full if isinstance(base, Int8) else Scales):
         return False
     keeps_nothing = isinstance(delta, NoDelta) or getattr(delta, "freeze_a", False)
     return isinstance(keep, Exact) or keeps_nothing
@@ -58,6 +58,11 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
     dx, grads = dy @ w, []
     if isinstance(layer.delta, Full):
         grads = [dy.t() @ x2]
+    elif isinstance(layer.delta, Scales):
+        codes, scales = layer.stored()
+        padded = torch.zeros(n, scales.shape[1] * layer.base.group, dtype=dtype)
+        padded[:, : codes.shape[1]] = (dy.t() @ x2) * codes
+        grads = [padded.view(n, scales.shape[1], -1).sum(-1)]
     elif isinstance(layer.delta, LoRA):
         a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
         h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
@@ -73,7 +78,7 @@ def actual_through(call, layer, x):
     x = x.detach().requires_grad_()
     y = call(x)
     y.backward(dy_for(y))
-    parameters = [layer.weight] if isinstance(layer.delta, Full) else layer.added()
+    parameters = {Full: layer.stored(), Scales: layer.stored()[1:]}.get(type(layer.delta), layer.added())
     return [y.detach(), x.grad, *(t.grad for t in parameters)]
 
 
@@ -82,7 +87,7 @@ def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
     if combines(base, delta, keep):
         assert make(base, delta, keep)(torch.randn(2, K)).shape == (2, N)
     else:
-        with pytest.raises(EfftuneError, match=r"stores integers; add|needs the layer's input"):
+        with pytest.raises(EfftuneError, match=r"stores integers; add|has none; put int8|needs the layer's input"):
             make(base, delta, keep)
 
 
@@ -130,6 +135,7 @@ COMPILED = [
     (Int8(group=20), LoRA(r=3, lora_dropout=0.3), Exact()),
     (Dense(), LoRA(r=4, freeze_a=True), Nothing()),
     (Int8(group=16), NoDelta(), Nothing()),
+    (Int8(group=20), Scales(), Exact()),
 ]
 
 

@@ -21,6 +21,8 @@ RECIPES = {
     "lora(r=4, freeze_a=True)": (1e-2, 12, 0.97),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4) + int8": (1e-2, 12, 0.95),
+    "int8(group=16) + peqa": (1e-3, 12, 0.97),
+    "int8(group=16) + peqa + wtacrs(ratio=0.5, min_rows=4) + mesa": (1e-3, 12, 0.99),
     "lisa(layers=1, interval=4)": (3e-3, 12, 0.9),
     "full + lisa(layers=2)": (3e-3, 12, 0.85),
     "lora(r=4) + lisa(layers=2, interval=3)": (1e-2, 12, 0.97),
@@ -37,6 +39,7 @@ RECIPES = {
     "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
     "mezo(samples=2, beta2=0.9, momentum=0.5)": (3e-4, 30, 1.0),
     "sparsemezo": (1e-3, 30, 1.0),
+    "int8(group=16) + peqa + mezo(eps=1e-5)": (1e-6, 30, 1.0),
     "fedkseed(k=64, pro=True, interval=5)": (1e-3, 30, 1.0),
     "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),
 }

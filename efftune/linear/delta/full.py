@@ -19,7 +19,10 @@ class Full(Delta):
 
     def why_not(self, base, keep, shape):
         if not base.trains:
-            return f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16)"
+            return (
+                f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16), "
+                "or train the scales by peqa"
+            )
         return None
 
     def forward(self, base, keep, x, bias, w, p, seed, need, source):
