@@ -54,6 +54,8 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     variants = {"two forward passes": two_forwards(plain.model)}
     for recipe in RECIPES:
         tuner = efftune.apply(fresh(), recipe)
+        if "lora" in recipe:
+            variants["two forward passes, lora(r=16)"] = two_forwards(tuner.model)
         variants[recipe] = step(tuner, tuner.optimizer(lr=1e-7))
     name = (
         f"{str(dtype).removeprefix('torch.')} {sum(p.numel() for p in plain.model.parameters()) / 1e6:.0f} M {device}"
