@@ -36,7 +36,10 @@ def called(module: nn.Module, compute: Callable[[], Any]) -> Any:
         return compute()
 
     module.forward = forward
-    return module()
+    try:
+        return module()
+    finally:
+        vars(module).pop("forward", None)  # where a hook raised before it was called
 
 
 @contextmanager
