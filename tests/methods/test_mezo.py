@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.memory.meter import allocated
 from efftune.methods.zeroth_order._estimate import half_place, perturbed
 from efftune.ops.perturb import perturb
 from efftune.optim.zeroth_order import stream_of
+from efftune.train.default_job import MODEL
+from efftune.train.task import causal_lm_loss
 from tests.methods.models import Perceptron, batch, llama, loss_fn
 
 
@@ -346,3 +349,28 @@ def test_an_interrupt_leaves_the_weights_clean():
     with pytest.raises(KeyboardInterrupt):
         tuner.backward(torch.randn(2, 4), lambda m, x: m(x).sum())
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["mezo", "mezo(momentum=0.9)", "sparsemezo", "lora(r=8) + mezo"])
+def test_a_step_takes_the_memory_of_inference_and_of_the_largest_layer(recipe):
+    """Over the default model in bfloat16: two forward passes, the largest layer's trained weights, and 1 %."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    ids = torch.randint(0, MODEL["vocab_size"], (4, 128))
+    data = {"input_ids": ids, "labels": ids}
+    tuner = efftune.apply(LlamaForCausalLM(LlamaConfig(**MODEL)).bfloat16().eval(), recipe)
+    optimizer = tuner.optimizer(lr=1e-7)
+
+    def step():
+        tuner.backward(data, causal_lm_loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.no_grad():
+        _, inference = allocated(lambda: float(causal_lm_loss(tuner.model, data) + causal_lm_loss(tuner.model, data)))
+    step()
+    _, peak = allocated(step)
+    largest = max(
+        sum(p.nbytes for p in module.parameters(recurse=False) if p.requires_grad) for module in tuner.model.modules()
+    )
+    assert peak <= 1.01 * (inference + largest)
