@@ -1,12 +1,13 @@
 """Fine-tuning an encoder on labelled sentences: efftune against the same training written with transformers and PEFT.
 
 python -m bench.sst2 --data sst2_train.tsv --eval-data sst2_dev.tsv [--recipes full "lora(r=16)"] [--seeds 0 1]
-                     [--dtype mixed|float32] [--ours]
+                     [--dtype mixed|float32] [--ours] [--head-first] [--steps N]
 
 Both sides: AdamW, linear schedule with 6 % warm-up, batch 32, sequences cut at 64 tokens and padded to the longest of
 the batch, gradient norm clipped at 1, float32 weights, under bfloat16 autocast unless --dtype says otherwise. The runs
 of a seed alternate, so that both see the same machine. A recipe that transformers and PEFT cannot say runs on our side
-alone.
+alone. With --head-first the classification head is trained alone, by AdamW over the frozen encoder, and every recipe
+begins with that model: what zeroth-order recipes are held against.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import torch
 from bench.harness import environment
 
 BATCH, LENGTH, WARMUP = 32, 64, 0.06
-RATES = {"full": 5e-5, "lora": 5e-4}
+RATES = {"full": 5e-5, "lora": 5e-4, "full mezo": 2e-5, "lora mezo": 1e-3}
+HEAD = "full(target_modules='classifier')"
+HEAD_RATE, HEAD_EPOCHS = 3e-2, 3
 
 
 def minilm() -> str:
@@ -37,21 +40,35 @@ def minilm() -> str:
 
 
 def rate(recipe: str) -> float:
-    return RATES["lora" if "lora" in recipe else "full"]
+    return RATES[("lora" if "lora" in recipe else "full") + (" mezo" if "mezo" in recipe else "")]
 
 
-def ours(recipe: str, seed: int, args) -> tuple[float, float]:
+def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> dict:
     from efftune.train.run import train
 
     with tempfile.TemporaryDirectory() as out:
-        result = train(
-            dict(
-                model=args.model, data=args.data, eval_data=args.eval_data, recipe=recipe, out=f"{out}/run", seed=seed,
-                lr=rate(recipe), epochs=args.epochs, batch_size=BATCH, seq_len=LENGTH, too_long="truncate",
-                schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device, dtype=args.dtype,
-            )
+        given = dict(
+            model=args.model, data=args.data, eval_data=args.eval_data, recipe=recipe, out=f"{out}/run", seed=seed,
+            lr=lr or args.lr or rate(recipe), epochs=args.epochs, steps=args.steps, batch_size=BATCH, seq_len=LENGTH,
+            too_long="truncate", schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device,
+            dtype=args.dtype,
         )  # fmt: skip
-        return result["after"]["eval_accuracy"], seconds(result)
+        result = train(given | settings)
+        before, after = ({k: v for k, v in result[when].items() if "eval" in k} for when in ("before", "after"))
+        return {"accuracy": after["eval_accuracy"], "seconds": seconds(result), "before": before, "after": after}
+
+
+def head_first(args) -> str:
+    """The folder of a model whose head alone was trained."""
+    from efftune.train import run
+
+    folder = Path(tempfile.mkdtemp())
+    settings = dict(lr=HEAD_RATE, epochs=HEAD_EPOCHS, steps=None, out=str(folder / "run"))
+    print("head:", ours(HEAD, 0, args, **settings)["after"], flush=True)
+    tuner, tokenizer = run.finished(settings["out"])
+    tuner.merge().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return str(folder / "model")
 
 
 def seconds(result: dict) -> float:
@@ -60,7 +77,7 @@ def seconds(result: dict) -> float:
     return max(line.get("seconds", 0.0) for line in lines)
 
 
-def peers(recipe: str, seed: int, args) -> tuple[float, float]:
+def peers(recipe: str, seed: int, args) -> dict:
     import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
@@ -95,7 +112,7 @@ def peers(recipe: str, seed: int, args) -> tuple[float, float]:
         started = time.perf_counter()
         trainer.train()
         taken = time.perf_counter() - started
-        return trainer.evaluate()["eval_accuracy"], taken
+        return {"accuracy": trainer.evaluate()["eval_accuracy"], "seconds": taken}
 
 
 def sides(recipe: str, alone: bool) -> dict:
@@ -112,6 +129,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["full", "lora(r=16)"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--lr", type=float, help="for all recipes [by recipe]")
+    parser.add_argument("--head-first", action="store_true", help="train the head alone, then each recipe from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="mixed", choices=["mixed", "float32"])
     parser.add_argument("--ours", action="store_true", help="without the peers' side")
@@ -121,18 +141,21 @@ def main() -> None:
         print("bench.sst2 needs --data and --eval-data; nothing was run.")
         return
     args.model = args.model or minilm()
+    if args.head_first:
+        args.model = head_first(args)
     rows = []
     for seed in args.seeds:
         for recipe in args.recipes:
             for who, run in sides(recipe, args.ours).items():
-                accuracy, taken = run(recipe, seed, args)
-                rows.append({"recipe": recipe, "who": who, "seed": seed, "accuracy": accuracy, "seconds": taken})
+                rows.append({"recipe": recipe, "who": who, "seed": seed, **run(recipe, seed, args)})
                 print(rows[-1], flush=True)
                 Path(args.out).write_text(
                     json.dumps(
                         {
                             "environment": environment(args.device),
                             "epochs": args.epochs,
+                            "steps": args.steps,
+                            "head_first": args.head_first,
                             "dtype": args.dtype,
                             "rows": rows,
                         },

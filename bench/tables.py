@@ -46,6 +46,16 @@ def fidelity(data: dict) -> list[str]:
     return lines
 
 
+def progress(data: dict) -> list[str]:
+    """One line per run of bench.sst2 --head-first: held-out loss and accuracy, before and after."""
+    lines = ["| recipe | loss before | after | accuracy before | after |", "|---|---:|---:|---:|---:|"]
+    for row in data["rows"]:
+        loss, accuracy = ([row[when][f"eval_{name}"] for when in ("before", "after")] for name in ("loss", "accuracy"))
+        numbers = [f"{value:.4f}" for value in loss] + [f"{100 * value:.2f} %" for value in accuracy]
+        lines.append(f"| `{row['recipe']}` | {' | '.join(numbers)} |")
+    return lines
+
+
 def accuracies(data: dict) -> list[str]:
     lines = ["| recipe | written with | dev accuracy, mean | of each seed | training, s |", "|---|---|---:|---:|---:|"]
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -68,7 +78,8 @@ def table(name: str) -> str:
     environment = data["environment"]
     first = data["rows"][0]
     forms = {"accuracy": accuracies, "saved_d": blocks, "errors": fidelity}
-    lines = next((form for key, form in forms.items() if key in first), timings)(data)
+    form = progress if data.get("head_first") else next((f for key, f in forms.items() if key in first), timings)
+    lines = form(data)
     made = f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}"
     commit = (environment["commit"] or "unknown")[:10]
     return "\n".join([*lines, "", f"{made}, {environment['date'][:10]}, commit {commit}."])
