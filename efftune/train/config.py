@@ -35,6 +35,11 @@ class TrainConfig:
     )
 
     task: Literal["auto", "causal-lm", "classification"] = _setting("auto", "auto: from the columns of the data")
+    objective: str = _setting(
+        "loss",
+        "loss, or with a zeroth-order recipe a metric to maximise: accuracy, f1, package.module:function or "
+        "file.py:function",
+    )
     eval_data: str | None = _setting(None, "held-out file (default: a part of the training file)")
     eval_fraction: float = _setting(0.05, "part of the training file that is held out, without --eval-data")
     seq_len: int = _setting(512, "tokens in a row")

@@ -27,8 +27,8 @@ from efftune.train.task import Task, autocast
 
 # Settings that a resumed run keeps, beside recipe, base model, data and seed; see Trainer.resume.
 FIXED = (
-    "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule", "warmup",
-    "weight_decay", "clip", "dtype", "blocks",
+    "objective", "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule",
+    "warmup", "weight_decay", "clip", "dtype", "blocks",
 )  # fmt: skip
 
 
@@ -69,15 +69,24 @@ def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], task: Task, device: torch.device) -> dict[str, float]:
-    """Means over all terms of the batches: eval_loss, and eval_accuracy for classification. Draws no random numbers."""
+    """Means over all terms of the batches: eval_loss, and eval_accuracy for classification; and the task's metric, if
+    it has one. Draws no random numbers."""
     sums: dict[str, float] = {}
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = []
     terms = 0
     with evaluation_mode(model), torch.random.fork_rng():
         for batch in batches:
-            for name, value in task.sums(model, to_device(batch, device)).items():
+            found = task.sums(model, to_device(batch, device))
+            if task.whole:
+                rows.append((found.pop("logits"), found.pop("labels")))
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             terms += task.terms(batch)
-    return {f"eval_{name}": value / max(1, terms) for name, value in sums.items()}
+    means = {name: value / max(1, terms) for name, value in sums.items()}
+    if task.whole and rows:
+        name, metric = task.whole
+        means[name] = float(metric(*(torch.cat(parts) for parts in zip(*rows, strict=True))))
+    return {f"eval_{name}": value for name, value in means.items()}
 
 
 def train_step(

@@ -12,12 +12,13 @@ from torch import nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.recipe import parse
 from efftune.train import checkpoint, data, default_job, models, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
 from efftune.train.config import TrainConfig
 from efftune.train.loop import Trainer
-from efftune.train.task import CAUSAL_LM, CLASSIFICATION, Task
+from efftune.train.task import Task, make_task
 
 
 @dataclass
@@ -56,7 +57,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
 
     sample = None
-    if prepared.task is CAUSAL_LM and config.sample_tokens:
+    if prepared.labels is None and config.sample_tokens:
         sample = models.sampler(prepared.tokenizer, prepared.prompt, config.sample_tokens, config.seed)
     run = rundir.RunDir(out, config.resume, config.tensorboard)
     trainer = Trainer(
@@ -89,7 +90,22 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     config = TrainConfig(**{**given, "out": str(out)})
     if config.model and not config.data:
         raise EfftuneError("--model needs --data: give the file to train on.")
+    file, _, function = config.objective.rpartition(":")
+    if file.endswith(".py"):
+        config.objective = f"{Path(file).absolute()}:{function}"  # as a resumed run finds it, wherever it is started
+    check_gradients(config)
     return config
+
+
+def check_gradients(config: TrainConfig) -> None:
+    """Raises: EfftuneError where the recipe takes gradients and the objective has none."""
+    if isinstance(next((m for m in parse(config.recipe) if m.overrides("backward")), None), ZerothOrder):
+        return
+    if config.objective != "loss":
+        raise EfftuneError(
+            f"--objective {config.objective} has no gradient, and the recipe '{config.recipe}' takes one; use a "
+            "zeroth-order recipe such as 'lora(r=16) + mezo', or --objective loss."
+        )
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -101,6 +117,7 @@ def prepare(config: TrainConfig) -> Prepared:
     eval_table = data.read_table(eval_file) if eval_file else None
     classify = config.task == "classification" or (config.task == "auto" and table.layout == "label")
     labels = data.label_names(table) if classify else None
+    task = make_task("classification" if classify else "causal-lm", config.objective)
 
     model, tokenizer, new = load(config, labels)
     pad_id = tokenizer.pad_token_id
@@ -129,7 +146,6 @@ def prepare(config: TrainConfig) -> Prepared:
         if config.sample_prompt
         else data.prompt_of((held_out or examples)[0])
     )
-    task = CLASSIFICATION if classify else CAUSAL_LM
     return Prepared(model, tokenizer, task, made[0], made[1] if held_out else None, prompt, labels, new)
 
 
@@ -171,8 +187,9 @@ def check_new_parts(tuner: Any, new: list[str]) -> None:
 
 
 def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
-    for name, title in (("eval_loss", "held-out loss"), ("eval_accuracy", "held-out accuracy")):
-        if name in before and name in after:
+    for name in before:
+        if name.startswith("eval_") and name in after:
+            title = name.replace("eval_", "held-out ", 1)
             print(f"{title:<18} {before[name]:.4f} -> {after[name]:.4f}")
     for title, record in (("before", before), ("after", after)):
         if record.get("sample"):
