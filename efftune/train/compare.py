@@ -14,7 +14,7 @@ from torch import nn
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
-from efftune.train import report, rundir, state
+from efftune.train import processes, report, rundir, state
 from efftune.train import run as runs
 from efftune.train.loop import to_device
 from efftune.train.task import autocast
@@ -36,6 +36,8 @@ def compare(recipes: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
         raise EfftuneError("compare takes at least two different recipes.")
     if given.get("resume"):
         raise EfftuneError("compare cannot resume; continue one of its runs with efftune train --resume --out RUN.")
+    if processes.launched() > 1:
+        raise EfftuneError("compare trains in one process; start it without torchrun.")
     out = rundir.choose(given.get("out"), resume=False, kind="compare")
     measured = [memory(recipe, given) for recipe in recipes]  # what cannot be applied refuses before the first run
     out = rundir.create(out, numbered=not given.get("out"), kind="compare")

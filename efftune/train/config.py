@@ -50,7 +50,7 @@ class TrainConfig:
 
     steps: int | None = _setting(None, "optimizer steps (default: what --epochs makes)")
     epochs: float = _setting(1.0, "passes over the data, when --steps is not given")
-    batch_size: int = _setting(8, "rows in one forward pass")
+    batch_size: int = _setting(8, "rows in one forward pass of each process")
     grad_accum: int = _setting(1, "forward passes in one optimizer step")
     lr: float = _setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", "learning rate after the warm-up")

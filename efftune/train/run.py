@@ -14,7 +14,7 @@ import efftune
 from efftune.errors import EfftuneError
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.recipe import parse
-from efftune.train import checkpoint, data, default_job, models, report, rundir, state
+from efftune.train import checkpoint, data, default_job, models, processes, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
 from efftune.train.config import TrainConfig
 from efftune.train.loop import Trainer
@@ -35,14 +35,16 @@ class Prepared:
     new: list[str]  # parameters that the model's file does not hold
 
 
+@processes.joined()
 def train(given: dict[str, Any]) -> dict[str, Any]:
-    """Trains, prints what happens, and returns the evaluations before and after and the run directory.
+    """Trains, prints what happens, and returns the evaluations before and after and the run directory. Processes that
+    torchrun has started train together; the first prints and writes.
 
     Args:
         given: fields of TrainConfig. The others come from the run that is resumed, from the default job where no data
             is given, or from TrainConfig.
     """
-    out = rundir.choose(given.get("out"), given.get("resume", False))
+    out = processes.first(lambda: rundir.choose(given.get("out"), given.get("resume", False)))
     config = settings(given, out)
     state.set_seed(config.seed)
 
@@ -51,7 +53,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
     if not config.resume:  # not before: what is refused up to here leaves no directory behind
-        out = rundir.create(out, numbered=not given.get("out"))
+        out = processes.first(lambda: rundir.create(out, numbered=not given.get("out")))
         config.out = str(out)
     held_out = len(prepared.held_out.examples) if prepared.held_out else 0
     print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
@@ -66,11 +68,11 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     if config.resume:
         trainer.resume(run)  # first: a refused one leaves the directory as it was
     with rundir.writing(out):
-        config.save(out / "config.json", prepared.labels)
+        processes.first(lambda: config.save(out / "config.json", prepared.labels))
     after = trainer.fit()
     with rundir.writing(out):
-        tuner.save(run.adapter)
-        report.write(run, dataclasses.asdict(config), tuner.summary())
+        processes.first(lambda: tuner.save(run.adapter))
+        processes.first(lambda: report.write(run, dataclasses.asdict(config), tuner.summary()))
     before = run.find("before") or {}
     show(before, after, out)
     return {"before": before, "after": after, "out": out}
@@ -98,7 +100,7 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
 
 
 def check_gradients(config: TrainConfig) -> None:
-    """Raises: EfftuneError where the recipe takes gradients and the objective has none."""
+    """Raises: EfftuneError where the recipe takes gradients and there are none, or they would not be exchanged."""
     if isinstance(next((m for m in parse(config.recipe) if m.overrides("backward")), None), ZerothOrder):
         return
     if config.objective != "loss":
@@ -106,6 +108,8 @@ def check_gradients(config: TrainConfig) -> None:
             f"--objective {config.objective} has no gradient, and the recipe '{config.recipe}' takes one; use a "
             "zeroth-order recipe such as 'lora(r=16) + mezo', or --objective loss."
         )
+    if processes.world() > 1:
+        raise processes.no_gradients(f"the recipe '{config.recipe}'")
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -151,7 +155,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any, list[str]]:
     """(model on its device, tokenizer, names of parameters that the model's file does not hold)."""
-    name = config.model or str(default_job.small_model())
+    name = config.model or str(processes.first(default_job.small_model))
     models.check_folder(name)
     tokenizer = models.load_tokenizer(name)
     model, new = models.load_model(name, config.dtype, labels, tokenizer.pad_token_id)
@@ -165,7 +169,16 @@ def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any,
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.world() > 1 and name.startswith("cuda"):
+        local, count = processes.local_rank(), torch.cuda.device_count()
+        if name != "cuda" or local >= count:
+            raise EfftuneError(
+                f"Each process takes a GPU of its own: --device {name} and {count} GPUs do not do for process {local}; "
+                "use --device cuda and no more processes than GPUs, or --device cpu."
+            )
+        name = f"cuda:{local}"
+        torch.cuda.set_device(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
