@@ -50,7 +50,7 @@ def _method(term: ast.expr, text: str) -> Method:
     name, methods = call.func.id, available()
     if name not in methods:
         raise EfftuneError(
-            f"There is no method {name!r}{_nearest(name, methods)}; the methods are: {', '.join(methods)}."
+            f"There is no method {name!r}{nearest(name, methods)}; the methods are: {', '.join(methods)}."
         )
     cls = methods[name]
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -60,9 +60,7 @@ def _method(term: ast.expr, text: str) -> Method:
     for keyword in call.keywords:
         field = keyword.arg
         if field not in fields:
-            raise EfftuneError(
-                f"{name} has no setting {field!r}{_nearest(field, fields)}; it has: {', '.join(fields)}."
-            )
+            raise EfftuneError(f"{name} has no setting {field!r}{nearest(field, fields)}; it has: {', '.join(fields)}.")
         if field in settings:
             raise EfftuneError(f"{name}: {field} is given twice.")
         try:
@@ -87,6 +85,7 @@ def _typed(method: str, field: str, value, hint):
     raise EfftuneError(f"{method}: {field} is {wanted}, not {value!r}.")
 
 
-def _nearest(name: str | None, known) -> str:
+def nearest(name: str | None, known) -> str:
+    """ " (did you mean ...?)", or nothing where no known name is near."""
     close = difflib.get_close_matches(name or "", known, 1, 0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

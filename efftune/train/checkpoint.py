@@ -30,6 +30,7 @@ NAMES = {  # of what must match, in an error; the rest are options
     "base": "the base model",
     "data": "the training data",
     "eval_data": "the held-out data",
+    "processes": "the number of processes",
 }
 
 

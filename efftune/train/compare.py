@@ -14,7 +14,7 @@ from torch import nn
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
-from efftune.train import report, rundir, state
+from efftune.train import processes, report, rundir, state
 from efftune.train import run as runs
 from efftune.train.loop import to_device
 from efftune.train.task import autocast
@@ -36,6 +36,8 @@ def compare(recipes: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
         raise EfftuneError("compare takes at least two different recipes.")
     if given.get("resume"):
         raise EfftuneError("compare cannot resume; continue one of its runs with efftune train --resume --out RUN.")
+    if processes.launched() > 1:
+        raise EfftuneError("compare trains in one process; start it without torchrun.")
     out = rundir.choose(given.get("out"), resume=False, kind="compare")
     measured = [memory(recipe, given) for recipe in recipes]  # what cannot be applied refuses before the first run
     out = rundir.create(out, numbered=not given.get("out"), kind="compare")
@@ -57,13 +59,13 @@ def compare(recipes: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
         rundir.write_atomically(out / "compare.md", text)
         plain = [{name: value for name, value in row.items() if name != "records"} for row in rows]
         rundir.write_atomically(out / "compare.json", json.dumps(plain, indent=2) + "\n")
-        (out / "compare.png").write_bytes(report.comparison(rows))
+        (out / "compare.png").write_bytes(report.comparison(rows, given.get("objective", "loss")))
     print(f"\n{text}\n{out}/compare.png shows the loss curves.")
     return rows
 
 
 def _evaluations(after: dict[str, Any]) -> dict[str, float]:
-    return {name: after[name] for name in ("eval_loss", "eval_accuracy") if name in after}
+    return {name: value for name, value in after.items() if name.startswith("eval_")}
 
 
 def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
@@ -94,10 +96,12 @@ def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    names = [name for name in COLUMNS if any(name in row for row in rows)]
-    lines = ["| " + " | ".join(COLUMNS[name] for name in names) + " |", "|" + " --- |" * len(names)]
+    own = {name: name.removeprefix("eval_") for row in rows for name in row if name.startswith("eval_")}
+    columns = COLUMNS | {name: title for name, title in own.items() if name not in COLUMNS}
+    titles = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    lines = ["| " + " | ".join(titles.values()) + " |", "|" + " --- |" * len(titles)]
     for row in rows:
-        lines.append("| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |")
+        lines.append("| " + " | ".join(_cell(name, row.get(name)) for name in titles) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -35,6 +35,11 @@ class TrainConfig:
     )
 
     task: Literal["auto", "causal-lm", "classification"] = _setting("auto", "auto: from the columns of the data")
+    objective: str = _setting(
+        "loss",
+        "loss, or with a zeroth-order recipe a metric to maximise: accuracy, f1, package.module:function or "
+        "file.py:function",
+    )
     eval_data: str | None = _setting(None, "held-out file (default: a part of the training file)")
     eval_fraction: float = _setting(0.05, "part of the training file that is held out, without --eval-data")
     seq_len: int = _setting(512, "tokens in a row")
@@ -45,7 +50,7 @@ class TrainConfig:
 
     steps: int | None = _setting(None, "optimizer steps (default: what --epochs makes)")
     epochs: float = _setting(1.0, "passes over the data, when --steps is not given")
-    batch_size: int = _setting(8, "rows in one forward pass")
+    batch_size: int = _setting(8, "rows in one forward pass of each process")
     grad_accum: int = _setting(1, "forward passes in one optimizer step")
     lr: float = _setting(2e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = _setting("cosine", "learning rate after the warm-up")

@@ -18,17 +18,18 @@ from torch import nn
 
 from efftune.errors import EfftuneError
 from efftune.modes import evaluation_mode
-from efftune.train import checkpoint, meter, state
+from efftune.optim.zeroth_order import ZerothOrderSGD
+from efftune.train import checkpoint, meter, processes, state
 from efftune.train.batches import Data
 from efftune.train.config import TrainConfig
-from efftune.train.nonfinite import locate
+from efftune.train.nonfinite import NOT_AGAIN, locate
 from efftune.train.rundir import RunDir
 from efftune.train.task import Task, autocast
 
 # Settings that a resumed run keeps, beside recipe, base model, data and seed; see Trainer.resume.
 FIXED = (
-    "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule", "warmup",
-    "weight_decay", "clip", "dtype", "blocks",
+    "objective", "eval_fraction", "seq_len", "too_long", "packing", "batch_size", "grad_accum", "lr", "schedule",
+    "warmup", "weight_decay", "clip", "dtype", "blocks",
 )  # fmt: skip
 
 
@@ -69,15 +70,24 @@ def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any], task: Task, device: torch.device) -> dict[str, float]:
-    """Means over all terms of the batches: eval_loss, and eval_accuracy for classification. Draws no random numbers."""
+    """Means over all terms of the batches: eval_loss, and eval_accuracy for classification; and the task's metric, if
+    it has one. Draws no random numbers."""
     sums: dict[str, float] = {}
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = []
     terms = 0
     with evaluation_mode(model), torch.random.fork_rng():
         for batch in batches:
-            for name, value in task.sums(model, to_device(batch, device)).items():
+            found = task.sums(model, to_device(batch, device))
+            if task.whole:
+                rows.append((found.pop("logits"), found.pop("labels")))
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             terms += task.terms(batch)
-    return {f"eval_{name}": value / max(1, terms) for name, value in sums.items()}
+    means = {name: value / max(1, terms) for name, value in sums.items()}
+    if task.whole and rows:
+        name, metric = task.whole
+        means[name] = float(metric(*(torch.cat(parts) for parts in zip(*rows, strict=True))))
+    return {f"eval_{name}": value for name, value in means.items()}
 
 
 def train_step(
@@ -85,23 +95,28 @@ def train_step(
 ) -> dict[str, Any]:
     """One optimizer step over all micro-batches; returns its mean loss, gradient norm, learning rate and loss terms.
 
+    Of several processes each has the same number of micro-batches, some of which may be None, and the same result.
     Raises: NonFinite, before the optimizer touches anything, when loss or gradient is NaN or Inf.
     """
-    terms = sum(task.terms(batch) for batch in batches)
+    terms = sum(processes.gather(sum(task.terms(batch) for batch in batches if batch is not None)))
     generators = state.generator_states()
 
-    def backward() -> torch.Tensor:
-        return torch.stack([tuner.backward(batch, task.loss, 1.0 / max(1, terms)) for batch in batches]).sum()
+    def backward(loss: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([tuner.backward(batch, loss, 1.0 / max(1, terms)) for batch in batches]).sum()
 
     optimizer.zero_grad(set_to_none=True)
-    loss = float(backward())
+    loss = float(backward(processes.everywhere(task.loss)))
     gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Zeroth-order methods leave no gradients and have no norm.
     norm = float(nn.utils.clip_grad_norm_(gradients, clip or math.inf)) if gradients else None
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         what = "loss" if not math.isfinite(loss) else "gradient"
         state.restore_generators(generators)
-        raise NonFinite(f"The {what} is NaN or Inf at step {step}: {locate(tuner.model, backward)}")
+        found = processes.gather(locate(tuner.model, lambda: backward(processes.own(task.loss))))
+        where = next((sentence for sentence in found if sentence != NOT_AGAIN), NOT_AGAIN)
+        raise NonFinite(f"The {what} is NaN or Inf at step {step}: {where}")
+    if isinstance(optimizer, ZerothOrderSGD):
+        processes.agree(optimizer)
     lr = optimizer.param_groups[0]["lr"]
     optimizer.step()  # the tuner's hooks run inside it
     scheduler.step()
@@ -110,6 +125,10 @@ def train_step(
 
 class Trainer:
     """Trains what `tuner` says on `data`, and keeps a run directory if it is given one.
+
+    With torch.distributed each process takes its part of a step's micro-batches: W processes with batch_size b and
+    grad_accum g train as one does with grad_accum W·g, and, where the loss is a sum over rows, as one with batch_size
+    W·b, up to the rounding of sums. All evaluate; the first alone writes. Only zeroth-order recipes do this.
 
     Args:
         tuner: from `efftune.apply`, its model on the device it is to train on.
@@ -133,7 +152,7 @@ class Trainer:
         self.model, self.run, self.sample, self.on_step = tuner.model, run, sample, on_step
         self.device = next(self.model.parameters()).device
         self.task = autocast(task, self.device.type) if config.dtype == "mixed" else task
-        self.rows_per_step = config.batch_size * config.grad_accum
+        self.rows_per_step = config.batch_size * config.grad_accum * processes.world()
         self.total = config.steps or data.steps(self.rows_per_step, config.epochs)
         self.optimizer = tuner.optimizer(config.lr, weight_decay=config.weight_decay)
         factor = learning_rate_factor(config.schedule, config.warmup, self.total)
@@ -142,6 +161,7 @@ class Trainer:
         self.watch = state.Watch(self.model)
         base = state.fingerprint(self.model, set(tuner.named_delta())) if run else ""
         self.identity = {"recipe": str(tuner.recipe), "base": base, "data": data.source, "seed": data.seed}
+        self.identity |= {"processes": processes.world()}
         self.identity |= {"eval_data": eval_data.source if eval_data else ""}
         self.identity |= {name: getattr(config, name) for name in FIXED}
 
@@ -160,12 +180,12 @@ class Trainer:
                 started = time.perf_counter()
                 meter.reset_peak(self.device)
                 self.epoch, self.row, rows = next(position)
-                batches = [to_device(b, self.device) for b in self.data.batches(rows, config.batch_size)]
+                batches = self.batches_of(rows)
                 record = self._train_step(batches)
                 self.step += 1
                 taken = time.perf_counter() - started
                 self.seconds += taken
-                count = tokens(batches)
+                count = sum(processes.gather(tokens(batches)))
                 record |= {"epoch": self.epoch, "tokens": count, "tokens_per_s": count / taken, "seconds": self.seconds}
                 self.log({"step": self.step, **record, **meter.memory(self.device)})
                 progress.update(record)
@@ -175,11 +195,19 @@ class Trainer:
                     self.log(result)
                     progress.write(meter.line(result))
                 if run and (at_end or (config.save_every and self.step % config.save_every == 0)):
-                    self.save(run)
+                    processes.first(lambda: self.save(run))
         result = {"step": self.step, "when": "after", **self.assess()}
         if not (run and run.find("after", self.step)):
             self.log(result)
         return result
+
+    def batches_of(self, rows: list[list[int]]) -> list[Any]:
+        """The process's part of a step's micro-batches, on the device, and None where another process has one more."""
+        size = self.config.batch_size
+        starts = range(0, len(rows), size)
+        mine = starts[processes.rank() :: processes.world()]
+        made = [to_device(b, self.device) for at in mine for b in self.data.batches(rows[at : at + size], size)]
+        return made + [None] * (len(starts[:: processes.world()]) - len(mine))
 
     def _train_step(self, batches: list[Any]) -> dict[str, Any]:
         step = self.step
@@ -204,7 +232,7 @@ class Trainer:
         return result
 
     def log(self, record: dict[str, Any]) -> None:
-        if self.run:
+        if self.run and processes.rank() == 0:
             self.run.log(record)
         if self.on_step:
             self.on_step(record)
@@ -223,7 +251,7 @@ class Trainer:
         Steps and epochs may: the run becomes longer or shorter, and the schedule runs to its new end from here on.
         Device, evaluation, sample and checkpoint settings may too.
         """
-        path, damaged = checkpoint.newest_intact(run.checkpoints)
+        path, damaged = processes.first(lambda: checkpoint.newest_intact(run.checkpoints))
         for sentence in damaged:
             print(sentence)
         if path is None and damaged:
@@ -237,4 +265,4 @@ class Trainer:
             state.restore(self.tuner, self.optimizer, self.scheduler, trained, rest)
             self.epoch, self.row, self.seconds = rest["epoch"], rest["row"], rest["seconds"]
             print(f"Resuming from {path}.")
-        run.cut_metrics(self.step)
+        processes.first(lambda: run.cut_metrics(self.step))

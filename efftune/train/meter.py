@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from efftune.train import processes
+
 
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
@@ -40,7 +42,8 @@ class Progress:
         from tqdm import tqdm
 
         self.total, self.step = total, start
-        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=None)
+        silent = True if processes.rank() else None  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=silent)
 
     def __enter__(self) -> Progress:
         return self

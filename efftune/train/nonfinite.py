@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+NOT_AGAIN = "it did not appear again when the step was repeated"
+
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
@@ -90,7 +92,7 @@ def locate(model: nn.Module, forward_backward: Callable[[], Any]) -> str:
         return f"the forward pass is finite: it first appears in the backward pass of {_name(where, model)}"
     if any(watcher.gradient.values()):
         return "the forward pass is finite: it first appears in the gradient of the loss function"
-    return "it did not appear again when the step was repeated"
+    return NOT_AGAIN
 
 
 def _name(name: str, model: nn.Module) -> str:

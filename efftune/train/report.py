@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -24,7 +25,7 @@ def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
     records = run.records()
     steps = [r for r in records if "loss" in r]
     pictures = [
-        ("loss.png", _draw(_loss, records, steps)),
+        ("loss.png", _draw(partial(_loss, objective=settings["objective"]), records, steps)),
         ("memory.png", _draw(_memory, records, steps)),
     ]
     for name, png in pictures:
@@ -48,12 +49,11 @@ def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
 
 
 def _comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    names = {"eval_loss": "held-out loss", "eval_accuracy": "held-out accuracy"}
     rows = [("", "before", "after")]
     rows += [
-        (title, _number(before.get(n)), _number(after.get(n)))
-        for n, title in names.items()
-        if n in before or n in after
+        (name.replace("eval_", "held-out ", 1), _number(before.get(name)), _number(after.get(name)))
+        for name in {**before, **after}
+        if name.startswith("eval_")
     ]
     text = "<h2>Before and after</h2>" + _table(rows)
     for title, record in (("before", before), ("after", after)):
@@ -71,16 +71,16 @@ def _table(rows: list[tuple]) -> str:
     return "<table>" + "".join(lines) + "</table>"
 
 
-def comparison(rows: list[dict[str, Any]]) -> bytes:
+def comparison(rows: list[dict[str, Any]], objective: str) -> bytes:
     """Loss curves of several runs as a PNG; rows as `efftune compare` makes them."""
 
     def draw(axes: Any, rows: list[dict[str, Any]], _: Any) -> None:
         for number, row in enumerate(rows):
             steps = [r for r in row["records"] if "loss" in r]
-            held = [r for r in row["records"] if "eval_loss" in r]
             axes.plot([r["step"] for r in steps], _smooth(steps), color=f"C{number}", label=row["recipe"])
-            axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o", color=f"C{number}")
-        axes.set_ylabel("loss (line: training, smoothed; dots: held out)")
+            name, held = _held_out(row["records"], objective)
+            axes.plot(*held, "o", color=f"C{number}")
+            axes.set_ylabel(f"{name} (line: training, smoothed; dots: held out)")
 
     return _draw(draw, rows, [])
 
@@ -108,13 +108,21 @@ def _smooth(steps: list[dict[str, Any]]) -> list[float]:
     return smooth
 
 
-def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+def _held_out(records: list[dict[str, Any]], objective: str) -> tuple[str, tuple[list[int], list[float]]]:
+    """What training minimises, and its held-out values by step."""
+    name = objective.rpartition(":")[2]
+    sign, label = (1, name) if name == "loss" else (-1, f"-{name}")
+    held = [(r["step"], sign * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r]
+    return label, ([step for step, _ in held], [value for _, value in held])
+
+
+def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]], objective: str) -> None:
     axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="C0", alpha=0.35, label="training")
     axes.plot([r["step"] for r in steps], _smooth(steps), color="C0", label="training, smoothed")
-    held = [r for r in records if "eval_loss" in r]
-    if held:
-        axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", color="C1", label="held out")
-    axes.set_ylabel("loss")
+    name, held = _held_out(records, objective)
+    if held[0]:
+        axes.plot(*held, "o-", color="C1", label="held out")
+    axes.set_ylabel(name)
 
 
 def _memory(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:

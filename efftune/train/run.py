@@ -12,12 +12,13 @@ from torch import nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.recipe import parse
-from efftune.train import checkpoint, data, default_job, models, report, rundir, state
+from efftune.train import checkpoint, data, default_job, models, processes, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
 from efftune.train.config import TrainConfig
 from efftune.train.loop import Trainer
-from efftune.train.task import CAUSAL_LM, CLASSIFICATION, Task
+from efftune.train.task import Task, make_task
 
 
 @dataclass
@@ -34,14 +35,16 @@ class Prepared:
     new: list[str]  # parameters that the model's file does not hold
 
 
+@processes.joined()
 def train(given: dict[str, Any]) -> dict[str, Any]:
-    """Trains, prints what happens, and returns the evaluations before and after and the run directory.
+    """Trains, prints what happens, and returns the evaluations before and after and the run directory. Processes that
+    torchrun has started train together; the first prints and writes.
 
     Args:
         given: fields of TrainConfig. The others come from the run that is resumed, from the default job where no data
             is given, or from TrainConfig.
     """
-    out = rundir.choose(given.get("out"), given.get("resume", False))
+    out = processes.first(lambda: rundir.choose(given.get("out"), given.get("resume", False)))
     config = settings(given, out)
     state.set_seed(config.seed)
 
@@ -50,13 +53,13 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
     if not config.resume:  # not before: what is refused up to here leaves no directory behind
-        out = rundir.create(out, numbered=not given.get("out"))
+        out = processes.first(lambda: rundir.create(out, numbered=not given.get("out")))
         config.out = str(out)
     held_out = len(prepared.held_out.examples) if prepared.held_out else 0
     print(f"{out}: {len(prepared.train.examples):,} examples, {held_out:,} held out\n{tuner.summary()}")
 
     sample = None
-    if prepared.task is CAUSAL_LM and config.sample_tokens:
+    if prepared.labels is None and config.sample_tokens:
         sample = models.sampler(prepared.tokenizer, prepared.prompt, config.sample_tokens, config.seed)
     run = rundir.RunDir(out, config.resume, config.tensorboard)
     trainer = Trainer(
@@ -65,11 +68,11 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     if config.resume:
         trainer.resume(run)  # first: a refused one leaves the directory as it was
     with rundir.writing(out):
-        config.save(out / "config.json", prepared.labels)
+        processes.first(lambda: config.save(out / "config.json", prepared.labels))
     after = trainer.fit()
     with rundir.writing(out):
-        tuner.save(run.adapter)
-        report.write(run, dataclasses.asdict(config), tuner.summary())
+        processes.first(lambda: tuner.save(run.adapter))
+        processes.first(lambda: report.write(run, dataclasses.asdict(config), tuner.summary()))
     before = run.find("before") or {}
     show(before, after, out)
     return {"before": before, "after": after, "out": out}
@@ -89,7 +92,24 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     config = TrainConfig(**{**given, "out": str(out)})
     if config.model and not config.data:
         raise EfftuneError("--model needs --data: give the file to train on.")
+    file, _, function = config.objective.rpartition(":")
+    if file.endswith(".py"):
+        config.objective = f"{Path(file).absolute()}:{function}"  # as a resumed run finds it, wherever it is started
+    check_gradients(config)
     return config
+
+
+def check_gradients(config: TrainConfig) -> None:
+    """Raises: EfftuneError where the recipe takes gradients and there are none, or they would not be exchanged."""
+    if isinstance(next((m for m in parse(config.recipe) if m.overrides("backward")), None), ZerothOrder):
+        return
+    if config.objective != "loss":
+        raise EfftuneError(
+            f"--objective {config.objective} has no gradient, and the recipe '{config.recipe}' takes one; use a "
+            "zeroth-order recipe such as 'lora(r=16) + mezo', or --objective loss."
+        )
+    if processes.world() > 1:
+        raise processes.no_gradients(f"the recipe '{config.recipe}'")
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -101,6 +121,7 @@ def prepare(config: TrainConfig) -> Prepared:
     eval_table = data.read_table(eval_file) if eval_file else None
     classify = config.task == "classification" or (config.task == "auto" and table.layout == "label")
     labels = data.label_names(table) if classify else None
+    task = make_task("classification" if classify else "causal-lm", config.objective)
 
     model, tokenizer, new = load(config, labels)
     pad_id = tokenizer.pad_token_id
@@ -129,13 +150,12 @@ def prepare(config: TrainConfig) -> Prepared:
         if config.sample_prompt
         else data.prompt_of((held_out or examples)[0])
     )
-    task = CLASSIFICATION if classify else CAUSAL_LM
     return Prepared(model, tokenizer, task, made[0], made[1] if held_out else None, prompt, labels, new)
 
 
 def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any, list[str]]:
     """(model on its device, tokenizer, names of parameters that the model's file does not hold)."""
-    name = config.model or str(default_job.small_model())
+    name = config.model or str(processes.first(default_job.small_model))
     models.check_folder(name)
     tokenizer = models.load_tokenizer(name)
     model, new = models.load_model(name, config.dtype, labels, tokenizer.pad_token_id)
@@ -149,7 +169,16 @@ def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any,
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.world() > 1 and name.startswith("cuda"):
+        local, count = processes.local_rank(), torch.cuda.device_count()
+        if name != "cuda" or local >= count:
+            raise EfftuneError(
+                f"Each process takes a GPU of its own: --device {name} and {count} GPUs do not do for process {local}; "
+                "use --device cuda and no more processes than GPUs, or --device cpu."
+            )
+        name = f"cuda:{local}"
+        torch.cuda.set_device(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -171,8 +200,9 @@ def check_new_parts(tuner: Any, new: list[str]) -> None:
 
 
 def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
-    for name, title in (("eval_loss", "held-out loss"), ("eval_accuracy", "held-out accuracy")):
-        if name in before and name in after:
+    for name in before:
+        if name.startswith("eval_") and name in after:
+            title = name.replace("eval_", "held-out ", 1)
             print(f"{title:<18} {before[name]:.4f} -> {after[name]:.4f}")
     for title, record in (("before", before), ("after", after)):
         if record.get("sample"):

@@ -1,0 +1,128 @@
+"""Several processes that train one model, each on its part of a step's rows; `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from efftune.errors import EfftuneError
+from efftune.optim.zeroth_order import ZerothOrderSGD
+
+LOSS = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def launched() -> int:
+    """How many processes were started together, as the environment says."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def world() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if world() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of the processes of this machine it is."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it, processes that were started together have a process group (one that exists is taken as it is), and all
+    but the first print nothing."""
+    with ExitStack() as stack:
+        if launched() > 1 and not (distributed.is_available() and distributed.is_initialized()):
+            gpu = torch.cuda.is_available() and distributed.is_nccl_available()
+            try:
+                distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            except (ValueError, RuntimeError) as error:
+                raise EfftuneError(
+                    f"WORLD_SIZE is {launched()}, but the processes do not find each other "
+                    f"({str(error).partition(chr(10))[0].rstrip('.')}); start them with torchrun --no-python "
+                    "--nproc-per-node N efftune train ..., or unset WORLD_SIZE."
+                ) from error
+            stack.callback(distributed.destroy_process_group)
+        if rank() > 0:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+        yield
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of each process, on all."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def first(function: Callable[[], Any]) -> Any:
+    """What `function` gives in the first process, on all; its exception, too."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    result, error = gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def own(loss: LOSS) -> LOSS:
+    """`loss`, which is 0 for the batch None: what a process has where the others have one batch more."""
+
+    def run(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(model, batch) if batch is not None else torch.zeros((), device=next(model.parameters()).device)
+
+    return run
+
+
+def everywhere(loss: LOSS) -> LOSS:
+    """`loss` summed over the batches of all processes, in float64, so that each goes on as one with all of them would.
+    Without a gradient."""
+    if world() == 1:
+        return loss
+
+    def run(model: nn.Module, batch: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise no_gradients("this recipe")
+        device = next(model.parameters()).device
+        value = torch.as_tensor(own(loss)(model, batch), device=device).to(torch.float64, copy=True)
+        distributed.all_reduce(value)
+        return value
+
+    return run
+
+
+def no_gradients(recipe: str) -> EfftuneError:
+    return EfftuneError(
+        f"Gradients are not exchanged between processes, and {recipe} takes them; use accelerate or Hugging Face's "
+        "Trainer, or train with a zeroth-order recipe such as mezo."
+    )
+
+
+def agree(optimizer: ZerothOrderSGD) -> None:
+    """A direction is for all parameters that a forward pass used in any of the processes: a router may send the rows of
+    one another way than those of the others."""
+    if world() == 1:
+        return
+    named = dict(optimizer.named_parameters())
+    names = {id(p): name for name, p in named.items()}
+    for (seed, (a, _)), *used in zip(
+        list(optimizer.pending.items()),
+        *gather([{names[i] for i in used} for _, used in optimizer.pending.values()]),
+        strict=True,
+    ):
+        optimizer.pending[seed] = a, frozenset(id(named[name]) for name in set().union(*used))
