@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bench.harness import print_table, run, save
 from efftune.nn.rotary import rotary
+from efftune.ops._available import dtype_name
 from efftune.ops.rotary import rotary as rotate
 
 SHAPES = {"cpu": (4, 512, 16, 4, 64), "cuda": (4, 2048, 32, 8, 64)}  # B, T, heads of q, of k, D
@@ -49,7 +50,7 @@ def operands(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 
 def name_of(device: str, dtype: torch.dtype) -> str:
     b, t, heads, kv_heads, d = SHAPES[device]
-    return f"{str(dtype).removeprefix('torch.')} {b}x{t}, {heads} and {kv_heads} heads of {d} {device}"
+    return f"{dtype_name(dtype)} {b}x{t}, {heads} and {kv_heads} heads of {d} {device}"
 
 
 def rows_for(device: str, dtype: torch.dtype) -> list[dict]:
