@@ -18,14 +18,12 @@ import torch
 
 import efftune
 from bench.harness import environment
-from bench.sst2 import BATCH, LENGTH, minilm
+from bench.sst2 import BATCH, RATES, loaded, minilm
 from efftune.linear import Exact, Linear
 from efftune.linear.keep.quantized import Quantized
 from efftune.memory.meter import saved_for_backward
 from efftune.nn.glu import Activation
 from efftune.nn.norm import LayerNorm, RMSNorm
-from efftune.train import run as runs
-from efftune.train import state
 
 
 def kind(module: torch.nn.Module) -> str:
@@ -41,14 +39,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=6)
     parser.add_argument("--kinds", action="store_true")
     args = parser.parse_args()
-    given = dict(data=args.data, recipe="full", seq_len=LENGTH, batch_size=BATCH, too_long="truncate", lr=5e-5)
-    config = runs.settings({**given, "model": args.model or minilm()}, Path("."))
-    state.set_seed(0)
-    prepared = runs.prepare(config)
+    prepared, batches = loaded(args.data, args.model or minilm())
     tuner = efftune.apply(prepared.model, "full + mesa")
-    optimizer, model = tuner.optimizer(config.lr), tuner.model.eval()
+    optimizer, model = tuner.optimizer(RATES["full"]), tuner.model.eval()
     loss = prepared.task.loss
-    batches = list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
 
     def gradient() -> dict[str, torch.Tensor]:
         model.zero_grad()

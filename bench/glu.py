@@ -6,12 +6,13 @@ python -m bench.glu [--device cpu|cuda] [--rows M] [--columns F]
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import print_table, run, save
-from efftune import use_backend
+from bench.harness import on_backends, print_table, run, save
+from efftune.ops._available import dtype_name
 from efftune.ops.glu import glu, glu_backward, glu_op
 
 TORCH = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -29,25 +30,20 @@ def rows_for(device: str, dtype: torch.dtype, m: int, f: int, activation: str) -
         leaves = [t.detach().requires_grad_() for t in (gate, up)]
         return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
 
-    def ours(backend, backward):
-        def call():
-            with use_backend(backend):
-                glu(gate, up, activation)
-                if backward:
-                    glu_backward(dy, gate, up, activation)
-
-        return call
+    def ours(backward):
+        glu(gate, up, activation)
+        if backward:
+            glu_backward(dy, gate, up, activation)
 
     forwards = {"torch": composition, "torch.compile": torch.compile(composition)}
-    name = f"{activation} {str(dtype).removeprefix('torch.')} {m} x {f} {device}"
-    names = [b.name for b in glu_op.backends if device in b.devices]
+    name = f"{activation} {dtype_name(dtype)} {m} x {f} {device}"
     rows = []
     for title, backward, passes in (("forward", False, 3), ("forward + backward", True, 8)):
         variants = {
             label: both(function) if backward else lambda function=function: function(gate, up)
             for label, function in forwards.items()
         }
-        variants |= {f"efftune {backend}": ours(backend, backward) for backend in names}
+        variants |= on_backends(glu_op, device, partial(ours, backward))
         rows += run(f"{name}, {title}", variants, device=device, bytes=passes * dy.nbytes)
     return rows
 

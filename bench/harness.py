@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+from efftune import use_backend
+from efftune.ops._op import Op
+
 SHORTEST = 2e-3  # seconds: shorter calls are timed several at a time
 LONG = 20.0  # seconds: where one timing is asked for, such a call is not warmed up
 
@@ -135,6 +138,21 @@ def run(
             }
         )
     return rows
+
+
+def on_backend(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    def forced():
+        with use_backend(backend):
+            return call()
+
+    return forced
+
+
+def on_backends(
+    op: Op, device: str, call: Callable[[], object], label: str = "efftune {}"
+) -> dict[str, Callable[[], object]]:
+    """A variant for each backend that `op` has for the device."""
+    return {label.format(b.name): on_backend(b.name, call) for b in op.backends if device in b.devices}
 
 
 def environment(device: str) -> dict:

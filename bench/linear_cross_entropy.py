@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import print_table, run, save
+from efftune.ops._available import dtype_name
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,7 +68,7 @@ def rows_for(
 
         return call
 
-    name = f"{str(dtype).removeprefix('torch.')} M {m} K {k} V {v}, head {'trained' if trains else 'frozen'}"
+    name = f"{dtype_name(dtype)} M {m} K {k} V {v}, head {'trained' if trains else 'frozen'}"
     variants = {label: step(loss) for label, loss in losses(device).items() if only is None or label in only}
     products = 3 if trains else 2
     return run(name, variants, device=device, dtype=dtype, flops=2 * products * m * k * v, repeats=repeats)

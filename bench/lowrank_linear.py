@@ -11,9 +11,10 @@ import copy
 import torch
 from torch import nn
 
-from bench.harness import print_table, run, save
-from efftune import Linear, use_backend
+from bench.harness import on_backend, print_table, run, save
+from efftune import Linear
 from efftune.linear import LoRA
+from efftune.ops._available import dtype_name
 
 R = 16
 
@@ -59,21 +60,17 @@ def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: i
         layers["efftune, Triton"] = lora
 
     def step(label):
-        layer, backend = layers[label], "triton" if label.endswith("Triton") else None
+        layer = layers[label]
         leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
         def call():
-            if backend is None:
-                layer(x).backward(dy)
-            else:
-                with use_backend(backend):
-                    layer(x).backward(dy)
+            layer(x).backward(dy)
             for leaf in leaves:
                 leaf.grad = None
 
-        return call
+        return on_backend("triton", call) if label.endswith("Triton") else call
 
-    name = f"{str(dtype).removeprefix('torch.')} {m}x{n}x{k} r{R}"
+    name = f"{dtype_name(dtype)} {m}x{n}x{k} r{R}"
     variants = {label: step(label) for label in layers}
     return run(name, variants, device=device, dtype=dtype, flops=4 * m * n * k, repeats=repeats)
 

@@ -9,8 +9,8 @@ import argparse
 
 import torch
 
-from bench.harness import print_table, run, save
-from efftune import use_backend
+from bench.harness import on_backends, print_table, run, save
+from efftune.ops._available import dtype_name
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.pack_act import pack_act, pack_op, unpack_act
 
@@ -47,19 +47,11 @@ def rows_for(device: str, dtype: torch.dtype, bits: int, n: int) -> list[dict]:
         "torch.compile": lambda: compiled_unpack(codes, stats, bits, dtype),
     }
 
-    def ours(backend, function, *args):
-        def call():
-            with use_backend(backend):
-                function(*args)
-
-        return call
-
-    for name in (b.name for b in pack_op.backends if device in b.devices):
-        pack[f"efftune {name}"] = ours(name, pack_act, x, bits, GROUP, seed)
-        pack[f"efftune {name}, nearest"] = ours(name, pack_act, x, bits, GROUP, None)
-        unpack[f"efftune {name}"] = ours(name, unpack_act, codes, stats, bits, GROUP, COLS, dtype)
+    pack |= on_backends(pack_op, device, lambda: pack_act(x, bits, GROUP, seed))
+    pack |= on_backends(pack_op, device, lambda: pack_act(x, bits, GROUP, None), "efftune {}, nearest")
+    unpack |= on_backends(pack_op, device, lambda: unpack_act(codes, stats, bits, GROUP, COLS, dtype))
     pack["clone"] = unpack["clone"] = lambda: x.clone()
-    job = f"{str(dtype).removeprefix('torch.')} {n >> 20}M {device}"
+    job = f"{dtype_name(dtype)} {n >> 20}M {device}"
     moved, repeats = x.nbytes + codes.nbytes + stats.nbytes, 7 if device == "cpu" else 30
     return run(f"pack{bits} {job}", pack, device=device, bytes=moved, repeats=repeats) + run(
         f"unpack{bits} {job}", unpack, device=device, bytes=moved, repeats=repeats

@@ -11,12 +11,13 @@ GPU kernels draw into registers, and there is no such row.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 
-from bench.harness import print_table, run, save
-from efftune import perturb_, use_backend
-from efftune.ops._available import extension
+from bench.harness import on_backends, print_table, run, save
+from efftune import perturb_
+from efftune.ops._available import dtype_name, extension
 from efftune.ops.perturb import perturb_op
 
 SEEDS = list(range(64))
@@ -35,26 +36,20 @@ def rows_for(device: str, dtype: torch.dtype, n: int) -> list[dict]:
     def torch_compiled(w):
         return w.add_(torch.randn_like(w), alpha=1e-3)
 
-    def ours(backend, dist, rounding):
-        def call():
-            with use_backend(backend):
-                perturb_(w, 1e-3, seed=1, stream=1, dist=dist, rounding=rounding)
-
-        return call
+    def ours(suffix="", **options):
+        call = partial(perturb_, w, 1e-3, seed=1, stream=1, **options)
+        return on_backends(perturb_op, device, call, "efftune {}" + suffix)
 
     variants = {
         "torch, kept buffer": lambda: torch_eager(False),
         "torch, new buffer": lambda: torch_eager(True),
         "torch.compile": lambda: torch_compiled(w),
     }
-    names = [b.name for b in perturb_op.backends if device in b.devices]
-    for name in names:
-        variants[f"efftune {name}"] = ours(name, "normal", "nearest")
-        variants[f"efftune {name}, ±1"] = ours(name, "rademacher", "nearest")
-        if dtype != torch.float32:
-            variants[f"efftune {name}, stochastic"] = ours(name, "normal", "stochastic")
+    variants |= ours() | ours(", ±1", dist="rademacher")
+    if dtype != torch.float32:
+        variants |= ours(", stochastic", rounding="stochastic")
     variants["copy"] = lambda: w.copy_(other)
-    name = f"perturb {str(dtype).removeprefix('torch.')} {n >> 20}M {device}"
+    name = f"perturb {dtype_name(dtype)} {n >> 20}M {device}"
     repeats = 7 if device == "cpu" else 30
     return run(name, variants, device=device, bytes=2 * w.nbytes, baseline="torch, kept buffer", repeats=repeats)
 
@@ -64,23 +59,17 @@ def rows_for_seeds(device: str, dtype: torch.dtype, n: int, dist: str) -> list[d
     rounding = "nearest" if dtype == torch.float32 else "stochastic"
     options = dict(stream=1, dist=dist, rounding=rounding)
 
-    def one_call(backend):
-        with use_backend(backend):
-            perturb_(w, a, seed=SEEDS, **options)
-
-    def calls(backend):
-        with use_backend(backend):
-            for k, seed in enumerate(SEEDS):
-                perturb_(w, a[k], seed=seed, **options)
+    def calls():
+        for k, seed in enumerate(SEEDS):
+            perturb_(w, a[k], seed=seed, **options)
 
     def draw():
         extension("_cpu").draw(n, SEEDS, 1, dist == "rademacher", torch.get_num_threads())
 
     variants = {"drawing alone": draw} if device == "cpu" else {}
-    for name in [b.name for b in perturb_op.backends if device in b.devices]:
-        variants[f"efftune {name}, one call"] = lambda name=name: one_call(name)
-        variants[f"efftune {name}, {len(SEEDS)} calls"] = lambda name=name: calls(name)
-    job = f"{len(SEEDS)} seeds {dist} {str(dtype).removeprefix('torch.')} {n >> 20}M {device}"
+    variants |= on_backends(perturb_op, device, partial(perturb_, w, a, seed=SEEDS, **options), "efftune {}, one call")
+    variants |= on_backends(perturb_op, device, calls, f"efftune {{}}, {len(SEEDS)} calls")
+    job = f"{len(SEEDS)} seeds {dist} {dtype_name(dtype)} {n >> 20}M {device}"
     return run(job, variants, device=device, bytes=2 * w.nbytes, repeats=9)
 
 

@@ -6,12 +6,13 @@ python -m bench.rms_norm [--device cpu|cuda] [--rows M] [--columns K]
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import print_table, run, save
-from efftune import use_backend
+from bench.harness import on_backends, print_table, run, save
+from efftune.ops._available import dtype_name
 from efftune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_op
 
 
@@ -44,23 +45,18 @@ def rows_for(device: str, dtype: torch.dtype, m: int, k: int, center: bool) -> l
 
         return call
 
-    def ours(backend, backward):
-        w, b = weight.detach(), None if bias is None else bias.detach()
+    w, b = weight.detach(), None if bias is None else bias.detach()
 
-        def call():
-            with use_backend(backend):
-                _, mean, rstd = rms_norm(x, w, b, 1e-6, 0.0, center)
-                if backward:
-                    rms_norm_backward(dy, x, w, mean, rstd, 0.0, True, center)
+    def ours(backward):
+        _, mean, rstd = rms_norm(x, w, b, 1e-6, 0.0, center)
+        if backward:
+            rms_norm_backward(dy, x, w, mean, rstd, 0.0, True, center)
 
-        return call
-
-    name = f"{'layer' if center else 'rms'} norm {str(dtype).removeprefix('torch.')} {m} x {k} {device}"
-    names = [b.name for b in rms_norm_op.backends if device in b.devices]
+    name = f"{'layer' if center else 'rms'} norm {dtype_name(dtype)} {m} x {k} {device}"
     rows = []
     for title, wrap, backward, passes in (("forward", no_grad, False, 2), ("forward + backward", both, True, 5)):
         variants = {label: wrap(f) for label, f in forwards.items()}
-        variants |= {f"efftune {backend}": ours(backend, backward) for backend in names}
+        variants |= on_backends(rms_norm_op, device, partial(ours, backward))
         rows += run(f"{name}, {title}", variants, device=device, bytes=passes * x.nbytes)
     return rows
 

@@ -10,9 +10,10 @@ import argparse
 import torch
 from torch import nn
 
-from bench.harness import print_table, run, save
-from efftune import Linear, use_backend
+from bench.harness import on_backend, on_backends, print_table, run, save
+from efftune import Linear
 from efftune.linear.keep.sampled import Sampled
+from efftune.ops._available import dtype_name
 from efftune.ops.rows_grad import rows_grad, rows_grad_op
 from efftune.ops.sample_rows import SAMPLERS, sample_rows, sample_rows_op, select_rows
 
@@ -26,12 +27,8 @@ def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio
     def compiled(g, idx, weight, rows):
         return (g[idx].float() * weight[:, None]).to(g.dtype).t() @ rows
 
-    def ours(backend):
-        def call():
-            with use_backend(backend):
-                return rows_grad(g, idx, weight, rows)
-
-        return call
+    def ours():
+        return rows_grad(g, idx, weight, rows)
 
     def both():
         drawn, at, scale, _ = sample_rows(x, None, kept, seed)
@@ -39,14 +36,12 @@ def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio
 
     variants = {
         "dense": lambda: g.t() @ x,
-        "torch": ours("reference"),
+        "torch": on_backend("reference", ours),
         "torch.compile": lambda: compiled(g, idx, weight, rows),
     }
-    for backend in rows_grad_op.backends:
-        if device in backend.devices:
-            variants[f"rows_grad {backend.name}"] = ours(backend.name)
+    variants |= on_backends(rows_grad_op, device, ours, "rows_grad {}")
     variants["sample_rows and rows_grad"] = both
-    name = f"rows_grad {str(dtype).removeprefix('torch.')} M {m} N {n} K {k} ratio {ratio} {device}"
+    name = f"rows_grad {dtype_name(dtype)} M {m} N {n} K {k} ratio {ratio} {device}"
     repeats = 7 if device == "cpu" else 30
     return run(name, variants, device=device, flops=2 * kept * n * k, dtype=dtype, repeats=repeats)
 
@@ -60,20 +55,11 @@ def sampling_rows(device: str, dtype: torch.dtype, m: int, k: int, ratio: float)
         idx = torch.multinomial(p, kept, replacement=True)
         return x[idx], idx, p.sum() / (kept * p[idx])
 
-    def ours(backend):
-        def call():
-            with use_backend(backend):
-                return sample_rows(x, factor, kept, seed)
-
-        return call
-
     variants = {"torch, crs": torch_crs, "select_rows alone": lambda: select_rows(scores, kept, seed)}
-    for backend in sample_rows_op.backends:
-        if device in backend.devices:
-            variants[f"efftune {backend.name}"] = ours(backend.name)
+    variants |= on_backends(sample_rows_op, device, lambda: sample_rows(x, factor, kept, seed))
     for sampler in SAMPLERS[1:]:
         variants[f"efftune, {sampler}"] = lambda sampler=sampler: sample_rows(x, factor, kept, seed, sampler)
-    name = f"sample_rows {str(dtype).removeprefix('torch.')} M {m} K {k} ratio {ratio} {device}"
+    name = f"sample_rows {dtype_name(dtype)} M {m} K {k} ratio {ratio} {device}"
     # x is read once for the norms; the rows are read again and written.
     total = x.nbytes + 2 * kept * k * x.itemsize
     return run(name, variants, device=device, bytes=total, dtype=dtype, repeats=7 if device == "cpu" else 30)
@@ -98,7 +84,7 @@ def layer_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio: f
 
         return call
 
-    name = f"Linear {str(dtype).removeprefix('torch.')} M {m} N {n} K {k} ratio {ratio} {device}"
+    name = f"Linear {dtype_name(dtype)} M {m} N {n} K {k} ratio {ratio} {device}"
     variants = {label: step(layer) for label, layer in layers.items()}
     flops = int((4 + 2 * ratio) * m * n * k)
     return run(name, variants, device=device, flops=flops, dtype=dtype, baseline="exact", repeats=9)

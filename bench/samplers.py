@@ -18,24 +18,18 @@ from torch import Tensor
 
 import efftune
 from bench.harness import environment
-from bench.sst2 import BATCH, LENGTH, minilm
+from bench.sst2 import BATCH, RATES, loaded, minilm
 from efftune.linear import Linear
 from efftune.ops.sample_rows import row_norms, select_rows
-from efftune.train import run as runs
-from efftune.train import state
 
 SAMPLERS = ("systematic", "wta", "crs")
 
 
 def pairs(data: str, model: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer -> (x, dy) of one step, after a few steps of training."""
-    given = dict(model=model, data=data, recipe="full", seq_len=LENGTH, batch_size=BATCH, too_long="truncate", lr=5e-5)
-    config = runs.settings(given, Path("."))
-    state.set_seed(0)
-    prepared = runs.prepare(config)
+    prepared, batches = loaded(data, model)
     tuner = efftune.apply(prepared.model, "full")
-    optimizer = tuner.optimizer(config.lr)
-    batches = list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
+    optimizer = tuner.optimizer(RATES["full"])
     for batch in batches[1:]:
         tuner.backward(batch, prepared.task.loss, 1 / BATCH)
         optimizer.step()

@@ -39,6 +39,17 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def loaded(data: str, model: str):
+    """(what `efftune train` prepares for a full fine-tuning, six of its batches)."""
+    from efftune.train import run, state
+
+    given = dict(model=model, data=data, recipe="full", seq_len=LENGTH, batch_size=BATCH, too_long="truncate")
+    config = run.settings(given, Path("."))
+    state.set_seed(0)
+    prepared = run.prepare(config)
+    return prepared, list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
+
+
 def rate(recipe: str) -> float:
     return RATES[("lora" if "lora" in recipe else "full") + (" mezo" if "mezo" in recipe else "")]
 

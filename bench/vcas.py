@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.harness import print_table, run, save
 from efftune.nn.subbatch import install
+from efftune.ops._available import dtype_name
 
 RATIOS = (1.0, 0.5, 0.25)
 
@@ -77,7 +78,7 @@ def rows_for(name: str, made, device: str, dtype: torch.dtype, repeats: int) -> 
     variants |= {f"samples x {ratio}": step(at(ratio)) for ratio in RATIOS if ratio < 1}
     variants["torch checkpoint"] = step(lambda leaf: checkpoint(plain, leaf, use_reentrant=False, **kwargs))
     variants["keep everything"] = step(lambda leaf: plain(leaf, **kwargs))
-    title = f"{name} {str(dtype).removeprefix('torch.')}"
+    title = f"{name} {dtype_name(dtype)}"
     return run(title, variants, device=device, dtype=dtype, repeats=repeats)
 
 

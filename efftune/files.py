@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from efftune.errors import EfftuneError
@@ -42,6 +43,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise EfftuneError(f"There is no {path}; give the folder that an adapter or a run was saved to.") from None
     except SafetensorError as error:
         raise EfftuneError(f"{path} is damaged ({error}); save or fetch it again.") from None
+
+
+def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: Path, model: str) -> None:
+    """Copies what was read from `path` into `targets`. Raises: EfftuneError, before anything is copied, if a tensor is
+    missing, left over or of another shape."""
+    wrong = sorted(targets.keys() ^ tensors.keys())
+    wrong += [name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape]
+    if wrong:
+        raise EfftuneError(f"{path} does not fit {model} (first at {wrong[0]}): nothing was loaded.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.files import read_json, read_tensors, required
+from efftune.files import copy_tensors, read_json, read_tensors, required
 from efftune.hooks import watched
 from efftune.interop import peft
 from efftune.linear import Exact, Linear
@@ -137,16 +137,7 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     if peft.adapters(model):
         peft.load_adapter(model, path)
         return tuner
-    tensors, targets = read_tensors(path / TRAINED), tuner._saved()
-    wrong = sorted(tensors.keys() ^ targets.keys())
-    wrong += [n for n in tensors.keys() & targets.keys() if tensors[n].shape != targets[n].shape]
-    if wrong:
-        raise EfftuneError(
-            f"{path / TRAINED} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded."
-        )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+    copy_tensors(read_tensors(path / TRAINED), tuner._saved(), path / TRAINED, type(model).__name__)
     return tuner
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
-from efftune.files import read_json, read_tensors, required
+from efftune.files import copy_tensors, read_json, read_tensors, required
 from efftune.linear import Linear, LoRA
 from efftune.methods._base import matches, target_layers
 from efftune.methods.adapters.lora import LoraMethod
@@ -181,12 +180,4 @@ def load_adapter(model: nn.Module, path: Path) -> None:
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if key not in targets and name in parameters:
             targets[key] = parameters[name]
-    wrong = sorted(targets.keys() ^ tensors.keys())
-    wrong += [key for key in targets.keys() & tensors.keys() if targets[key].shape != tensors[key].shape]
-    if wrong:
-        raise EfftuneError(
-            f"{path / WEIGHTS} does not fit {type(model).__name__} (first at {wrong[0]}): nothing was loaded."
-        )
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            targets[key].copy_(tensor)
+    copy_tensors(tensors, targets, path / WEIGHTS, type(model).__name__)

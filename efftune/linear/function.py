@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from efftune.errors import refuse_second_derivative
 from efftune.linear.contracts import Base, Delta, Keep, Need
 from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import forced_backend, use_backend
@@ -28,8 +29,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("efftune.Linear has no second derivative; call backward without create_graph=True.")
+        refuse_second_derivative("efftune.Linear")
         base, delta, keep = ctx.axes
         source = None if ctx.source is None else ctx.source()
         if source is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.handle import Handle, attach, flatten, load, unflatten
@@ -40,8 +41,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        if torch.is_grad_enabled():
-            raise RuntimeError("attention has no second derivative; call backward without create_graph=True.")
+        refuse_second_derivative("attention")
         ctx.once.drop()
         mask, *saved = ctx.saved_tensors
         saved = unflatten(tuple(saved), ctx.structure)

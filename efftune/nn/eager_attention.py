@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.handle import Handle, flatten, load, reshaped, unflatten
@@ -46,8 +47,7 @@ class _EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dweights):
-        if torch.is_grad_enabled():
-            raise RuntimeError("attention has no second derivative; call backward without create_graph=True.")
+        refuse_second_derivative("attention")
         seed, *saved = ctx.saved_tensors
         *held, weights = (load(part) for part in unflatten(tuple(saved), ctx.structure))
         q, k, v = (as_heads(part, shape) for part, shape in zip(held, ctx.shapes[:3], strict=True))

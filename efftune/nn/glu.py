@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.function import as_matrix
@@ -35,10 +36,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "An activation of efftune.nn has no second derivative; call backward without create_graph=True."
-            )
+        refuse_second_derivative("An activation of efftune.nn")
         ctx.once.drop()
         gate, *up = (load(part) for part in unflatten(ctx.saved_tensors, ctx.structure))
         dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, ctx.activation)

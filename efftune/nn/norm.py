@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.function import as_matrix
@@ -39,10 +40,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "A norm of efftune.nn has no second derivative; call backward without create_graph=True."
-            )
+        refuse_second_derivative("A norm of efftune.nn")
         ctx.once.drop()
         held, mean, rstd, *weight = unflatten(ctx.saved_tensors, ctx.structure)
         _, need_weight, need_bias = ctx.needs_input_grad[6:]

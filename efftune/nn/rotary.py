@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efftune.errors import refuse_second_derivative
 from efftune.ops.rotary import composition
 from efftune.ops.rotary import rotary as rotate
 
@@ -22,8 +23,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            raise RuntimeError("rotary has no second derivative; call backward without create_graph=True.")
+        refuse_second_derivative("rotary")
         return rotate(dy, *ctx.saved_tensors, transposed=True), None, None
 
 

@@ -65,3 +65,8 @@ def triton_why_not(*tensors: torch.Tensor) -> str | None:
             "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
         )
     return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As compiled kernels are told it: "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ def _cpp(x, p, seed, stream):
         x.data_ptr(),
         out.data_ptr(),
         x.numel(),
-        str(x.dtype).removeprefix("torch."),
+        dtype_name(x.dtype),
         _threshold(p),
         1 / (1 - p),
         int(seed) % 2**64,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def _run_cpp(dy, gate, up, activation, y, dgate, dup):
         *gate.shape,
         *(stride for _, stride in inputs),
         activation,
-        str(gate.dtype).removeprefix("torch."),
+        dtype_name(gate.dtype),
         torch.get_num_threads(),
     )
 

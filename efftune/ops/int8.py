@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +59,8 @@ def _cpp(codes, scales, group, dtype):
         out.data_ptr(),
         *codes.shape,
         group,
-        str(scales.dtype).removeprefix("torch."),
-        str(dtype).removeprefix("torch."),
+        dtype_name(scales.dtype),
+        dtype_name(dtype),
         torch.get_num_threads(),
     )
     return out

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.errors import refuse_second_derivative
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op, forced_backend, use_backend
 
 BLOCK = 2**21  # elements of the weight that are widened at a time
@@ -66,7 +67,7 @@ def _cpp_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_in
         first,
         vocabulary,
         ignore_index,
-        str(z.dtype).removeprefix("torch."),
+        dtype_name(z.dtype),
         softcap,
         smoothing,
         dz is not None,
@@ -275,10 +276,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "linear_cross_entropy has no second derivative; call backward without create_graph=True."
-            )
+        refuse_second_derivative("linear_cross_entropy")
         dx, *again = ctx.saved_tensors
         need_dx, need_dw, need_db = ctx.need
         dw = db = None

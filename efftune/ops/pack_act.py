@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,7 +172,7 @@ def _pack_cpp(x, bits, group, seed, stream):
         _row_stride(x),
         group,
         bits,
-        str(x.dtype).removeprefix("torch."),
+        dtype_name(x.dtype),
         seed is not None,
         0 if seed is None else int(seed) % 2**64,
         stream,
@@ -192,7 +192,7 @@ def _unpack_cpp(codes, stats, bits, group, cols, dtype):
         cols,
         group,
         bits,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype),
         torch.get_num_threads(),
     )
     return out

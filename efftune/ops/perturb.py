@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,10 +92,6 @@ def _cuda_why_not(w, out, *_):
     return cuda_why_not(w, out) or _dtype_why_not(w)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _written(out: Tensor) -> None:
     # Autograd's check that a saved tensor was not changed since sees only what torch's own kernels write.
     if not out.is_inference():
@@ -107,7 +103,7 @@ def _cpp(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     a, unsigned = a.contiguous(), [s % 2**64 for s in seeds]
     extension("_cpu").perturb(
-        w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), unsigned, stream, offset,
+        w.data_ptr(), out.data_ptr(), w.numel(), dtype_name(w.dtype), a.data_ptr(), unsigned, stream, offset,
         dist == "rademacher", rounding == "stochastic", threshold, torch.get_num_threads(),
     )  # fmt: skip
     _written(out)
@@ -138,8 +134,8 @@ def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     with torch.cuda.device(w.device):
         a, beside = a.contiguous(), _seeds_beside(w, seeds)
         extension("_cuda").perturb(
-            w.data_ptr(), out.data_ptr(), w.numel(), _name(w.dtype), a.data_ptr(), beside.data_ptr(), first, len(seeds),
-            stream, offset, signs, stochastic, threshold, torch.cuda.current_stream().cuda_stream,
+            w.data_ptr(), out.data_ptr(), w.numel(), dtype_name(w.dtype), a.data_ptr(), beside.data_ptr(), first,
+            len(seeds), stream, offset, signs, stochastic, threshold, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     _written(out)
 

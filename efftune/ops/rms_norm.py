@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -158,14 +158,10 @@ def _pointer(t: Tensor | None) -> int:
     return t.data_ptr() if t is not None and t.numel() else 0
 
 
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
 def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     gain, bias = _gain(x, weight, offset), None if bias is None else bias.float()
     pointers = (_pointer(t) for t in (x, y, gain, bias, mean, rstd))
-    extension("_cpu").norm(*pointers, *x.shape, eps, _name(x), saved, torch.get_num_threads())
+    extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
 @rms_norm_op.backend("cpp", "cpu", why_not=_cpp_why_not)
@@ -187,7 +183,7 @@ def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)
     pointers = (_pointer(t) for t in (dy, x, gain, mean, rstd, *outputs))
-    extension("_cpu").norm_backward(*pointers, *x.shape, _name(x), torch.get_num_threads())
+    extension("_cpu").norm_backward(*pointers, *x.shape, dtype_name(x.dtype), torch.get_num_threads())
     return outputs
 
 

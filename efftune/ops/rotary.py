@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,10 +70,6 @@ def _triton_why_not(x, cos, sin, transposed):
     return triton_why_not(x, cos, sin) or _why_not(x, cos, sin, transposed)
 
 
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
-
-
 @rotary_op.backend("cpp", "cpu", why_not=_cpp_why_not)
 def _cpp(x, cos, sin, transposed):
     out = _fake(x, cos, sin, transposed)
@@ -83,8 +79,8 @@ def _cpp(x, cos, sin, transposed):
         x.stride()[:3],
         out.stride()[:3],
         *((t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)) for t in (cos, sin)),
-        _name(x),
-        _name(cos),
+        dtype_name(x.dtype),
+        dtype_name(cos.dtype),
         transposed,
         torch.get_num_threads(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +66,7 @@ def _cpp(g, idx, weight, rows):
     (m, n), s, transposed = g.shape, rows.shape[0], _laid_out(g, rows)
     scaled = g.new_empty((n, s) if transposed else (s, n))
     pointers = g.data_ptr(), idx.data_ptr(), weight.data_ptr(), scaled.data_ptr()
-    dtype = str(g.dtype).removeprefix("torch.")
+    dtype = dtype_name(g.dtype)
     extension("_cpu").scale_rows(*pointers, m, n, g.stride(0), s, transposed, dtype, torch.get_num_threads())
     return (scaled if transposed else scaled.t()) @ rows
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +55,7 @@ def _norms_triton_why_not(x):
 @row_norms_op.backend("cpp", "cpu", why_not=_norms_cpp_why_not)
 def _norms_cpp(x):
     out = _norms_fake(x)
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x.dtype)
     extension("_cpu").row_norms(x.data_ptr(), x.stride(0), out.data_ptr(), *x.shape, dtype, torch.get_num_threads())
     return out
 

@@ -128,7 +128,7 @@ def test_a_loop_of_ones_own_is_told():
     tuner = tuned("full + mesa(bits=4, max_error=0.05)")
     optimizer = tuner.optimizer(lr=1e-3)
     loss_fn(tuner.model, batch()).backward()
-    with pytest.warns(UserWarning, match="everything stays at 4 bits"):
+    with pytest.warns(UserWarning, match="not measured yet .* everything stays at 4 bits"):
         optimizer.step()
 
 
@@ -197,6 +197,12 @@ def test_nothing_to_choose_is_not_measured_again_and_running_statistics_stay():
         optimizer.step()  # warns of nothing
         tuner.backward(x, loss)
         assert calls[0] == 1 and (passes is None or first == passes)
+        assert "until" not in tuner.summary() and ("nothing to choose" in tuner.summary()) == (passes == 1)
+        again = efftune.apply(Normed(), recipe, blocks=False)
+        again.load_state_dict(tuner.state_dict())
+        calls[0] = 0
+        again.backward(x, loss)
+        assert calls[0] == 1
 
 
 def test_a_block_whose_gradient_is_not_finite_is_not_chosen_for():
@@ -208,7 +214,7 @@ def test_a_block_whose_gradient_is_not_finite_is_not_chosen_for():
         return loss_fn(model, ids)
 
     tuner.backward(batch(), loss)
-    assert {keep.bits for keep in keeps(tuner).values()} == {4} and not vars(tuner.model)["mesa"].done
+    assert {keep.bits for keep in keeps(tuner).values()} == {4} and "4 bits everywhere, until" in tuner.summary()
 
 
 def test_a_checkpoint_from_before_the_measurement_undoes_one():

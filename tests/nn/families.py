@@ -2,6 +2,9 @@
 
 import torch
 
+import efftune
+from efftune.linear import Linear
+
 HIDDEN, LAYERS, VOCAB = 32, 2, 64
 DECODER = dict(
     vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -56,3 +59,30 @@ def loss(model, inputs):
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     weight = torch.linspace(-1, 1, logits.shape[-1], dtype=logits.dtype)
     return ((logits * weight).tanh().sum(-1) * inputs["attention_mask"]).sum()
+
+
+def gradients(model, inputs):
+    value = loss(model, inputs)
+    value.backward()
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return value.detach(), found
+
+
+def assert_same_when_checkpointed(make, recipe, reentrant):
+    """Loss and gradients of make()'s model under the recipe, with gradient checkpointing and without."""
+    results = []
+    for checkpointing in (False, True):
+        plain = make()
+        torch.manual_seed(3)
+        tuner = efftune.apply(plain, recipe)
+        for layer in (m for m in plain.modules() if isinstance(m, Linear) and hasattr(m, "lora_b")):
+            torch.nn.init.normal_(layer.lora_b)
+        if checkpointing:
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            plain.enable_input_require_grads()
+        torch.manual_seed(4)
+        results.append(gradients(tuner.model, batch()))
+    (a, first), (b, second) = results
+    assert torch.equal(a, b) and first.keys() <= second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -12,15 +12,7 @@ from efftune.linear.keep.quantized import Quantized
 from efftune.memory import meter
 from efftune.nn.blocks import install, recognise
 from efftune.nn.norm import LayerNorm, RMSNorm
-from tests.nn.families import FAMILIES, LAYERS, batch, loss, model
-
-
-def gradients(model, inputs):
-    value = loss(model, inputs)
-    value.backward()
-    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return value.detach(), found
+from tests.nn.families import FAMILIES, LAYERS, assert_same_when_checkpointed, batch, gradients, loss, model
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -121,21 +113,7 @@ def test_what_computes_something_else_is_left_alone():
     ],
 )  # fmt: skip
 def test_checkpointing_gives_the_same_bits(recipe, reentrant):
-    results = []
-    for checkpointing in (False, True):
-        plain = model("Llama")
-        torch.manual_seed(3)
-        tuner = efftune.apply(plain, recipe)
-        for layer in (m for m in plain.modules() if isinstance(m, Linear) and hasattr(m, "lora_b")):
-            nn.init.normal_(layer.lora_b)
-        if checkpointing:
-            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            plain.enable_input_require_grads()
-        torch.manual_seed(4)
-        results.append(gradients(tuner.model, batch()))
-    (a, first), (b, second) = results
-    assert torch.equal(a, b) and first.keys() <= second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_when_checkpointed(lambda: model("Llama"), recipe, reentrant)
 
 
 def test_a_lost_source_costs_memory_and_nothing_else():

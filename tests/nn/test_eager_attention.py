@@ -19,8 +19,7 @@ from efftune.nn.attention import KEEP
 from efftune.nn.eager_attention import ROWS, eager_attention
 from tests.budget import assert_within_budget
 from tests.linear.test_keeps import bias_z
-from tests.nn.families import DECODER, LAYERS, batch, loss, model
-from tests.nn.test_blocks import gradients
+from tests.nn.families import DECODER, LAYERS, assert_same_when_checkpointed, batch, gradients, loss, model
 
 B, H, HKV, T, D = 2, 4, 2, 16, 8
 
@@ -299,18 +298,7 @@ def test_attention_weights_come_out_and_have_gradients():
 def test_checkpointing_with_dropout_gives_the_same_bits(family, recipe, reentrant):
     if "wtacrs" in recipe and reentrant:
         pytest.skip("its forward runs without grad and draws no seeds for keeps")
-    results = []
-    for checkpointing in (False, True):
-        plain = eager(family, dropout=0.2)
-        tuner = efftune.apply(plain, recipe)
-        if checkpointing:
-            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            plain.enable_input_require_grads()
-        torch.manual_seed(4)
-        results.append(gradients(tuner.model, batch()))
-    (a, first), (b, second) = results
-    assert torch.equal(a, b) and first.keys() <= second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_when_checkpointed(lambda: eager(family, dropout=0.2), recipe, reentrant)
 
 
 @pytest.mark.parametrize("recipe", ["full", "full + mesa(bits=4)", "full + wtacrs(ratio=0.3, attention=True)"])

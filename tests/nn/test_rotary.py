@@ -13,8 +13,7 @@ from efftune.nn import rotary as module
 from efftune.nn.blocks import Blocks, _install_rotary
 from efftune.nn.rotary import _computes, register, rotary
 from tests.budget import assert_within_budget
-from tests.nn.families import DECODER, DECODERS, LAYERS, batch, loss, model
-from tests.nn.test_blocks import gradients
+from tests.nn.families import DECODER, DECODERS, LAYERS, batch, gradients, loss, model
 from tests.ops.test_rotary import hf, operands
 from tests.saved import saved_bytes
 

@@ -16,7 +16,9 @@ class Scales(Delta):
     """y = x·W(codes, s)ᵀ + bias with s trained: ds = Σ over the group of dW · code, dW = dyᵀ·x̃ with x̃ as `keep`
     returns it.
 
-    Saved for backward: keep(x). dW is made and summed up a tile of rows at a time, and never exists whole.
+    Numerics: dW accumulates in f32 and is rounded to x.dtype; then see `base.weight_vjp`.
+    Saved for backward: keep(x), if the gradient of s is asked for. dW is made and summed up a tile of rows at a time.
+    Source: Kim et al. 2023, arXiv:2305.14152 (PEQA).
     """
 
     def trainable(self, base, w):

@@ -75,18 +75,17 @@ class Mesa(Method):
 
     def before_backward(self, model, batch, loss_fn):
         chosen = vars(model).get("mesa")
-        if chosen is None or chosen.done or chosen.idle or self.max_error is None:
+        if chosen is None or chosen.bits is not None or chosen.idle or self.max_error is None:
             return
         chosen.places = chosen.places or _places(model)
-        chosen.asked = True
         if not chosen.places:  # samples, recomputes: nothing is kept as codes
-            chosen.done = True
+            chosen.bits = {}
             return
         bits, error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
         if not math.isfinite(error):
             return  # of a loss that is not: the next micro-batch will tell
-        chosen.bits, chosen.error, chosen.done = bits, error, True
-        self._use(chosen)
+        chosen.bits, chosen.error = bits, error
+        self._use(chosen.places, bits)
         if error > self.max_error:
             warnings.warn(
                 f"mesa found no keeps with a gradient error of at most {self.max_error:.1%}; with the best it tried it "
@@ -97,8 +96,8 @@ class Mesa(Method):
     def _keep(self, bits: int) -> Keep:
         return Quantized(bits, self.group) if bits else Exact()
 
-    def _use(self, chosen: Chosen) -> None:
-        _set(chosen.places, {name: self._keep(bits) for name, bits in chosen.bits.items()})
+    def _use(self, places: Places, bits: dict[str, int]) -> None:
+        _set(places, {name: self._keep(bits.get(name, self.bits)) for name in places})
 
     def _choose(
         self, model: nn.Module, places: Places, loss: Callable[[], Tensor], max_error: float
@@ -133,10 +132,10 @@ class Mesa(Method):
 
     def after_step(self, model, step, optimizer):
         chosen = vars(model).get("mesa")
-        if chosen is not None and not (chosen.asked or chosen.idle or chosen.done) and step == 0:
+        if chosen is not None and chosen.bits is None and not chosen.idle and step == 0:
             warnings.warn(
-                f"mesa measures in tuner.backward(batch, loss_fn), which this loop does not call: everything stays at "
-                f"{self.bits} bits.",
+                f"mesa has not measured yet (that takes a call of tuner.backward(batch, loss_fn), and a finite loss): "
+                f"until then everything stays at {self.bits} bits.",
                 stacklevel=2,
             )
 
@@ -159,24 +158,25 @@ class Mesa(Method):
         chosen = vars(model).get("mesa")
         if chosen is None:
             return None
-        if not chosen.bits:
+        if chosen.bits is None:
             return f"mesa: {self.bits} bits everywhere, until the first micro-batch tells where more are needed"
+        if not chosen.bits:
+            return "mesa: keeps no codes, so that max_error has nothing to choose"
         counts = Counter(f"{bits} bits" if bits else "exact" for bits in chosen.bits.values())
         spread = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
         return f"mesa: keeps {spread}; gradient error at most {chosen.error:.1%} in every block"
 
     def state_dict(self, model):
         chosen = vars(model).get("mesa")
-        return {} if chosen is None else {"bits": dict(chosen.bits), "error": chosen.error}
+        return {} if chosen is None else {"bits": chosen.bits, "error": chosen.error}
 
     def load_state_dict(self, model, state):
         chosen = vars(model).get("mesa")
         if chosen is None:
             return
         chosen.places = chosen.places or _places(model)
-        chosen.bits, chosen.error = dict(state.get("bits", {})), state.get("error", 0.0)
-        chosen.done = bool(chosen.bits)
-        _set(chosen.places, {name: self._keep(chosen.bits.get(name, self.bits)) for name in chosen.places})
+        chosen.bits, chosen.error = state.get("bits"), state.get("error", 0.0)
+        self._use(chosen.places, chosen.bits or {})
 
 
 Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
@@ -186,11 +186,9 @@ Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
 class Chosen:
     """What max_error has led to. Rides on the model; see Mesa.state_dict."""
 
-    bits: dict[str, int] = field(default_factory=dict)  # place -> 4, 8 or EXACT; empty: not measured yet
+    bits: dict[str, int] | None = None  # place -> 4, 8 or EXACT; None: not measured yet
     error: float = 0.0
     places: Places = field(default_factory=dict)
-    asked: bool = False  # a micro-batch has come by
-    done: bool = False
     idle: bool = False  # within `exactly`: measures nothing
 
 
