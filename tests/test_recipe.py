@@ -1,6 +1,7 @@
 import pytest
 
 from efftune import EfftuneError
+from efftune.methods import available
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.methods.quantized.int8 import Int8Method
 from efftune.recipe import format_recipe, parse
@@ -33,8 +34,7 @@ def test_order_and_settings():
     [
         (
             "lorra(r=8)",
-            r"no method 'lorra' \(did you mean 'lora'\?\); "
-            "the methods are: fedkseed, full, int8, lisa, lora, mesa, mezo, recompute, sparsemezo, vcas, wtacrs",
+            r"no method 'lorra' \(did you mean 'lora'\?\); " + f"the methods are: {', '.join(available())}",
         ),
         ("lora(rank=8)", r"lora has no setting 'rank'"),
         ("lora(lora_alfa=8)", r"did you mean 'lora_alpha'\?"),
