@@ -63,7 +63,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             as long as they are that large.
     Numerics: a in float64, c in float32, both on the device of the loss; the sum in float32, rounded once. bfloat16 and
         float16 weights are rounded stochastically: lr·a·z is mostly below half a unit in the last place, and rounding
-        to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`.
+        to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`; one
+        that is 0, where the loss is the same on both sides, in `flat`.
     State: `log`, 16 bytes a step; with beta2 one number; with update="log" a copy of the trained weights as they were
         when the optimizer was made, in host memory, and a step draws as many numbers for each weight as the log has
         different seeds: for short runs, and for `fedkseed`, which has k. `accumulate` collects the scalars of a step;
@@ -120,7 +121,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.previous: Tensor | None = None
         self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
         self.seen: Tensor | None = None
-        self.skipped: Tensor | None = None
+        self.directions, self.skipped, self.flat = (
+            0,
+            torch.zeros((), dtype=torch.int64),
+            torch.zeros((), dtype=torch.int64),
+        )
         self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
@@ -211,16 +216,18 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def _scalars(self) -> Tensor:
         """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
         a = average(torch.stack([a for a, _ in self.pending.values()]))
-        for key in ("second", "seen", "previous", "skipped"):  # of a checkpoint: where the losses are now
+        self.directions += len(a)
+        for key in ("second", "seen", "previous", "skipped", "flat"):  # of a checkpoint: where the losses are now
             if (value := getattr(self, key)) is not None:
                 setattr(self, key, value.to(a.device))
+        if not self.losses or self.previous is not None:  # the first look of one point has nothing to differ from
+            self.flat = self.flat + (a == 0).sum()
         if self.losses:
             mean = torch.stack(self.losses).mean()
             self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
             self.losses.clear()
         finite = a.isfinite()
-        bad = (~finite).sum()
-        self.skipped = bad if self.skipped is None else self.skipped + bad
+        self.skipped = self.skipped + (~finite).sum()
         a = torch.where(finite, a, 0.0)
         if self.beta2:
             second, seen = (a.new_zeros(()) if t is None else t for t in (self.second, self.seen))
@@ -334,7 +341,9 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "second": self.second,
                 "seen": self.seen,
                 "previous": self.previous,
+                "directions": self.directions,
                 "skipped": self.skipped,
+                "flat": self.flat,
                 "thresholds": dict(self.thresholds),
                 "scales": dict(self.scales),
                 "start": {name: checksum(tensor) for name, tensor in self.start.items()},
@@ -353,7 +362,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.log.load_state_dict(own["log"])
         self.scales = dict(own["scales"])
         self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
-        for key in ("second", "seen", "previous", "skipped"):
+        for key in ("second", "seen", "previous", "directions", "skipped", "flat"):
             setattr(self, key, own[key])
         self.zero_grad()
         self.recent.clear()

@@ -135,7 +135,7 @@ def make_task(kind: Literal["causal-lm", "classification"], objective: str | Met
     the two sides of a direction are often equal: a is 0, and the step changes nothing. eps has to be so large that most
     steps see a prediction change, and so small that the model still works: the mean of the two sides, which a step
     reports as its loss, stays near the metric of the model itself. Begin at 1e-2 where all weights train and at 5e-2
-    for LoRA, with as many rows as fit (figures in docs/design.md).
+    for LoRA, with as many rows as fit.
     Memory: the logits of a causal-lm batch, which the loss does not need.
     Evaluation gives the cross-entropy as eval_loss and the metric as eval_accuracy, eval_f1 or eval_<name of the
     function>: for classification of all held-out rows together, for causal-lm (whose logits would fill the memory) the

@@ -218,10 +218,22 @@ def test_a_loss_that_is_not_finite_skips_the_direction_and_is_counted(bad, signs
     assert bool(shown.isfinite()) == (len(signs) == 1)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert int(optimizer.skipped) == 1
-    assert "1 direction skipped" in tuner.summary()
+    assert "mezo: 1 of 1 directions skipped, whose loss was not finite\n" in tuner.summary() + "\n"
     tuner.backward(torch.ones(2, 4), loss)
     optimizer.step()
     assert not torch.equal(model[0].weight, before[0])
+
+
+@pytest.mark.parametrize("points, losses, flat", [(2, (7, 7, 7, 7, 7, 8, 8, 8), "3 of 4"), (1, (7, 7, 8, 8), "2 of 4")])
+def test_directions_that_tell_nothing_are_counted(points, losses, flat):
+    """Of a metric that is constant almost everywhere. The first look of one point has nothing to differ from."""
+    tuner = efftune.apply(nn.Sequential(nn.Linear(4, 4)), f"mezo(points={points})")
+    optimizer, values = tuner.optimizer(lr=1.0), iter(losses)
+    for _ in range(4):
+        optimizer.zero_grad()
+        tuner.backward(torch.ones(2, 4), lambda m, x: m(x).sum() * 0 + next(values))
+        optimizer.step()
+    assert f"mezo: {flat} directions had the same loss on both sides" in tuner.summary()
 
 
 def test_a_perturbation_below_the_last_place_is_told():

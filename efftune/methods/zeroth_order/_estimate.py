@@ -105,17 +105,20 @@ class ZerothOrder(Method):
         return torch.stack(shown).mean()
 
     def after_step(self, model, step, optimizer):
-        vars(model)["skipped_directions"] = cast(ZerothOrderSGD, optimizer).skipped  # for `report`
+        own = cast(ZerothOrderSGD, optimizer)
+        vars(model)["directions"] = own.directions, own.skipped, own.flat  # for `report`
 
     def remove(self, model):
-        vars(model).pop("skipped_directions", None)
+        vars(model).pop("directions", None)
 
     def report(self, model):
-        skipped = vars(model).get("skipped_directions")
-        count = 0 if skipped is None else int(skipped)
-        return (
-            f"{self.name}: {count} direction{'s' * (count > 1)} skipped, whose loss was not finite" if count else None
-        )
+        total, skipped, flat = map(int, vars(model).get("directions", (0, 0, 0)))
+        lines = []
+        if skipped:
+            lines.append(f"{skipped} of {total} directions skipped, whose loss was not finite")
+        if flat:
+            lines.append(f"{flat} of {total} directions had the same loss on both sides; a larger eps may tell more")
+        return f"{self.name}: {'; '.join(lines)}" if lines else None
 
 
 def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: int) -> tuple[Tensor, set[int]]:
