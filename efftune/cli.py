@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--seed-log",
                 action="store_true",
-                help="of a zeroth-order run: one file, 16 bytes a step; --out names it",
+                help="of a zeroth-order run: one file, 16 bytes a step (ferret: 4 a number); --out names it",
             )
 
     replay = commands.add_parser("replay", help="make the model that a seed log describes, from its base model")
@@ -150,8 +150,10 @@ def _export(arguments: argparse.Namespace) -> None:
         if out.exists():
             raise EfftuneError(f"{out} exists already; give another --out.")
         with rundir.writing(out):
-            count = export_log(arguments.source, out)
+            count, left = export_log(arguments.source, out)
         print(f"{out} holds the {count:,} directions of {arguments.source} in {out.stat().st_size:,} bytes.")
+        if left:
+            print(f"The last {left} steps are not in it: training ended before their round did.")
         return
     out = rundir.choose(arguments.out, resume=False)
     tuner, _ = run.finished(arguments.source)

@@ -44,6 +44,9 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
         rivals = [m.name for m in methods if m.overrides(hook)]
         if len(rivals) > 1:
             raise EfftuneError(f"{' and '.join(rivals)} each bring their own {hook}; a recipe takes one of them.")
+    for method in methods:
+        if (reason := method.why_not([m for m in methods if m is not method])) is not None:
+            raise EfftuneError(f"{method.name}: {reason}.")
     if not any(m.trains for m in methods):
         methods.insert(0, FullFineTuning())
     keep = block_keep(methods)

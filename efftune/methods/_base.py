@@ -36,6 +36,9 @@ class Method:
     )
     learning_rate: ClassVar[float | None] = None  # of `efftune train` where none is given; None: the trainer's own
 
+    def why_not(self, others: list[Method]) -> str | None:
+        """Why this method cannot work with the others of a recipe, ending with a remedy, or None."""
+
     def prepare(self, model: nn.Module) -> None:
         """Changes the model in place: swaps layers, turns requires_grad on. The model arrives frozen.
 

@@ -67,6 +67,13 @@ def rounding_bits(seed: int, stream: int, offset: Tensor) -> Tensor:
     return (word >> (16 * (offset & 1))) & 0xFFFF
 
 
+def rounding_bits_from(seed: int, stream: int, offset: int, count: int, device: torch.device) -> Tensor:
+    """`rounding_bits` of `count` offsets from `offset` on, (count,): each block is drawn once for its eight."""
+    words = philox(seed, torch.arange(offset >> 3, (offset + count + 7) >> 3, device=device), stream, ROUNDING)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], 1)
+    return halves.flatten()[offset & 7 : (offset & 7) + count]
+
+
 def dropout_word(seed: int, stream: int, offset: Tensor) -> Tensor:
     """32 random bits, int64, for each int64 offset."""
     return _gather_word(philox(seed, offset >> 2, stream, DROPOUT), offset & 3)

@@ -1,4 +1,4 @@
-"""A zeroth-order run as what it was made of: (seed, scalar, step), sixteen bytes a step."""
+"""A run as what it was made of: (seed, scalar, step), 16 bytes a step, or the numbers of rounds, 4 bytes each."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from efftune.errors import EfftuneError
 
 FORMAT = "efftune-seed-log-1"
 ENTRY = np.dtype([("direction", "<u8"), ("scalar", "<f4"), ("step", "<u4")])
+NUMBER = np.dtype("<f4")
 SEED_BITS = 48  # of a direction; the part is in the 16 above
 DECAY = 2**SEED_BITS - 1  # as a seed: the weights of the part are multiplied by the scalar
 TOGETHER = 1024  # scalars that are fetched from the device at a time
@@ -31,11 +32,15 @@ class SeedLog:
 
     A part is what one entry acts on: a group of the optimizer, less the parameters that no forward used. Most runs have
     one. Scalars may still be on the device; they are fetched together when somebody reads the log.
+
+    Of a run that projects (ferret), a part is one parameter and an entry is a round of it. Its seeds follow from the
+    recipe; in the seed's place stands how many numbers it has, four bytes each, behind the entries.
     """
 
-    parts: list[dict[str, Any]] = field(default_factory=list)  # {"group": index, "unused": [names]}
+    parts: list[dict[str, Any]] = field(default_factory=list)  # {"group": index, "unused": [names]} or {"only": name}
     entries: np.ndarray = field(default_factory=lambda: np.empty(0, ENTRY))
     waiting: list[tuple[int, Tensor, int]] = field(default_factory=list)
+    numbers: list[np.ndarray] = field(default_factory=list)  # float32, of each entry of a round
 
     def append(self, step: int, seed: int, scalar: Tensor, group: int, unused: list[str]) -> None:
         """scalar: (), what z is multiplied by."""
@@ -45,6 +50,28 @@ class SeedLog:
         self.waiting.append((self.parts.index(part) << SEED_BITS | seed, scalar, step))
         if len(self.waiting) >= TOGETHER:
             self.fetch()
+
+    def append_round(self, step: int, numbers: dict[str, Tensor]) -> None:
+        """numbers: parameter -> (n,), of its change (`efftune.optim.projection`). Waits for the device."""
+        new = np.zeros(len(numbers), ENTRY)
+        for i, (name, a) in enumerate(numbers.items()):
+            part = {"only": name}
+            if part not in self.parts:
+                self.parts.append(part)
+            new[i] = self.parts.index(part) << SEED_BITS | len(a), 0.0, step
+            self.numbers.append(a.cpu().numpy().astype(NUMBER))
+        self.entries = np.concatenate([self.entries, new])
+
+    @property
+    def count(self) -> int:
+        """How many scalars it has."""
+        return sum(map(len, self.numbers)) if self.numbers else len(self.entries) + len(self.waiting)
+
+    def rounds(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, parameter -> its numbers), as `append_round` was given them."""
+        rows = zip(self.entries.tolist(), self.numbers, strict=True)
+        for step, mine in groupby(rows, key=lambda row: row[0][2]):
+            yield step, {self.parts[entry[0] >> SEED_BITS]["only"]: a for entry, a in mine}
 
     def fetch(self) -> np.ndarray:
         """All entries, the waiting ones included. Waits for the device."""
@@ -76,24 +103,41 @@ class SeedLog:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [dict(part) for part in self.parts], "entries": as_bytes(self.fetch())}
+        return {"parts": [dict(part) for part in self.parts], **self._tensors()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parts, self.waiting = [dict(part) for part in state["parts"]], []
         self.entries = np.frombuffer(state["entries"].cpu().numpy().tobytes(), ENTRY)
+        if "numbers" in state:
+            self._take(state["numbers"].cpu().numpy().tobytes())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """(n, 16) uint8, and the numbers of rounds, (m, 4) uint8, where there are any."""
+        tensors = {"entries": as_bytes(self.fetch())}
+        return {**tensors, "numbers": as_bytes(np.concatenate(self.numbers))} if self.numbers else tensors
+
+    def _take(self, numbers: bytes) -> None:
+        """Gives each entry its numbers. A round whose numbers are not all there goes, with those behind it."""
+        values = np.frombuffer(numbers[: len(numbers) - len(numbers) % NUMBER.itemsize], NUMBER)
+        ends = np.cumsum(self.entries["direction"] & np.uint64(DECAY)).astype(np.int64)
+        lacking = self.entries["step"][ends > len(values)]
+        if len(lacking):
+            there = self.entries["step"] < lacking[0]
+            self.entries, ends = self.entries[there], ends[there]
+        self.numbers = np.split(values, ends)[:-1]
 
     def save(self, path: str | Path, about: dict[str, Any]) -> None:
-        """A safetensors file with the one tensor `entries` (n, 16) uint8; `about` and the parts go into its header."""
+        """A safetensors file with the tensor `entries` (n, 16) uint8 and, of rounds, `numbers` (m, 4) uint8; `about`
+        and the parts go into its header."""
         from safetensors.torch import save_file
 
-        entries = self.fetch()
-        header = {"format": FORMAT, "about": json.dumps({**about, "parts": self.parts, "count": len(entries)})}
-        save_file({"entries": as_bytes(entries)}, path, metadata=header)
+        header = {"format": FORMAT, "about": json.dumps({**about, "parts": self.parts, "count": self.count})}
+        save_file(self._tensors(), path, metadata=header)
 
     @staticmethod
     def load(path: str | Path) -> tuple[SeedLog, dict[str, Any]]:
-        """-> the log, and what `save` was given, with "count": how many entries there were when it was written. A file
-        that was cut short gives the entries before the cut.
+        """-> the log, and what `save` was given, with "count": how many scalars there were when it was written. A file
+        that was cut short gives the entries, or the rounds, before the cut.
 
         Raises: EfftuneError for what is no seed log, or is cut before its first entry.
         """
@@ -104,26 +148,36 @@ class SeedLog:
         try:
             (length,) = struct.unpack_from("<Q", data)
             header = json.loads(data[8 : 8 + length])
-            metadata, tensor = header["__metadata__"], header["entries"]
-            if metadata["format"] != FORMAT or tensor["dtype"] != "U8" or tensor["data_offsets"][0] != 0:
+            metadata, body = header["__metadata__"], data[8 + length :]
+            tensors = [header[key] for key in ("entries", "numbers") if key in header]
+            if (
+                metadata["format"] != FORMAT
+                or tensors[0]["data_offsets"][0]
+                or any(t["dtype"] != "U8" for t in tensors)
+            ):
                 raise ValueError
             about = json.loads(metadata["about"])
-            body = data[8 + length : 8 + length + tensor["data_offsets"][1]]
             parts, count = about.pop("parts"), about["count"]
-            entries = np.frombuffer(body[: len(body) - len(body) % ENTRY.itemsize], ENTRY)
-            known = all(isinstance(p["group"], int) and isinstance(p["unused"], list) for p in parts)
+            found = [body[slice(*tensor["data_offsets"])] for tensor in tensors]
+            entries = np.frombuffer(found[0][: len(found[0]) - len(found[0]) % ENTRY.itemsize], ENTRY)
+            log = SeedLog(parts, entries)
+            if len(found) == 1:
+                known = all(isinstance(p["group"], int) and isinstance(p["unused"], list) for p in parts)
+            else:
+                known = all(isinstance(p["only"], str) for p in parts)
+                log._take(found[1])
             if not known or (entries["direction"] >> np.uint64(SEED_BITS) >= len(parts)).any():
                 raise ValueError
         except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
             raise EfftuneError(f"{path} is no seed log, or its beginning is damaged; fetch it again.") from None
-        if count and not len(entries):
+        if count and not log.count:
             raise EfftuneError(f"{path} is cut before its first entry; fetch it again.")
-        return SeedLog(parts, entries), about
+        return log, about
 
 
 def as_bytes(entries: np.ndarray) -> Tensor:
-    """(n, 16) uint8."""
-    return torch.from_numpy(entries.view(np.uint8).reshape(-1, ENTRY.itemsize).copy())
+    """(n, bytes of one) uint8."""
+    return torch.from_numpy(entries.view(np.uint8).reshape(-1, entries.itemsize).copy())
 
 
 def fingerprint(model: nn.Module) -> str:

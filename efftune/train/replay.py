@@ -1,4 +1,4 @@
-"""A zeroth-order run as a file of seeds and scalars, and the model made from it and its base again."""
+"""A run as a file of seeds and scalars, and the model made from it and its base again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import efftune
 from efftune.errors import EfftuneError
 from efftune.interop import peft
+from efftune.methods.zeroth_order.ferret import Ferret
 from efftune.optim.seed_log import SeedLog, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import checkpoint, default_job, run, rundir, state
@@ -18,24 +19,29 @@ DEFAULT = "default"  # as a base: the small model of `efftune train` without opt
 KEPT = ("dtype", "seed", "blocks", "seq_len")  # settings that decide what a model is before training
 
 
-def export_log(source: str, out: Path) -> int:
-    """Writes the seed log of the run directory `source`, as its newest checkpoint has it; how many entries it has.
+def export_log(source: str, out: Path) -> tuple[int, int]:
+    """Writes the seed log of the run directory `source`, as its newest checkpoint has it. Returns how many scalars it
+    has, and how many steps of the run are not in it: of a round that had not come to its end.
 
-    Raises: EfftuneError where the run is no zeroth-order one.
+    Raises: EfftuneError where the recipe leaves no seeds, or the log would have been longer than the weights.
     """
     path, config, labels = run.finished_settings(source)
-    _, _, rest = checkpoint.load(path, {})
-    own = rest["optimizer"].get("zeroth_order")
+    step, _, rest = checkpoint.load(path, {})
+    states = [rest["optimizer"].get("zeroth_order", {}), *rest["tuner"].get("methods", [])]
+    own = next((state for state in states if "log" in state), None)
     if own is None:
         raise EfftuneError(
             f"{source} was trained with '{config.recipe}', which leaves no seeds; export it without --seed-log."
         )
+    if own["log"] is None:
+        raise EfftuneError(f"The seed log of {source} would be longer than the weights; export it without --seed-log.")
     log = SeedLog()
     log.load_state_dict(own["log"])
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {"recipe": config.recipe, "base": own["base"], "labels": labels}
     log.save(out, about | {name: getattr(config, name) for name in KEPT})
-    return len(log.entries)
+    last = int(log.entries["step"][-1]) + 1 if len(log.entries) else 0
+    return log.count, step - last if own.get("moved") else 0
 
 
 def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
 
     Args:
         base: folder or Hugging Face name of the model that the run began with, or "default".
-    Returns: what the log says about itself, and "replayed": how many entries were there.
+    Returns: what the log says about itself, and "replayed": how many scalars were there.
     Raises: EfftuneError for a file that is no seed log, and for another base than the run's.
     """
     log, about = SeedLog.load(log_file)
@@ -57,12 +63,14 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
     model, tokenizer, _ = run.load(config, about["labels"])
     state.set_seed(config.seed)
     tuner = efftune.apply(model, config.recipe, config.blocks)
-    optimizer = tuner.optimizer(lr=0.0)
-    if not isinstance(optimizer, ZerothOrderSGD):
-        raise EfftuneError(f"{log_file} is damaged: its recipe '{config.recipe}' leaves no seeds.")
+    ferret = next((method for method in tuner.methods if isinstance(method, Ferret)), None)
+    player: Any = ferret or tuner.optimizer(lr=0.0)
+    parts = "only" if ferret else "group"
+    if not isinstance(player, Ferret | ZerothOrderSGD) or any(parts not in part for part in log.parts):
+        raise EfftuneError(f"{log_file} is damaged: its recipe '{config.recipe}' leaves no such log.")
     if fingerprint(tuner.model) != about["base"]:
         raise EfftuneError(f"{base} is not the model that {log_file} began with: nothing was replayed.")
-    optimizer.replay(log)
+    player.replay(*([tuner.model] if ferret else []), log)
     with rundir.writing(out), quiet():
         if peft.adapters(tuner.model):
             tuner.save(out)
@@ -70,4 +78,4 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
             plain: Any = tuner.merge()
             plain.save_pretrained(out)
             tokenizer.save_pretrained(out)
-    return about | {"replayed": len(log.entries)}
+    return about | {"replayed": log.count}
