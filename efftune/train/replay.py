@@ -52,6 +52,8 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
     Returns: what the log says about itself, and "replayed": how many scalars were there.
     Raises: EfftuneError for a file that is no seed log, and for another base than the run's.
     """
+    if not base:
+        raise EfftuneError("Give the model that the run began with; 'default' means the small one.")
     log, about = SeedLog.load(log_file)
     missing = [name for name in (*KEPT, "recipe", "base", "labels") if name not in about]
     if missing:

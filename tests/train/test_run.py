@@ -207,6 +207,8 @@ def test_a_zeroth_order_run_is_shipped_as_seeds(options, recipe, tmp_path, capsy
     Path(log).write_bytes(data[:-40])
     assert cli.main(["replay", options["model"], log, str(tmp_path / "cut")]) == 0
     assert "after 9 directions" in (printed := capsys.readouterr().out) and "cut short: it had 12" in printed
+    assert cli.main(["replay", "", log, str(tmp_path / "x")]) == 1
+    assert "model that the run began with" in capsys.readouterr().err
     other = llama(seed=5)
     shutil.copytree(options["model"], tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
     other.save_pretrained(tmp_path / "other")
