@@ -34,7 +34,8 @@ def test_order_and_settings():
         (
             "lorra(r=8)",
             r"no method 'lorra' \(did you mean 'lora'\?\); "
-            "the methods are: fedkseed, full, int8, lisa, lora, mesa, mezo, recompute, sparsemezo, vcas, wtacrs",
+            "the methods are: fedkseed, ferret, full, int8, lisa, lora, mesa, mezo, recompute, sparsemezo, vcas, "
+            "wtacrs",
         ),
         ("lora(rank=8)", r"lora has no setting 'rank'"),
         ("lora(lora_alfa=8)", r"did you mean 'lora_alpha'\?"),

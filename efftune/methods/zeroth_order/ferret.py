@@ -62,8 +62,8 @@ class Ferret(Method):
         trained weights. Buffers (running statistics of BatchNorm) are not in the log.
     Raises: EfftuneError for k outside [1, block], local_steps below 1, a scale not above 0, an unknown dist, and beside
         a method whose run is scalars already (mezo).
-    Source: Shu et al. 2024, arXiv:2409.06277. Its code draws truncated normals for blocks of a tensor or several, spreads
-        K by ‖Δ‖ over them, clips, and has a server's learning rate for scale.
+    Source: Shu et al. 2024, arXiv:2409.06277. Its code draws truncated normals for blocks of a tensor or several,
+        spreads K by ‖Δ‖ over them, clips, and has a server's learning rate for scale.
     """
 
     k: int = 4
