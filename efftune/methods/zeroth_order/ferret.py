@@ -99,9 +99,9 @@ class Ferret(Method):
         return random.Random(f"{self.seed}:{turn}").sample(range(DECAY), self.k)
 
     def before_step(self, model, step, optimizer):
-        now: Round = vars(model).setdefault("ferret", Round())
         if step == 0:
-            now.base = fingerprint(model)
+            vars(model)["ferret"] = Round(base=fingerprint(model))  # a run begins, whatever came before
+        now: Round = vars(model).setdefault("ferret", Round())
         if step % self.local_steps == 0 or not now.anchor:
             now.moved.clear()
             now.anchor.clear()  # first: the memory is taken once
