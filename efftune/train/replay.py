@@ -72,7 +72,10 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
         raise EfftuneError(f"{log_file} is damaged: its recipe '{config.recipe}' leaves no such log.")
     if fingerprint(tuner.model) != about["base"]:
         raise EfftuneError(f"{base} is not the model that {log_file} began with: nothing was replayed.")
-    player.replay(*([tuner.model] if ferret else []), log)
+    if isinstance(player, Ferret):
+        player.replay(tuner.model, log)
+    else:
+        player.replay(log)
     with rundir.writing(out), quiet():
         if peft.adapters(tuner.model):
             tuner.save(out)

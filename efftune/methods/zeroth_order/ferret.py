@@ -30,7 +30,41 @@ class Round:
 
 @dataclass(frozen=True)
 class Ferret(Method):
-    """TODO"""
+    """Rounds of `local_steps` optimizer steps from w₀ to w, then w ← w₀ + Δ̃: Δ̃ is what a few numbers say of Δ = w − w₀.
+
+    A block b of `block` consecutive entries of a tensor has k random directions z_i, drawn from the round's seeds,
+    which follow from `seed`:
+
+        a_i = scale/k · <z_i, Δ_b>,    Δ̃_b = Σ_i a_i z_i,    E Δ̃ = scale · Δ,
+
+    for scale=1 with E‖Δ̃_b − Δ_b‖² = (block ∓ 1)/k · ‖Δ_b‖², − for ±1 ("rademacher"), + for "normal". The a_i,
+    float32, are all that a round takes: processes of torch.distributed exchange nothing else and apply their mean, a
+    federated client sends them (examples/federated.py), the seed log holds them.
+
+    `k`, `block`: the error and the count of numbers depend on block/k alone, the work on k, so that large blocks with
+    many directions gain nothing over small ones with few. So tensors get numbers by their size, which makes the sum of
+    errors least where all entries move about as far (under Adam), and of which nothing need be sent.
+
+    `scale`: Δ̃ is about scale·√(block/k) times as long as Δ, which does harm only where the loss is curved. So the scale
+    of the least error, k/(k + block ∓ 1), is far too careful, and 1 too bold for large block/k or rates. Held-out loss
+    of the small default model, 6.26 before, after 120 steps (docs/benchmarks.md has the command):
+
+        recipe   --lr   without   ferret   scale=1.0   scale=0.2   scale=0.06, the least error's
+        full     1e-3   4.782     5.013    4.825                   5.896
+        lora     8e-3   5.361     5.475    5.976       5.718
+
+    The local steps are those of the recipe's optimizer, whose state goes on from round to round. A tensor that rests
+    for a whole round (lisa) sends nothing and stays as it is. Between the ends of rounds the weights are the local
+    ones; a round that the end of training cuts stays so and is in no log: let the steps be a multiple of local_steps.
+    Memory: w₀, one copy of the trained weights, and scratch of a tensor's size.   Cost: 2k draws for a weight, a round.
+    Numerics: Δ and the products in float32 (float64 for float64); 16-bit weights are rounded stochastically.
+    State in a checkpoint: within a round w₀; the log, four bytes a number, which ends when it is longer than the
+        trained weights. Buffers (running statistics of BatchNorm) are not in the log.
+    Raises: EfftuneError for k outside [1, block], local_steps below 1, a scale not above 0, an unknown dist, and beside
+        a method whose run is scalars already (mezo).
+    Source: Shu et al. 2024, arXiv:2409.06277. Its code draws truncated normals for blocks of a tensor or several,
+        spreads K by ‖Δ‖ over them, clips, and has a server's learning rate for scale.
+    """
 
     k: int = 4
     block: int = 64
@@ -60,14 +94,14 @@ class Ferret(Method):
             return None
         return f"a run is sent as scalars by {rival.name} or by ferret, not both; leave one of them out"
 
-    def seeds(self, round: int) -> list[int]:
-        """The k seeds that all share in a round."""
-        return random.Random(f"{self.seed}:{round}").sample(range(DECAY), self.k)
+    def seeds(self, turn: int) -> list[int]:
+        """The k seeds that all share in round 0, 1, 2, ..."""
+        return random.Random(f"{self.seed}:{turn}").sample(range(DECAY), self.k)
 
     def before_step(self, model, step, optimizer):
-        now: Round = vars(model).setdefault("ferret", Round())
         if step == 0:
-            now.base = fingerprint(model)
+            vars(model)["ferret"] = Round(base=fingerprint(model))  # a run begins, whatever came before
+        now: Round = vars(model).setdefault("ferret", Round())
         if step % self.local_steps == 0 or not now.anchor:
             now.moved.clear()
             now.anchor.clear()  # first: the memory is taken once
@@ -93,6 +127,10 @@ class Ferret(Method):
             now.log.append_round(step, numbers)
             if now.log.count * 4 > sum(w.numel() * w.element_size() for w in now.anchor.values()):
                 now.log = None
+
+    def count(self, w: Tensor) -> int:
+        """How many numbers a round sends of a tensor."""
+        return projection.count(w.numel(), self.k, self.block)
 
     def project(self, name: str, w: Tensor, anchor: Tensor, seeds: Sequence[int]) -> Tensor:
         """(numbers,) float32: what is sent of w − anchor, for the parameter `name`."""
@@ -124,9 +162,9 @@ class Ferret(Method):
         vars(model).pop("ferret", None)
 
     def report(self, model):
-        trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        numbers = sum(projection.count(entries, self.k, self.block) for entries in trained)
-        return f"ferret: {numbers:,} numbers a round of {self.local_steps} steps, for {sum(trained):,} weights"
+        trained = [p for p in model.parameters() if p.requires_grad]
+        numbers, weights = sum(map(self.count, trained)), sum(p.numel() for p in trained)
+        return f"ferret: {numbers:,} numbers a round of {self.local_steps} steps, for {weights:,} weights"
 
     def state_dict(self, model):
         now: Round = vars(model).get("ferret", Round())
