@@ -26,7 +26,8 @@ import torch
 from bench.harness import environment
 
 BATCH, LENGTH, WARMUP = 32, 64, 0.06
-RATES = {"full": 5e-5, "lora": 5e-4, "full mezo": 2e-5, "lora mezo": 1e-3}
+RATES = {"full": 5e-5, "lora": 5e-4, "full mezo": 5e-6, "lora mezo": 1e-3}
+STEPS = {"full mezo": 1500, "lora mezo": 2500}  # where --steps and --epochs do not say
 HEAD = "full(target_modules='classifier')"
 HEAD_RATE, HEAD_EPOCHS = 3e-2, 3
 
@@ -50,8 +51,8 @@ def loaded(data: str, model: str):
     return prepared, list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
 
 
-def rate(recipe: str) -> float:
-    return RATES[("lora" if "lora" in recipe else "full") + (" mezo" if "mezo" in recipe else "")]
+def kind(recipe: str) -> str:
+    return ("lora" if "lora" in recipe else "full") + (" mezo" if "mezo" in recipe else "")
 
 
 def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> dict:
@@ -60,13 +61,20 @@ def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> d
     with tempfile.TemporaryDirectory() as out:
         given = dict(
             model=args.model, data=args.data, eval_data=args.eval_data, recipe=recipe, out=f"{out}/run", seed=seed,
-            lr=lr or args.lr or rate(recipe), epochs=args.epochs, steps=args.steps, batch_size=BATCH, seq_len=LENGTH,
-            too_long="truncate", schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device,
+            lr=lr or args.lr or RATES[kind(recipe)], epochs=args.epochs, steps=args.steps or STEPS.get(kind(recipe)),
+            batch_size=BATCH, seq_len=LENGTH, too_long="truncate", schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device,
             dtype=args.dtype,
         )  # fmt: skip
         result = train(given | settings)
         before, after = ({k: v for k, v in result[when].items() if "eval" in k} for when in ("before", "after"))
-        return {"accuracy": after["eval_accuracy"], "seconds": seconds(result), "before": before, "after": after}
+        steps = result["after"]["step"]
+        return {
+            "accuracy": after["eval_accuracy"],
+            "seconds": seconds(result),
+            "steps": steps,
+            "before": before,
+            "after": after,
+        }
 
 
 def head_first(args) -> str:
@@ -110,8 +118,8 @@ def peers(recipe: str, seed: int, args) -> dict:
 
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
-            output_dir=out, num_train_epochs=args.epochs, per_device_train_batch_size=BATCH, learning_rate=rate(recipe),
-            lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0, weight_decay=0.0, seed=seed,
+            output_dir=out, num_train_epochs=args.epochs, per_device_train_batch_size=BATCH,
+            learning_rate=RATES[kind(recipe)], lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0, weight_decay=0.0, seed=seed,
             report_to=[], save_strategy="no", use_cpu=args.device == "cpu", per_device_eval_batch_size=BATCH,
             bf16=args.dtype == "mixed", disable_tqdm=True,
         )  # fmt: skip
@@ -140,7 +148,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["full", "lora(r=16)"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--steps", type=int, help="instead of --epochs [of zeroth-order recipes: by recipe]")
     parser.add_argument("--lr", type=float, help="for all recipes [by recipe]")
     parser.add_argument("--head-first", action="store_true", help="train the head alone, then each recipe from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -165,7 +173,6 @@ def main() -> None:
                         {
                             "environment": environment(args.device),
                             "epochs": args.epochs,
-                            "steps": args.steps,
                             "head_first": args.head_first,
                             "dtype": args.dtype,
                             "rows": rows,

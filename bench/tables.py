@@ -48,11 +48,11 @@ def fidelity(data: dict) -> list[str]:
 
 def progress(data: dict) -> list[str]:
     """One line per run of bench.sst2 --head-first: held-out loss and accuracy, before and after."""
-    lines = ["| recipe | loss before | after | accuracy before | after |", "|---|---:|---:|---:|---:|"]
+    lines = ["| recipe | steps | loss before | after | accuracy before | after |", "|---|---:|---:|---:|---:|---:|"]
     for row in data["rows"]:
         loss, accuracy = ([row[when][f"eval_{name}"] for when in ("before", "after")] for name in ("loss", "accuracy"))
         numbers = [f"{value:.4f}" for value in loss] + [f"{100 * value:.2f} %" for value in accuracy]
-        lines.append(f"| `{row['recipe']}` | {' | '.join(numbers)} |")
+        lines.append(f"| `{row['recipe']}` | {row['steps']} | {' | '.join(numbers)} |")
     return lines
 
 
