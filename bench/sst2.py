@@ -62,19 +62,13 @@ def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> d
         given = dict(
             model=args.model, data=args.data, eval_data=args.eval_data, recipe=recipe, out=f"{out}/run", seed=seed,
             lr=lr or args.lr or RATES[kind(recipe)], epochs=args.epochs, steps=args.steps or STEPS.get(kind(recipe)),
-            batch_size=BATCH, seq_len=LENGTH, too_long="truncate", schedule="linear", warmup=WARMUP, save_every=0, eval_rows=0, device=args.device,
-            dtype=args.dtype,
+            batch_size=BATCH, seq_len=LENGTH, too_long="truncate", schedule="linear", warmup=WARMUP, save_every=0,
+            eval_rows=0, device=args.device, dtype=args.dtype,
         )  # fmt: skip
         result = train(given | settings)
         before, after = ({k: v for k, v in result[when].items() if "eval" in k} for when in ("before", "after"))
-        steps = result["after"]["step"]
-        return {
-            "accuracy": after["eval_accuracy"],
-            "seconds": seconds(result),
-            "steps": steps,
-            "before": before,
-            "after": after,
-        }
+        found = {"accuracy": after["eval_accuracy"], "seconds": seconds(result), "steps": result["after"]["step"]}
+        return found | {"before": before, "after": after}
 
 
 def head_first(args) -> str:
@@ -119,9 +113,9 @@ def peers(recipe: str, seed: int, args) -> dict:
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out, num_train_epochs=args.epochs, per_device_train_batch_size=BATCH,
-            learning_rate=RATES[kind(recipe)], lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0, weight_decay=0.0, seed=seed,
-            report_to=[], save_strategy="no", use_cpu=args.device == "cpu", per_device_eval_batch_size=BATCH,
-            bf16=args.dtype == "mixed", disable_tqdm=True,
+            learning_rate=RATES[kind(recipe)], lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0,
+            weight_decay=0.0, seed=seed, report_to=[], save_strategy="no", use_cpu=args.device == "cpu",
+            per_device_eval_batch_size=BATCH, bf16=args.dtype == "mixed", disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
             model=model, args=arguments, train_dataset=read(args.data), eval_dataset=read(args.eval_data),
