@@ -90,6 +90,16 @@ def test_a_log_replays_to_the_same_bits(recipe, dtype, tmp_path):
     assert any(not torch.equal(p, b) for p, b in zip(again.named_trained().values(), before, strict=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_log_of_a_thousand_steps_replays_to_the_same_bits(dtype):
+    tuner, optimizer = trained("mezo(momentum=0.9)", steps=1000, dtype=dtype)
+    again = efftune.apply(llama(dtype=dtype), "mezo(momentum=0.9)")
+    again.optimizer(lr=0.0).replay(optimizer.log)
+    for p, q in zip(tuner.named_trained().values(), again.named_trained().values(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("recipe", VARIANTS)
 def test_a_resumed_optimizer_goes_on_bit_for_bit(recipe):
     whole, first = trained(recipe)
