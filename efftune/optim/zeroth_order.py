@@ -121,11 +121,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.previous: Tensor | None = None
         self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
         self.seen: Tensor | None = None
-        self.directions, self.skipped, self.flat = (
-            0,
-            torch.zeros((), dtype=torch.int64),
-            torch.zeros((), dtype=torch.int64),
-        )
+        self.directions = 0  # so far, of which these:
+        self.skipped = self.flat = torch.zeros((), dtype=torch.int64)
         self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
@@ -198,9 +195,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 c = (found * -group["lr"]).float()
                 c = torch.where(c.isfinite(), c, 0.0)
                 directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
-                decay = torch.tensor(
-                    1 - group["lr"] * group["weight_decay"], dtype=torch.float32
-                ).item()  # as the log has it
+                decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32)
+                decay = decay.item()  # as the log has it
                 used = frozenset().union(*(used for _, _, used in directions))
                 for seed, scalar, ids in (
                     directions if decay == 1 else [(DECAY, c.new_tensor(decay), used), *directions]
