@@ -41,10 +41,14 @@ def joined() -> Iterator[None]:
     but the first print nothing."""
     with ExitStack() as stack:
         if launched() > 1 and not (distributed.is_available() and distributed.is_initialized()):
-            gpu = torch.cuda.is_available() and distributed.is_nccl_available()
             try:
+                # Its functions' default arguments hold the group that there is when it is imported (transformers does),
+                # whose threads would then live on into the interpreter's end and abort it.
+                import torch.distributed.nn.functional  # noqa: F401
+
+                gpu = torch.cuda.is_available() and distributed.is_nccl_available()
                 distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-            except (ValueError, RuntimeError) as error:
+            except (ImportError, ValueError, RuntimeError) as error:
                 raise EfftuneError(
                     f"WORLD_SIZE is {launched()}, but the processes do not find each other "
                     f"({str(error).partition(chr(10))[0].rstrip('.')}); start them with torchrun --no-python "

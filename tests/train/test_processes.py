@@ -36,21 +36,15 @@ def options(model_folder, write, tmp_path):
     }  # fmt: skip
 
 
-def torchrun(options):
-    """Nine rows by fours: the third step of an epoch has one row, and the second process none."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "efftune.cli",
-    ]
+def torchrun(*what):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    parts = [part for part in arguments(options) if part != "True"]
-    return subprocess.run([*command, *parts], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def command(options):
+    """Nine rows by fours: the third step of an epoch has one row, and the second process none."""
+    return torchrun("-m", "efftune.cli", *(part for part in arguments(options) if part != "True"))
 
 
 def test_the_command_with_two_processes_and_resumed(options, tmp_path):
@@ -59,10 +53,10 @@ def test_the_command_with_two_processes_and_resumed(options, tmp_path):
     one = train(options | {"batch_size": 4, "packing": False, "out": str(tmp_path / "one")})
     two = tmp_path / "two"
     how = {"batch_size": 2, "out": two, "steps": 3}
-    done = torchrun(options | how | {"no_packing": True})
+    done = command(options | how | {"no_packing": True})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out loss") == 1 and done.stdout.count("recipe     lora") == 1  # the first's alone
-    again = torchrun({"resume": True, "out": two, "steps": 6})
+    again = command({"resume": True, "out": two, "steps": 6})
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Resuming from") == 1
 
@@ -84,6 +78,25 @@ def test_the_command_with_two_processes_and_resumed(options, tmp_path):
 
     with pytest.raises(EfftuneError, match=r"the number of processes is another one \(2, now 1\)"):
         train({"out": str(two), "resume": True, "steps": 7})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="where /proc names threads")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that lets go of its last tensor while the interpreter ends would abort the process."""
+    (tmp_path / "script.py").write_text("""
+from pathlib import Path
+from efftune.train import processes
+
+def threads():
+    return sum("gloo" in (task / "comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+with processes.joined():
+    import torch.distributed.nn.functional  # as transformers does on loading a model
+    assert processes.gather(1) == [1, 1] and threads() > 0
+assert threads() == 0
+""")
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
 
 
 class Routed(nn.Module):
