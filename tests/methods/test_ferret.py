@@ -237,13 +237,14 @@ def client(recipe, rank, steps):
 
 WORKER = """
 import sys, torch
-import torch.distributed as dist
+import torch.distributed as dist, torch.distributed.nn.functional  # before the group that it would keep
 from tests.methods.test_ferret import SHARED, client, log_of
 rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
 tuner = client(SHARED, rank, 6)
 numbers = [{n: torch.tensor(a) for n, a in of_round.items()} for _, of_round in log_of(tuner).rounds()]
 torch.save([tuner.named_trained(), numbers], f"{path}/{rank}.pt")
+dist.destroy_process_group()
 """
 SHARED = "ferret(k=2, block=16, local_steps=2)"
 

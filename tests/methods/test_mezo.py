@@ -270,7 +270,7 @@ def test_a_loss_without_a_gradient_trains():
 
 WORKER = """
 import sys, torch, efftune
-import torch.distributed as dist
+import torch.distributed as dist, torch.distributed.nn.functional  # before the group that it would keep
 from torch import nn
 rank, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if size > 1:
@@ -286,6 +286,8 @@ for step in range(6):
     tuner.backward(data, lambda m, x: m(x).square().mean() * bad)
     optimizer.step()
 torch.save([p.detach() for p in model.parameters()], f"{path}/{size}-{rank}.pt")
+if size > 1:
+    dist.destroy_process_group()
 """
 
 
