@@ -64,6 +64,10 @@ class Method:
         """Within it, the method approximates nothing: what `efftune verify` holds it against."""
         return nullcontext()
 
+    def arrives(self, name: str, change: torch.Tensor, turn: int) -> torch.Tensor:
+        """What becomes in round `turn` of a change of the parameter `name`, where the method approximates changes."""
+        return change
+
     def remove(self, model: nn.Module) -> None:
         """Takes out what `prepare` installed besides layers (hooks, wrappers), before those become plain again."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -161,6 +161,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         eps = eps * self.scale(name)
         return perturb(w, eps, seed=seed, stream=stream_of(name), dist=self.dist, threshold=threshold)
 
+    def estimate(self, name: str, w: Tensor, scalars: Mapping[int, float]) -> Tensor:
+        """u · Σ a·z over `scalars` (a by seed), in float32 (float64 for such weights), 0 for the entries that rest."""
+        zero = torch.zeros(w.shape, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32, device=w.device)
+        a = torch.tensor(list(scalars.values()), dtype=zero.dtype, device=w.device) * self.unscaled(name)
+        made = perturb(zero, a, seed=list(scalars), stream=stream_of(name), dist=self.dist)
+        threshold = self.threshold(name, w)
+        return made if threshold is None else torch.where(w.abs() <= threshold, made, 0.0)
+
     def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
         """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
         a = torch.as_tensor(a, dtype=torch.float64)
@@ -173,6 +181,13 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         last step's losses do not depend on today's directions, so that whatever they are, the gradient has no bias."""
         self.losses.append(loss)
         return torch.zeros_like(loss) if self.previous is None else loss - self.previous.to(loss.device)
+
+    def remember(self) -> None:
+        """The step's losses are now the last step's."""
+        if self.losses:
+            mean = torch.stack(self.losses).mean()
+            self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
+            self.losses.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -218,10 +233,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 setattr(self, key, value.to(a.device))
         if not self.losses or self.previous is not None:  # the first look of one point has nothing to differ from
             self.flat = self.flat + (a == 0).sum()
-        if self.losses:
-            mean = torch.stack(self.losses).mean()
-            self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
-            self.losses.clear()
+        self.remember()
         finite = a.isfinite()
         self.skipped = self.skipped + (~finite).sum()
         a = torch.where(finite, a, 0.0)
@@ -265,11 +277,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self.unwritten.add(name)
             else:
                 perturb_(
-                    p, made[key] * self._unscaled(name), seed=seeds, stream=stream_of(name), dist=self.dist,
+                    p, made[key] * self.unscaled(name), seed=seeds, stream=stream_of(name), dist=self.dist,
                     rounding=self.rounding, threshold=threshold,
                 )  # fmt: skip
 
-    def _unscaled(self, name: str) -> float:
+    def unscaled(self, name: str) -> float:
         """u of a parameter."""
         scale = self.scale(name)
         return 1 / scale if self.per_layer == "variance" else 1.0
@@ -279,7 +291,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         for name, p in self.named_parameters():
             if name in self.unwritten:
                 seeds, sums = self.sums[name]
-                a = sums.to(p.device, p.dtype if p.dtype == torch.float64 else torch.float32) * self._unscaled(name)
+                a = sums.to(p.device, p.dtype if p.dtype == torch.float64 else torch.float32) * self.unscaled(name)
                 base = self.start[name].to(p.device)
                 perturb(base, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding, out=p)
         self.unwritten.clear()
@@ -307,7 +319,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             for name, p in self.named(self.param_groups[part["group"]]):
                 if name not in part["unused"] and seeds:
                     a = torch.from_numpy(totals).to(p.device, torch.float64 if p.dtype == torch.float64 else None)
-                    a = a * self._unscaled(name)
+                    a = a * self.unscaled(name)
                     perturb_(p, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding)
 
     def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:

@@ -1,14 +1,21 @@
 """verify can fail; compare puts recipes side by side."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+import efftune
 from efftune import EfftuneError
 from efftune.train.compare import compare
-from efftune.train.verify import fidelity, judge, verify
+from efftune.train.directions import Directions, measure
+from efftune.train.fidelity import fidelity
+from efftune.train.task import Task
+from efftune.train.verify import judge, verify
 from tests.train.test_run import sentence
+
+from .conftest import llama
 
 
 def test_fidelity_of_known_errors():
@@ -78,6 +85,94 @@ def test_compare(job, tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
-def test_verify_refuses_what_has_no_gradients(job):
-    with pytest.raises(EfftuneError, match="'full . mezo' leaves no gradients to look at"):
+def directions(job, recipe, tmp_path, seeds=24, **settings):
+    out = {**job, "recipe": recipe, "out": str(tmp_path), **settings}
+    rows = {r.name: r for r in verify(out, seeds=seeds, batches=2)}
+    return rows, json.loads((tmp_path / "verify.json").read_text())["directions"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "entries", "excess"),  # what the length of an estimate is beyond that, with exact derivatives
+    [
+        ("mezo", 1.0, lambda d: d + 2),
+        ("mezo(dist='rademacher', samples=4)", 1.0, lambda d: (d + 3) / 4),
+        ("sparsemezo(sparsity=0.75)", 0.25, lambda d: d + 2),
+        ("mezo(per_layer='expectation', update='log')", 1.0, None),
+        ("lora(r=4) + fedkseed(pro=True, unbiased=True)", None, lambda d: d + 2),
+    ],
+)
+def test_estimates_are_held_against_exact_derivatives(job, recipe, entries, excess, tmp_path, capsys):
+    rows, found = directions(job, recipe, tmp_path, seeds=48)
+    assert found["slope"] == pytest.approx(1, abs=0.01) and 0 < found["residual"] < 0.02  # eps=1e-3, float32
+    assert abs(found["mean"] - 1) < 4 * found["mean_error"] and 0.05 < found["mean_error"] < 0.4
+    assert "a / <g, z>" in capsys.readouterr().out
+    trained = sum(p.numel() for p in llama().parameters())
+    if entries:
+        assert found["entries"] == pytest.approx(entries * trained, rel=0.01)
+    if excess:
+        assert found["expected"] == pytest.approx(excess(found["entries"]))
+    assert found["length"] == pytest.approx(found["expected"], rel=0.8)  # 4 standard errors
+    assert all(r.error > 10 and r.kept == 0 and r.variance_per_byte is None for r in rows.values())
+
+
+def test_one_point_has_a_larger_variance(job, tmp_path):
+    """And no bias that a few draws show."""
+    _, two = directions(job, "mezo", tmp_path / "two", seeds=12)
+    _, one = directions(job, "mezo(points=1)", tmp_path / "one", seeds=12)
+    assert one["residual"] > 10 > two["residual"] and one["expected"] == two["expected"]
+
+
+def test_an_eps_that_is_too_large_fails(job):
+    with pytest.raises(EfftuneError, match=r"The differences of losses are -?\d\.\d\d times the derivatives along"):
+        verify({**job, "recipe": "mezo(eps=1.0)"}, seeds=24, batches=2)
+
+
+def test_directions_that_are_drawn_unfairly_fail(job, tmp_path):
+    """One of two seeds for good, so that the estimate has a mean of rank two."""
+    with pytest.raises(EfftuneError, match="gradients are biased|times the gradient along it"):
+        verify({**job, "recipe": "fedkseed(k=2)", "out": str(tmp_path)}, seeds=24, batches=2)
+    found = json.loads((tmp_path / "verify.json").read_text())["directions"]
+    assert found["slope"] == pytest.approx(1, abs=0.05) and found["residual"] < 0.05
+    fair = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0)
+    judge([], 0.02, fair)
+    with pytest.raises(EfftuneError, match="1.50 times the gradient along it"):
+        judge([], 0.02, replace(fair, mean=1.5, mean_z=5.0))
+
+
+def test_what_is_not_perturbed_misses_its_gradient():
+    """A weight that another module reads without calling the one that owns it."""
+
+    class Reads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(torch.nn.functional.linear(x, self.a.weight).tanh())
+
+    tuner = efftune.apply(Reads(), "mezo")
+    optimizer, data = tuner.optimizer(0.1), [torch.randn(5, 6), torch.randn(5, 6)]
+    task = Task(lambda m, x: m(x).square().sum(), terms=len)
+    with pytest.warns(UserWarning, match="no module's forward used a.weight"):
+        rows, whole = measure(tuner, optimizer, task, data, 16)
+    rows = {r.name: r for r in rows}
+    assert rows["a.weight"].bias == pytest.approx(1) and rows["a.weight"].z == float("inf")
+    assert rows["b.weight"].bias < 0.02 and whole.slope == pytest.approx(1, abs=0.01)
+    with pytest.raises(EfftuneError, match=r"the most that of a.weight: 100\.0% of its norm"):
+        judge(list(rows.values()), 0.02, whole)
+
+
+def test_a_round_of_numbers_is_measured(job):
+    """For ±1 the error of a full block is the square root of (block - 1)/k."""
+    rows = {r.name: r for r in verify({**job, "recipe": "ferret(k=4, block=16)"}, seeds=32, batches=2, max_bias=0.5)}
+    row = rows["model.layers.0.mlp.up_proj.weight"]
+    assert row.error == pytest.approx((15 / 4) ** 0.5, rel=0.05) and row.bias < 0.2 and abs(row.z) < 4
+
+
+def test_verify_refuses_what_has_no_gradient(job, monkeypatch):
+    with pytest.raises(EfftuneError, match="--objective accuracy has no gradient to hold estimates against"):
+        verify({**job, "recipe": "mezo", "objective": "accuracy"}, seeds=4, batches=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EfftuneError, match="start it without torchrun"):
         verify({**job, "recipe": "mezo"}, seeds=4, batches=2)

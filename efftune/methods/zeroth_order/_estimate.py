@@ -77,13 +77,23 @@ class ZerothOrder(Method):
     def observe(self, model: nn.Module, seed: int, a: Tensor) -> None:
         """Called with each estimate."""
 
+    @contextmanager
+    def exactly(self, model):
+        vars(model)["differentiable"] = True
+        try:
+            yield
+        finally:
+            del vars(model)["differentiable"]
+
     @torch.no_grad()
     def backward(self, model, batch, loss_fn, scale, step, optimizer):
+        if "differentiable" in vars(model):
+            with evaluation_mode(model), torch.enable_grad():
+                return super().backward(model, batch, loss_fn, scale, step, optimizer)
         if not isinstance(optimizer, ZerothOrderSGD):
             raise EfftuneError(
                 f"{self.name} has no gradient tensors to give; make the optimizer with tuner.optimizer(lr=...)."
             )
-
         if step == 0 and not optimizer.base:
             optimizer.base = fingerprint(model)
         shown, used = [], set()

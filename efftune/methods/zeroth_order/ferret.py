@@ -148,6 +148,11 @@ class Ferret(Method):
             anchor, a, seeds, stream=stream_of(name), block=self.block, dist=self.dist, out=out
         )
 
+    def arrives(self, name, change, turn):
+        """Without `scale`, which acts like the rate."""
+        seeds, how = self.seeds(turn), dict(stream=stream_of(name), block=self.block, dist=self.dist)
+        return projection.reconstruct(torch.zeros_like(change), projection.project(change, seeds, **how), seeds, **how)
+
     @torch.no_grad()
     def replay(self, model: nn.Module, log: SeedLog) -> None:
         """Does to the parameters what the run did that wrote `log`: bit for bit on the same kind of device, and on any
