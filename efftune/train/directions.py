@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from efftune.train.fidelity import Fidelity, coordinates, fidelity, gradients, n
 from efftune.train.task import Task
 from efftune.tuner import Tuner
 
-Tensors = dict[str, Tensor]
+FACTORS = (0.01, 0.1, 0.3, 1, 3, 10, 100)  # of ε, at which a few steps are looked at
+FEW = 8
 
 
 @dataclass
@@ -33,13 +35,15 @@ class Directions:
     mean_z: float  # of mean - 1
     length: float  # mean of ‖estimate‖² / ‖t‖²
     expected: float  # which exact derivatives along fair directions would give it: d + 2 for one normal one
+    residuals: dict[float, float]  # by ε, of a few steps each
 
     def __str__(self) -> str:
         return (
             f"over {self.entries:,} trained entries, of estimates a·z of the gradient g:\n"
             f"  a / <g, z>            {self.slope:.4f}, z {self.slope_z:.1f}, residual {self.residual:.2%}\n"
             f"  <estimate, g> / |g|²  {self.mean:.2f} ± {self.mean_error:.2f}, z {self.mean_z:.1f}\n"
-            f"  |estimate|² / |g|²    {self.length:,.0f}, and {self.expected:,.0f} expected of exact derivatives"
+            f"  |estimate|² / |g|²    {self.length:,.0f}, and {self.expected:,.0f} expected of exact derivatives\n"
+            f"  residual by eps       {'  '.join(f'{eps:.1e}: {r:.1%}' for eps, r in self.residuals.items())}"
         )
 
 
@@ -52,36 +56,74 @@ def measure(
     What an estimate misses of the gradient is nearly all due to the draw, z·zᵀ for the identity, in which a bias would
     drown. So `bias` and `z` are of the estimates minus what the same draws make of exact derivatives, which has none.
     """
-    where = coordinates(tuner)
+    where, parameters = coordinates(tuner), tuner.named_trained()
 
-    def chosen(tensors: Tensors) -> Tensors:
-        return {name: tensors[name].flatten()[i].double().cpu() for name, i in where.items()}
+    def chosen(name: str, t: Tensor) -> Tensor:
+        return t.flatten()[where[name]].double().cpu()
 
+    exact, target = [], {}
     with tuner.exactly():
-        exact = [chosen(meant(tuner, optimizer, task, batch)) for batch in data]
-        target = meant(tuner, optimizer, task, data[0])
-    scalars, lengths, along, errors, against = [], [], [], [], []
-    for found, estimate, ideal in draws(tuner, optimizer, task, data[0], target, steps):
-        scalars += found
-        lengths.append(dot(estimate, estimate))
-        along.append(dot(estimate, target))
-        errors.append(chosen({name: estimate[name] - target[name] for name in where}))
-        against.append(chosen({name: estimate[name] - ideal[name] for name in where}))
+        for batch in reversed(data):
+            target = meant(tuner, optimizer, task, batch)
+            exact.insert(0, {name: chosen(name, t) for name, t in target.items()})
+    scalars, lengths, along = [], [], []
+    errors, against = {name: [] for name in where}, {name: [] for name in where}
+    for a, derivatives, used in draws(tuner, optimizer, task, data[0], target, steps):
+        scalars.append((a, derivatives))
+        lengths.append(0.0)
+        along.append(0.0)
+        for name, t in target.items():
+            estimate, ideal = torch.zeros_like(t), t  # of what is not perturbed
+            if id(parameters[name]) in used:
+                estimate, ideal = (optimizer.estimate(name, parameters[name], by_seed) for by_seed in (a, derivatives))
+            lengths[-1] += dot(estimate, estimate)
+            along[-1] += dot(estimate, t)
+            errors[name].append(chosen(name, estimate - t))
+            against[name].append(chosen(name, estimate - ideal))
 
     results, least = [], negligible(exact[0])
     for name in where:
         batches = torch.stack([t[name] for t in exact])
         total, own = (
-            fidelity(name, torch.stack([e[name] for e in of]), batches[0], batches, 0, least * len(where[name]))
+            fidelity(name, torch.stack(of[name]), batches[0], batches, 0, least * len(where[name]))
             for of in (errors, against)
         )
         results.append(replace(total, bias=own.bias, z=own.z))
-    parameters = {name: p for name, p in tuner.named_trained().items() if name in where}
-    along = torch.tensor(along, dtype=torch.float64)
-    return results, summary(optimizer, parameters, target, scalars, along, sum(lengths) / steps)
+    residuals = {}
+    for factor in FACTORS:
+        with nearer(tuner, factor) as eps:
+            few = draws(tuner, optimizer, task, data[0], target, min(steps, FEW))
+            residuals[eps] = residual(*pairs((a, derivatives) for a, derivatives, _ in few))
+    return results, summary(optimizer, parameters, target, *pairs(scalars), along, lengths, residuals)
 
 
-def meant(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> Tensors:
+def own(tuner: Tuner) -> ZerothOrder:
+    return next(m for m in tuner.methods if isinstance(m, ZerothOrder))
+
+
+@contextmanager
+def nearer(tuner: Tuner, factor: float) -> Iterator[float]:
+    """Within it the recipe takes `factor` times its ε, which it yields."""
+    methods, eps = tuner.methods, factor * own(tuner).eps
+    tuner.methods = [replace(m, eps=eps) if isinstance(m, ZerothOrder) else m for m in methods]
+    try:
+        yield eps
+    finally:
+        tuner.methods = methods
+
+
+def pairs(steps: Iterable[tuple[dict[int, float], dict[int, float]]]) -> tuple[Tensor, Tensor]:
+    """By seed a and the exact derivative -> a (n,), exact (n,) of all steps."""
+    every = [(a[seed], exact[seed]) for a, exact in steps for seed in a]
+    a, exact = torch.tensor(every, dtype=torch.float64).unbind(1)
+    return a, exact
+
+
+def residual(a: Tensor, exact: Tensor) -> float:
+    return float(((a - exact).square().sum() / exact.square().sum()).sqrt())
+
+
+def meant(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> dict[str, Tensor]:
     """What the mean of the estimates is to be. Within `tuner.exactly()`."""
     parameters = tuner.named_trained()
     with torch.enable_grad():
@@ -99,12 +141,11 @@ def small(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
 
 
 def draws(
-    tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any, target: Tensors, steps: int
-) -> Iterator[tuple[list[tuple[float, float]], Tensors, Tensors]]:
-    """Step by step: for each of its directions a and the exact derivative, both as the method weights them; the
-    estimate; and the one that the exact derivatives would give."""
-    method = next(m for m in tuner.methods if isinstance(m, ZerothOrder))
-    parameters = tuner.named_trained()
+    tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any, target: dict[str, Tensor], steps: int
+) -> Iterator[tuple[dict[int, float], dict[int, float], set[int]]]:
+    """Step by step: by seed a and the exact derivative, both as the method weights them, and the ids of what is
+    perturbed."""
+    method, parameters = own(tuner), tuner.named_trained()
     start = tuner.step
     for tuner.step in range(start, start + steps):
         weights = defaultdict(float)
@@ -115,19 +156,12 @@ def draws(
         optimizer.remember()
         a = {seed: float(a) for seed, (a, _) in optimizer.pending.items()}
         used = {i for _, ids in optimizer.pending.values() for i in ids}
-        moved = [name for name in target if id(parameters[name]) in used]
-
-        def along(seed: int, moved=moved) -> float:
-            z = {name: optimizer.estimate(name, parameters[name], {seed: 1.0}) for name in moved}  # times u, as t is
-            return sum(dot({name: z[name]}, target) / optimizer.unscaled(name) ** 2 for name in moved)
-
-        exact = {seed: weights[seed] * along(seed) for seed in a}
-        estimate = {name: torch.zeros_like(t) for name, t in target.items()}
-        ideal = dict(target)  # of what is not perturbed, where the estimate is zero
-        for name in moved:
-            estimate[name] = optimizer.estimate(name, parameters[name], a)
-            ideal[name] = optimizer.estimate(name, parameters[name], exact)
-        yield [(a[seed], exact[seed]) for seed in a], estimate, ideal
+        exact = dict.fromkeys(a, 0.0)
+        for name in (name for name in target if id(parameters[name]) in used):
+            for seed in a:  # u·z and t have a factor u each, which <g, s·z> has not
+                z = optimizer.estimate(name, parameters[name], {seed: weights[seed]})
+                exact[seed] += dot(z, target[name]) / optimizer.unscaled(name) ** 2
+        yield a, exact, used
     tuner.step = start
     optimizer.zero_grad()
 
@@ -135,32 +169,34 @@ def draws(
 def summary(
     optimizer: ZerothOrderSGD,
     parameters: dict[str, nn.Parameter],
-    target: Tensors,
-    scalars: list[tuple[float, float]],
-    along: Tensor,
-    length: float,
+    target: dict[str, Tensor],
+    a: Tensor,
+    exact: Tensor,
+    along: list[float],
+    lengths: list[float],
+    residuals: dict[float, float],
 ) -> Directions:
-    """along (steps,) <estimate, t>."""
-    a, exact = torch.tensor(scalars, dtype=torch.float64).unbind(1)
-    size, steps, squares = dot(target, target), len(along), exact.square().sum()
-    fair = along / size
-    # One direction: E‖u∘z·<v, z>‖² with t = u∘v, for ±1 draws Σ u²·‖v‖², for normal ones 2‖t‖² more.
-    entries = {name: int(small(optimizer, name, p).sum()) for name, p in parameters.items()}
-    v = sum(dot({name: t}, target) / optimizer.unscaled(name) ** 2 for name, t in target.items())
-    one = v * sum(entries[name] * optimizer.unscaled(name) ** 2 for name in target) / size
-    one += 2 if optimizer.dist == "normal" else 0
+    """a, exact: of each direction; along: <estimate, t> of each step; lengths: ‖estimate‖² of each step."""
+    squares, size = exact.square().sum(), sum(dot(t, t) for t in target.values())
+    fair = torch.tensor(along, dtype=torch.float64) / size
+    # One direction: E‖u∘z·<v, z>‖² with t = u∘v is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
+    u = {name: optimizer.unscaled(name) for name in target}
+    entries = {name: int(small(optimizer, name, parameters[name]).sum()) for name in target}
+    v = sum(dot(t, t) / u[name] ** 2 for name, t in target.items())
+    one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.dist == "normal")
     return Directions(
         entries=sum(entries.values()),
         slope=float((a * exact).sum() / squares),
         slope_z=normal_score((a - exact) * exact),
-        residual=float(((a - exact).square().sum() / squares).sqrt()),
+        residual=residual(a, exact),
         mean=float(fair.mean()),
-        mean_error=float(fair.std() / steps**0.5),
+        mean_error=float(fair.std() / len(fair) ** 0.5),
         mean_z=normal_score(fair - 1),
-        length=length / size,
-        expected=(one - 1) * steps / len(a) + 1,
+        length=sum(lengths) / len(lengths) / size,
+        expected=1 + (one - 1) * len(fair) / len(a),
+        residuals=residuals,
     )
 
 
-def dot(x: Tensors, y: Tensors) -> float:
-    return sum(float((t.double() * y[name].double()).sum()) for name, t in x.items())
+def dot(x: Tensor, y: Tensor) -> float:
+    return float((x.double() * y.double()).sum())

@@ -105,7 +105,11 @@ def test_estimates_are_held_against_exact_derivatives(job, recipe, entries, exce
     rows, found = directions(job, recipe, tmp_path, seeds=48)
     assert found["slope"] == pytest.approx(1, abs=0.01) and 0 < found["residual"] < 0.02  # eps=1e-3, float32
     assert abs(found["mean"] - 1) < 4 * found["mean_error"] and 0.05 < found["mean_error"] < 0.4
-    assert "a / <g, z>" in capsys.readouterr().out
+    by_eps = {float(eps): r for eps, r in found["residuals"].items()}
+    assert by_eps[1e-3] == pytest.approx(found["residual"], rel=3)  # of the first few steps
+    assert by_eps[1e-1] > 20 * by_eps[1e-3] and by_eps[1e-5] > 2 * by_eps[1e-4]  # of the difference; rounding
+    printed = capsys.readouterr().out
+    assert "a / <g, z>" in printed and "1.0e-03: 0." in printed
     trained = sum(p.numel() for p in llama().parameters())
     if entries:
         assert found["entries"] == pytest.approx(entries * trained, rel=0.01)
@@ -133,7 +137,7 @@ def test_directions_that_are_drawn_unfairly_fail(job, tmp_path):
         verify({**job, "recipe": "fedkseed(k=2)", "out": str(tmp_path)}, seeds=24, batches=2)
     found = json.loads((tmp_path / "verify.json").read_text())["directions"]
     assert found["slope"] == pytest.approx(1, abs=0.05) and found["residual"] < 0.05
-    fair = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0)
+    fair = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
     judge([], 0.02, fair)
     with pytest.raises(EfftuneError, match="1.50 times the gradient along it"):
         judge([], 0.02, replace(fair, mean=1.5, mean_z=5.0))
