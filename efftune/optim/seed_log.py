@@ -116,6 +116,9 @@ class SeedLog:
         tensors = {"entries": as_bytes(self.fetch())}
         return {**tensors, "numbers": as_bytes(np.concatenate(self.numbers))} if self.numbers else tensors
 
+    def _checksums(self) -> dict[str, int]:
+        return {name: checksum(tensor) for name, tensor in self._tensors().items()}
+
     def _take(self, numbers: bytes) -> None:
         """Gives each entry its numbers. A round whose numbers are not all there goes, with those behind it."""
         values = np.frombuffer(numbers[: len(numbers) - len(numbers) % NUMBER.itemsize], NUMBER)
@@ -131,15 +134,15 @@ class SeedLog:
         and the parts go into its header."""
         from safetensors.torch import save_file
 
-        header = {"format": FORMAT, "about": json.dumps({**about, "parts": self.parts, "count": self.count})}
-        save_file(self._tensors(), path, metadata=header)
+        own = {"parts": self.parts, "count": self.count, "checksums": self._checksums()}
+        save_file(self._tensors(), path, metadata={"format": FORMAT, "about": json.dumps({**about, **own})})
 
     @staticmethod
     def load(path: str | Path) -> tuple[SeedLog, dict[str, Any]]:
         """-> the log, and what `save` was given, with "count": how many scalars there were when it was written. A file
         that was cut short gives the entries, or the rounds, before the cut.
 
-        Raises: EfftuneError for what is no seed log, or is cut before its first entry.
+        Raises: EfftuneError for what is no seed log, is cut before its first entry, or was changed since.
         """
         try:
             data = Path(path).read_bytes()
@@ -157,7 +160,7 @@ class SeedLog:
             ):
                 raise ValueError
             about = json.loads(metadata["about"])
-            parts, count = about.pop("parts"), about["count"]
+            parts, count, sums = about.pop("parts"), about["count"], about.pop("checksums")
             found = [body[slice(*tensor["data_offsets"])] for tensor in tensors]
             entries = np.frombuffer(found[0][: len(found[0]) - len(found[0]) % ENTRY.itemsize], ENTRY)
             log = SeedLog(parts, entries)
@@ -172,6 +175,8 @@ class SeedLog:
             raise EfftuneError(f"{path} is no seed log, or its beginning is damaged; fetch it again.") from None
         if count and not log.count:
             raise EfftuneError(f"{path} is cut before its first entry; fetch it again.")
+        if log.count == count and log._checksums() != sums:
+            raise EfftuneError(f"{path} is damaged: its scalars are not those that were written; fetch it again.")
         return log, about
 
 

@@ -18,6 +18,9 @@ def test_a_log_is_small_may_be_cut_and_knows_what_it_is(tmp_path):
     again, _ = SeedLog.load(path)
     assert again.entries.tobytes() == log.entries.tobytes()
     data = path.read_bytes()
+    path.write_bytes(data[:-6] + bytes([data[-6] ^ 1]) + data[-5:])
+    with pytest.raises(efftune.EfftuneError, match="damaged: its scalars are not those that were written"):
+        SeedLog.load(path)
     path.write_bytes(data[:-1000])
     cut, about = SeedLog.load(path)
     assert len(cut.entries) == 10_000 - 63 and about["count"] == 10_000

@@ -8,6 +8,7 @@ import torch
 
 import efftune
 from efftune import EfftuneError
+from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train.compare import compare
 from efftune.train.directions import Directions, measure
 from efftune.train.fidelity import fidelity
@@ -157,6 +158,7 @@ def test_what_is_not_perturbed_misses_its_gradient():
 
     tuner = efftune.apply(Reads(), "mezo")
     optimizer, data = tuner.optimizer(0.1), [torch.randn(5, 6), torch.randn(5, 6)]
+    assert isinstance(optimizer, ZerothOrderSGD)
     task = Task(lambda m, x: m(x).square().sum(), terms=len)
     with pytest.warns(UserWarning, match="no module's forward used a.weight"):
         rows, whole = measure(tuner, optimizer, task, data, 16)

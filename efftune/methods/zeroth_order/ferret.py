@@ -150,8 +150,8 @@ class Ferret(Method):
 
     def arrives(self, name, change, turn):
         """Without `scale`, which acts like the rate."""
-        seeds, how = self.seeds(turn), dict(stream=stream_of(name), block=self.block, dist=self.dist)
-        return projection.reconstruct(torch.zeros_like(change), projection.project(change, seeds, **how), seeds, **how)
+        zero, seeds = torch.zeros_like(change), self.seeds(turn)
+        return self.reconstruct(name, zero, self.project(name, change, zero, seeds) / self.scale, seeds)
 
     @torch.no_grad()
     def replay(self, model: nn.Module, log: SeedLog) -> None:
