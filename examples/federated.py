@@ -144,6 +144,7 @@ def main() -> None:
         context.Process(
             target=client, args=(theirs, args.method, rank, args.clients, args.local_steps), daemon=True
         ).start()
+        theirs.close()  # so that a client that dies ends the wait for it
         pipes.append(ours)
     print(f"before   held-out loss {loss():.4f}")
     for turn in range(args.rounds):

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 
-FORMAT = "efftune-seed-log-1"
+FORMAT = "efftune-seed-log-2"
 ENTRY = np.dtype([("direction", "<u8"), ("scalar", "<f4"), ("step", "<u4")])
 NUMBER = np.dtype("<f4")
 SEED_BITS = 48  # of a direction; the part is in the 16 above
+PARTS = 2**16
 DECAY = 2**SEED_BITS - 1  # as a seed: the weights of the part are multiplied by the scalar
 TOGETHER = 1024  # scalars that are fetched from the device at a time
 CHUNK = 2**22
@@ -41,13 +42,16 @@ class SeedLog:
     entries: np.ndarray = field(default_factory=lambda: np.empty(0, ENTRY))
     waiting: list[tuple[int, Tensor, int]] = field(default_factory=list)
     numbers: list[np.ndarray] = field(default_factory=list)  # float32, of each entry of a round
+    places: dict[str, int] = field(default_factory=dict)  # of the parts, by what they are
+    ended: bool = False  # there were more parts than an entry can name: what came behind is lost
 
     def append(self, step: int, seed: int, scalar: Tensor, group: int, unused: list[str]) -> None:
         """scalar: (), what z is multiplied by."""
-        part = {"group": group, "unused": unused}
-        if part not in self.parts:
-            self.parts.append(part)
-        self.waiting.append((self.parts.index(part) << SEED_BITS | seed, scalar, step))
+        part = self._part({"group": group, "unused": unused})
+        self.ended |= part == PARTS
+        if self.ended:
+            return
+        self.waiting.append((part << SEED_BITS | seed, scalar, step))
         if len(self.waiting) >= TOGETHER:
             self.fetch()
 
@@ -55,12 +59,18 @@ class SeedLog:
         """numbers: parameter -> (n,), of its change (`efftune.optim.projection`). Waits for the device."""
         new = np.zeros(len(numbers), ENTRY)
         for i, (name, a) in enumerate(numbers.items()):
-            part = {"only": name}
-            if part not in self.parts:
-                self.parts.append(part)
-            new[i] = self.parts.index(part) << SEED_BITS | len(a), 0.0, step
+            new[i] = self._part({"only": name}) << SEED_BITS | len(a), 0.0, step
             self.numbers.append(a.cpu().numpy().astype(NUMBER))
         self.entries = np.concatenate([self.entries, new])
+
+    def _part(self, part: dict[str, Any]) -> int:
+        if len(self.places) != len(self.parts):
+            self.places = {json.dumps(known): i for i, known in enumerate(self.parts)}
+        index = self.places.get(json.dumps(part), len(self.parts))
+        if index == len(self.parts) < PARTS:
+            self.places[json.dumps(part)] = index
+            self.parts.append(part)
+        return index
 
     @property
     def count(self) -> int:
@@ -116,8 +126,8 @@ class SeedLog:
         tensors = {"entries": as_bytes(self.fetch())}
         return {**tensors, "numbers": as_bytes(np.concatenate(self.numbers))} if self.numbers else tensors
 
-    def _checksums(self) -> dict[str, int]:
-        return {name: checksum(tensor) for name, tensor in self._tensors().items()}
+    def _digest(self, about: str) -> str:
+        return hashlib.sha256(b"".join([about.encode(), self.fetch().tobytes(), *self.numbers])).hexdigest()
 
     def _take(self, numbers: bytes) -> None:
         """Gives each entry its numbers. A round whose numbers are not all there goes, with those behind it."""
@@ -134,8 +144,8 @@ class SeedLog:
         and the parts go into its header."""
         from safetensors.torch import save_file
 
-        own = {"parts": self.parts, "count": self.count, "checksums": self._checksums()}
-        save_file(self._tensors(), path, metadata={"format": FORMAT, "about": json.dumps({**about, **own})})
+        text = json.dumps({**about, "parts": self.parts, "count": self.count})
+        save_file(self._tensors(), path, metadata={"format": FORMAT, "about": text, "sha256": self._digest(text)})
 
     @staticmethod
     def load(path: str | Path) -> tuple[SeedLog, dict[str, Any]]:
@@ -160,7 +170,7 @@ class SeedLog:
             ):
                 raise ValueError
             about = json.loads(metadata["about"])
-            parts, count, sums = about.pop("parts"), about["count"], about.pop("checksums")
+            parts, count, digest = about.pop("parts"), about["count"], metadata["sha256"]
             found = [body[slice(*tensor["data_offsets"])] for tensor in tensors]
             entries = np.frombuffer(found[0][: len(found[0]) - len(found[0]) % ENTRY.itemsize], ENTRY)
             log = SeedLog(parts, entries)
@@ -175,8 +185,8 @@ class SeedLog:
             raise EfftuneError(f"{path} is no seed log, or its beginning is damaged; fetch it again.") from None
         if count and not log.count:
             raise EfftuneError(f"{path} is cut before its first entry; fetch it again.")
-        if log.count == count and log._checksums() != sums:
-            raise EfftuneError(f"{path} is damaged: its scalars are not those that were written; fetch it again.")
+        if log.count == count and log._digest(metadata["about"]) != digest:
+            raise EfftuneError(f"{path} is damaged: it is not what was written; fetch it again.")
         return log, about
 
 

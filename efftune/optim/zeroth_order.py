@@ -65,10 +65,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         float16 weights are rounded stochastically: lr·a·z is mostly below half a unit in the last place, and rounding
         to nearest would drop it. A scalar that is NaN or Inf counts as 0, and is counted in `skipped`; one
         that is 0, where the loss is the same on both sides, in `flat`.
-    State: `log`, 16 bytes a step; with beta2 one number; with update="log" a copy of the trained weights as they were
-        when the optimizer was made, in host memory, and a step draws as many numbers for each weight as the log has
-        different seeds: for short runs, and for `fedkseed`, which has k. `accumulate` collects the scalars of a step;
-        `step` applies and forgets them. With torch.distributed they are averaged over the processes first.
+    State: `log`, 16 bytes a step, and once the names of each set of parameters that steps left out (a router's experts;
+        it ends after 65,536 such sets); with beta2 one number; with update="log" a copy of the trained weights as they
+        were when the optimizer was made, in host memory, and a step draws as many numbers for each weight as the log
+        has different seeds: for short runs, and for `fedkseed`, which has k. `accumulate` collects the scalars of a
+        step; `step` applies and forgets them. With torch.distributed they are averaged over the processes first.
     Raises: EfftuneError for settings that are out of range, 16-bit weights with update="exact" or weight decay, and
         weight decay with update="log".
     Source: Malladi et al. 2023, arXiv:2305.17333, algorithm 1, section 2.2, and appendix B (per_layer).
@@ -115,9 +116,10 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.unwritten: set[str] = set()
         self.scales: dict[str, float] = {}  # s, for per_layer
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
+        self.applied: dict[int, Tensor] = {}  # seed -> scalar () of the last step, averaged over processes
         self.log, self.steps = SeedLog(), 0
         self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
-        self.losses: list[Tensor] = []  # of this step, and the mean of the last step's: for one point
+        self.losses: dict[int, Tensor] = {}  # of this step's directions, and the mean of the last step's: for one point
         self.previous: Tensor | None = None
         self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
         self.seen: Tensor | None = None
@@ -134,13 +136,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             yield from self.named(group)
 
     def threshold(self, name: str, w: Tensor) -> float | None:
-        """The largest |w_i| that trains, of the tensor as it was when first asked for; None: all, as in a tensor of
-        zeros (LoRA's B, biases), whose sizes say nothing yet."""
+        """The largest |w_i| that trains, of the tensor as it was when first asked for: of its entries that are not zero
+        if else it would be 0. None: all, as in a tensor of zeros (LoRA's B, biases), whose sizes say nothing yet."""
         if not self.sparsity:
             return None
         if name not in self.thresholds:
-            count = max(1, round((1 - self.sparsity) * w.numel()))
-            self.thresholds[name] = float(w.detach().abs().flatten().float().kthvalue(count).values) or None
+            sizes = w.detach().abs().flatten().float()
+            share = 1 - self.sparsity
+            self.thresholds[name] = smallest(sizes, share) or smallest(sizes[sizes > 0], share)
         return self.thresholds[name]
 
     def scale(self, name: str) -> float:
@@ -176,16 +179,20 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
         self.pending[seed] = a, frozenset(used)
 
-    def look(self, loss: Tensor) -> Tensor:
-        """loss () minus the mean of the last step's, 0 while there is none: what one point has for a difference. The
-        last step's losses do not depend on today's directions, so that whatever they are, the gradient has no bias."""
-        self.losses.append(loss)
-        return torch.zeros_like(loss) if self.previous is None else loss - self.previous.to(loss.device)
+    def look(self, index: int, loss: Tensor) -> Tensor:
+        """What one point has for a difference, of a micro-batch's `loss` () along the step's direction `index`. Over
+        micro-batches it adds up to the step's loss minus the mean of the last step's, and to 0 while there is none.
+        Those do not depend on today's directions, so that whatever they are, the gradient has no bias."""
+        first = index not in self.losses
+        self.losses[index] = loss if first else self.losses[index] + loss
+        if self.previous is None:
+            return torch.zeros_like(loss)
+        return loss - self.previous.to(loss.device) if first else loss
 
     def remember(self) -> None:
         """The step's losses are now the last step's."""
         if self.losses:
-            mean = torch.stack(self.losses).mean()
+            mean = torch.stack(list(self.losses.values())).mean()
             self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
             self.losses.clear()
 
@@ -204,6 +211,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             raise EfftuneError(
                 "ZerothOrderSGD takes its gradients from tuner.backward(batch, loss_fn), not loss.backward()."
             )
+        self.applied = {}
         if self.pending:
             found = self._scalars()
             for index, group in enumerate(self.param_groups):
@@ -227,6 +235,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def _scalars(self) -> Tensor:
         """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
         a = average(torch.stack([a for a, _ in self.pending.values()]))
+        self.applied = dict(zip(self.pending, a.unbind(), strict=True))
         self.directions += len(a)
         for key in ("second", "seen", "previous", "skipped", "flat"):  # of a checkpoint: where the losses are now
             if (value := getattr(self, key)) is not None:
@@ -344,7 +353,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "zeroth_order": {
-                "log": self.log.state_dict(),
+                "log": None if self.log.ended else self.log.state_dict(),
                 "steps": self.steps,
                 "second": self.second,
                 "seen": self.seen,
@@ -366,8 +375,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "update='log' adds to the weights that the run began with, and these are others; make the optimizer "
                 "before the trained weights are loaded."
             )
+        if own["log"] is None and (self.momentum or self.update == "log"):
+            raise EfftuneError(
+                "Momentum and update='log' go on from the seed log, and the run's had come to its end; resume without."
+            )
         super().load_state_dict(state_dict)
-        self.log.load_state_dict(own["log"])
+        self.log.ended = own["log"] is None
+        if own["log"] is not None:
+            self.log.load_state_dict(own["log"])
         self.scales = dict(own["scales"])
         self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
         for key in ("second", "seen", "previous", "directions", "skipped", "flat"):
@@ -393,6 +408,11 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         while self.momentum ** (len(recent) - 1) < FORGOTTEN:
             recent.pop()
         return recent
+
+
+def smallest(sizes: Tensor, share: float) -> float | None:
+    """The largest of the `share` smallest of sizes (n,); None where there are none."""
+    return float(sizes.kthvalue(max(1, round(share * len(sizes)))).values) if len(sizes) else None
 
 
 def plus(old: Sum | None, seeds: list[int], a: Tensor) -> Sum:

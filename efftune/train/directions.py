@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efftune.errors import EfftuneError
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train.fidelity import Fidelity, coordinates, fidelity, gradients, negligible, normal_score
@@ -23,38 +24,48 @@ FEW = 8
 
 @dataclass
 class Directions:
-    """Of the estimates Σ a·z, over all that trains, against t, what their mean is to be: the gradient (of the entries
-    that do not rest; with per_layer="expectation" times s)."""
+    """Of the estimates a·z of the gradient g, over all that trains. With per_layer, g stands for s·g."""
 
     entries: int  # that train
     slope: float  # Σ a·<g, z> / Σ <g, z>², with the exact derivative <g, z>: 1, but for O(ε²)
     slope_z: float  # of slope - 1
     residual: float  # rms(a - <g, z>) / rms(<g, z>): that error, and the rounding of weights and losses
-    mean: float  # of <estimate, t> / ‖t‖²: 1 if directions are drawn fairly
-    mean_error: float  # standard error of `mean`
-    mean_z: float  # of mean - 1
-    length: float  # mean of ‖estimate‖² / ‖t‖²
-    expected: float  # which exact derivatives along fair directions would give it: d + 2 for one normal one
+    fairness: float  # mean of <g, z>² / ‖g‖²: 1 if all directions are drawn alike
+    fairness_error: float  # its standard error if they are
+    fairness_z: float  # of fairness - 1
+    length: float  # mean of ‖estimate‖² / ‖t‖², with t what the estimate's mean is to be
+    expected: float  # which exact derivatives along independent directions would give it: d + 2 for one normal one
     residuals: dict[float, float]  # by ε, of a few steps each
 
     def __str__(self) -> str:
         return (
             f"over {self.entries:,} trained entries, of estimates a·z of the gradient g:\n"
-            f"  a / <g, z>            {self.slope:.4f}, z {self.slope_z:.1f}, residual {self.residual:.2%}\n"
-            f"  <estimate, g> / |g|²  {self.mean:.2f} ± {self.mean_error:.2f}, z {self.mean_z:.1f}\n"
-            f"  |estimate|² / |g|²    {self.length:,.0f}, and {self.expected:,.0f} expected of exact derivatives\n"
-            f"  residual by eps       {'  '.join(f'{eps:.1e}: {r:.1%}' for eps, r in self.residuals.items())}"
+            f"  a / <g, z>           {self.slope:.4f}, z {self.slope_z:.1f}, residual {self.residual:.2%}\n"
+            f"  <g, z>² / |g|²       {self.fairness:.2f} ± {self.fairness_error:.2f}, z {self.fairness_z:.1f}\n"
+            f"  |estimate|² / |g|²   {self.length:,.0f}; {self.expected:,.0f} expected of exact derivatives\n"
+            f"  residual by eps      {'  '.join(f'{eps:.1e}: {r:.1%}' for eps, r in self.residuals.items())}"
         )
+
+
+@dataclass
+class Draw:
+    """One direction of a step."""
+
+    weight: float  # of its estimate in the step's mean
+    a: float  # weighted
+    exact: float  # <g, z>, not weighted
 
 
 @torch.no_grad()
 def measure(
     tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, data: list[Any], steps: int
 ) -> tuple[list[Fidelity], Directions]:
-    """Of the first batch's estimates in `steps` steps that the recipe would take from where it is. None is taken.
+    """Of the first batch's estimates in `steps` steps that the recipe would take from where it is. None is taken, but
+    what the recipe learns from losses it has then learnt.
 
     What an estimate misses of the gradient is nearly all due to the draw, z·zᵀ for the identity, in which a bias would
     drown. So `bias` and `z` are of the estimates minus what the same draws make of exact derivatives, which has none.
+    Raises: EfftuneError where the gradient of the first batch is zero.
     """
     where, parameters = coordinates(tuner), tuner.named_trained()
 
@@ -66,35 +77,37 @@ def measure(
         for batch in reversed(data):
             target = meant(tuner, optimizer, task, batch)
             exact.insert(0, {name: chosen(name, t) for name, t in target.items()})
-    scalars, lengths, along = [], [], []
+    if not any(t.any() for t in target.values()):
+        raise EfftuneError("The gradient of the first batch is zero, so there is nothing to hold estimates against.")
+    every, lengths = [], []
     errors, against = {name: [] for name in where}, {name: [] for name in where}
-    for a, derivatives, used in draws(tuner, optimizer, task, data[0], target, steps):
-        scalars.append((a, derivatives))
+    for drawn, used in draws(tuner, optimizer, task, data[0], target, steps):
+        every += drawn.values()
         lengths.append(0.0)
-        along.append(0.0)
+        a = {seed: draw.a for seed, draw in drawn.items()}
+        derivatives = {seed: draw.weight * draw.exact for seed, draw in drawn.items()}
         for name, t in target.items():
             estimate, ideal = torch.zeros_like(t), t  # of what is not perturbed
             if id(parameters[name]) in used:
                 estimate, ideal = (optimizer.estimate(name, parameters[name], by_seed) for by_seed in (a, derivatives))
             lengths[-1] += dot(estimate, estimate)
-            along[-1] += dot(estimate, t)
             errors[name].append(chosen(name, estimate - t))
             against[name].append(chosen(name, estimate - ideal))
 
     results, least = [], negligible(exact[0])
     for name in where:
         batches = torch.stack([t[name] for t in exact])
-        total, own = (
+        total, own_ = (
             fidelity(name, torch.stack(of[name]), batches[0], batches, 0, least * len(where[name]))
             for of in (errors, against)
         )
-        results.append(replace(total, bias=own.bias, z=own.z))
+        results.append(replace(total, bias=own_.bias, z=own_.z))
     residuals = {}
     for factor in FACTORS:
-        with nearer(tuner, factor) as eps:
+        with scaled(tuner, factor) as eps:
             few = draws(tuner, optimizer, task, data[0], target, min(steps, FEW))
-            residuals[eps] = residual(*pairs((a, derivatives) for a, derivatives, _ in few))
-    return results, summary(optimizer, parameters, target, *pairs(scalars), along, lengths, residuals)
+            residuals[eps] = residual([draw for drawn, _ in few for draw in drawn.values()])
+    return results, summary(own(tuner), optimizer, parameters, target, every, lengths, residuals)
 
 
 def own(tuner: Tuner) -> ZerothOrder:
@@ -102,7 +115,7 @@ def own(tuner: Tuner) -> ZerothOrder:
 
 
 @contextmanager
-def nearer(tuner: Tuner, factor: float) -> Iterator[float]:
+def scaled(tuner: Tuner, factor: float) -> Iterator[float]:
     """Within it the recipe takes `factor` times its ε, which it yields."""
     methods, eps = tuner.methods, factor * own(tuner).eps
     tuner.methods = [replace(m, eps=eps) if isinstance(m, ZerothOrder) else m for m in methods]
@@ -112,15 +125,10 @@ def nearer(tuner: Tuner, factor: float) -> Iterator[float]:
         tuner.methods = methods
 
 
-def pairs(steps: Iterable[tuple[dict[int, float], dict[int, float]]]) -> tuple[Tensor, Tensor]:
-    """By seed a and the exact derivative -> a (n,), exact (n,) of all steps."""
-    every = [(a[seed], exact[seed]) for a, exact in steps for seed in a]
-    a, exact = torch.tensor(every, dtype=torch.float64).unbind(1)
-    return a, exact
-
-
-def residual(a: Tensor, exact: Tensor) -> float:
-    return float(((a - exact).square().sum() / exact.square().sum()).sqrt())
+def residual(draws: list[Draw]) -> float:
+    missed = sum((draw.a - draw.weight * draw.exact) ** 2 for draw in draws)
+    squares = sum((draw.weight * draw.exact) ** 2 for draw in draws)
+    return math.sqrt(missed / squares) if squares else math.nan  # nothing is perturbed
 
 
 def meant(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> dict[str, Tensor]:
@@ -142,60 +150,68 @@ def small(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
 
 def draws(
     tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any, target: dict[str, Tensor], steps: int
-) -> Iterator[tuple[dict[int, float], dict[int, float], set[int]]]:
-    """Step by step: by seed a and the exact derivative, both as the method weights them, and the ids of what is
-    perturbed."""
-    method, parameters = own(tuner), tuner.named_trained()
-    start = tuner.step
-    for tuner.step in range(start, start + steps):
-        weights = defaultdict(float)
-        for seed, weight in method.directions(tuner.model, tuner.step):
-            weights[seed] += weight / method.samples
+) -> Iterator[tuple[dict[int, Draw], set[int]]]:
+    """Step by step: seed -> its draw, and the ids of what is perturbed."""
+    method, parameters, start = own(tuner), tuner.named_trained(), tuner.step
+    looks = 1 if method.points == 1 else 0  # before the first difference
+    for tuner.step in range(start - looks, start + steps):
         optimizer.zero_grad()
         tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
         optimizer.remember()
-        a = {seed: float(a) for seed, (a, _) in optimizer.pending.items()}
-        used = {i for _, ids in optimizer.pending.values() for i in ids}
-        exact = dict.fromkeys(a, 0.0)
+        if tuner.step < start:
+            continue
+        weights, pending = method.weights(tuner.model, tuner.step), optimizer.pending
+        used = {i for _, ids in pending.values() for i in ids}
+        drawn = {seed: Draw(weights[seed], float(a), 0.0) for seed, (a, _) in pending.items()}
         for name in (name for name in target if id(parameters[name]) in used):
-            for seed in a:  # u·z and t have a factor u each, which <g, s·z> has not
-                z = optimizer.estimate(name, parameters[name], {seed: weights[seed]})
-                exact[seed] += dot(z, target[name]) / optimizer.unscaled(name) ** 2
-        yield a, exact, used
+            for seed, draw in drawn.items():  # u·z and t have a factor u each, which <g, s·z> has not
+                z = optimizer.estimate(name, parameters[name], {seed: 1.0})
+                draw.exact += dot(z, target[name]) / optimizer.unscaled(name) ** 2
+        yield drawn, used
     tuner.step = start
     optimizer.zero_grad()
 
 
 def summary(
+    method: ZerothOrder,
     optimizer: ZerothOrderSGD,
     parameters: dict[str, nn.Parameter],
     target: dict[str, Tensor],
-    a: Tensor,
-    exact: Tensor,
-    along: list[float],
+    draws: list[Draw],
     lengths: list[float],
     residuals: dict[float, float],
 ) -> Directions:
-    """a, exact: of each direction; along: <estimate, t> of each step; lengths: ‖estimate‖² of each step."""
-    squares, size = exact.square().sum(), sum(dot(t, t) for t in target.values())
-    fair = torch.tensor(along, dtype=torch.float64) / size
-    # One direction: E‖u∘z·<v, z>‖² with t = u∘v is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
+    """lengths: ‖estimate‖² of each step."""
+    weight, a, exact = torch.tensor([(d.weight, d.a, d.exact) for d in draws], dtype=torch.float64).unbind(1)
+    ideal = weight * exact
     u = {name: optimizer.unscaled(name) for name in target}
     entries = {name: int(small(optimizer, name, parameters[name]).sum()) for name in target}
-    v = sum(dot(t, t) / u[name] ** 2 for name, t in target.items())
+    # t = u∘v. One direction: E‖u∘z·<v, z>‖² is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
+    size, v = (sum(dot(t, t) / u[name] ** power for name, t in target.items()) for power in (0, 2))
     one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.dist == "normal")
+    fairness, freedom = (
+        float((ideal * exact).sum() / len(lengths) / v),
+        float(weight.sum() ** 2 / weight.square().sum()),
+    )
     return Directions(
         entries=sum(entries.values()),
-        slope=float((a * exact).sum() / squares),
-        slope_z=normal_score((a - exact) * exact),
-        residual=residual(a, exact),
-        mean=float(fair.mean()),
-        mean_error=float(fair.std() / len(fair) ** 0.5),
-        mean_z=normal_score(fair - 1),
+        slope=float((a * ideal).sum() / ideal.square().sum()),
+        slope_z=normal_score((a - ideal) * ideal),
+        residual=residual(draws),
+        fairness=fairness,
+        fairness_error=math.sqrt(2 / freedom),
+        fairness_z=score_of_squares(fairness, freedom),
         length=sum(lengths) / len(lengths) / size,
-        expected=1 + (one - 1) * len(fair) / len(a),
+        expected=1 + (one - 1) / method.samples,
         residuals=residuals,
     )
+
+
+def score_of_squares(mean: float, freedom: float) -> float:
+    """The mean of `freedom` squares of standard normal numbers, as the standard normal number of the same tail (Wilson
+    and Hilferty 1931). Of ±1 draws, whose <g, z> is not quite normal and varies less, it is on the safe side."""
+    spread = 2 / (9 * freedom)
+    return (mean ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
 
 
 def dot(x: Tensor, y: Tensor) -> float:

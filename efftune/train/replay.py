@@ -23,7 +23,7 @@ def export_log(source: str, out: Path) -> tuple[int, int]:
     """Writes the seed log of the run directory `source`, as its newest checkpoint has it. Returns how many scalars it
     has, and how many steps of the run are not in it: of a round that had not come to its end.
 
-    Raises: EfftuneError where the recipe leaves no seeds, or the log would have been longer than the weights.
+    Raises: EfftuneError where the recipe leaves no seeds, or the log ended before the run did.
     """
     path, config, labels = run.finished_settings(source)
     step, _, rest = checkpoint.load(path, {})
@@ -34,7 +34,10 @@ def export_log(source: str, out: Path) -> tuple[int, int]:
             f"{source} was trained with '{config.recipe}', which leaves no seeds; export it without --seed-log."
         )
     if own["log"] is None:
-        raise EfftuneError(f"The seed log of {source} would be longer than the weights; export it without --seed-log.")
+        raise EfftuneError(
+            f"The seed log of {source} ended before the run: it would be longer than the weights, or a router sent "
+            "steps too many different ways; export it without --seed-log."
+        )
     log = SeedLog()
     log.load_state_dict(own["log"])
     out.parent.mkdir(parents=True, exist_ok=True)

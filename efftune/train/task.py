@@ -164,20 +164,24 @@ def make_task(kind: Literal["causal-lm", "classification"], objective: str | Met
             return torch.as_tensor(value, dtype=torch.float64, device=logits.device).reshape(())
         raise EfftuneError(f"The metric {name} returned a {type(value).__name__} and no number; let it return a float.")
 
+    def total(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The metric times terms; 0 for a batch without labels, of which it has nothing to say."""
+        return len(labels) * number(logits, labels) if len(labels) else logits.new_zeros((), dtype=torch.float64)
+
     def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         if torch.is_grad_enabled():
             raise EfftuneError(
                 f"{name} has no gradient, and this recipe takes one; train with a zeroth-order recipe such as mezo."
             )
         logits, labels = scores(model, batch)
-        return -len(labels) * number(logits, labels)
+        return -total(logits, labels)
 
     def evaluate(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits, labels = scores(model, batch)
         sums = {"loss": F.cross_entropy(logits, labels, reduction="sum")}
         if classify:
             return sums | {"accuracy": (logits.argmax(-1) == labels).sum(), "logits": logits, "labels": labels}
-        return sums | {name: len(labels) * number(logits, labels)}
+        return sums | {name: total(logits, labels)}
 
     return Task(loss, evaluate=evaluate, whole=(name, number) if classify else None)
 

@@ -80,7 +80,7 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
         with rundir.writing(out):
             found = {"recipe": tuner.recipe, "seeds": seeds, "parameters": [asdict(r) for r in results]}
             found |= {"directions": asdict(whole)} if whole else {}
-            rundir.write_atomically(out / "verify.json", json.dumps(found) + "\n")
+            rundir.write_atomically(out / "verify.json", json.dumps(plain(found), allow_nan=False) + "\n")
     judge(results, max_bias, whole)
     print(f"No gradient of '{tuner.recipe}' has a bias that is both significant and above {max_bias:.0%}.")
     return results
@@ -118,6 +118,15 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
     ]
 
 
+def plain(value: Any) -> Any:
+    """With null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def judge(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> None:
     """Raises: EfftuneError where a result is biased or not finite."""
     broken = [r.name for r in results if not math.isfinite(r.error)]
@@ -136,10 +145,10 @@ def judge(results: list[Fidelity], max_bias: float, whole: Directions | None = N
             f"{len(biased)} of {len(results)} gradients are biased; the most that of {worst.name}: {worst.bias:.1%} of "
             f"its norm (z = {worst.z:.1f}, limit {limit:.1f})."
         )
-    if whole and abs(whole.mean_z) > limit and abs(whole.mean - 1) > max_bias:
+    if whole and abs(whole.fairness_z) > limit and abs(whole.fairness - 1) > max_bias:
         raise EfftuneError(
-            f"The estimates are {whole.mean:.2f} times the gradient along it (z = {whole.mean_z:.1f}, limit "
-            f"{limit:.1f}): the recipe draws some directions more often than others."
+            f"Along the gradient the estimates have {whole.fairness:.2f} times its length (z = {whole.fairness_z:.1f}, "
+            f"limit {limit:.1f}): the recipe draws some directions more often than others."
         )
 
 

@@ -51,3 +51,23 @@ def test_what_was_learnt_about_seeds_is_in_the_checkpoint():
     assert known.keys() == copy.keys() == {"sum", "count", "p", "at"}
     assert int(known["count"].sum()) == 5 and torch.equal(known["sum"], copy["sum"])
     assert tuner.methods[-1].directions(tuner.model, 9) == again.methods[-1].directions(again.model, 9)
+
+
+@pytest.mark.parametrize("settings", ["k=4, interval=1", "k=3, samples=4, interval=2"])
+def test_how_a_step_is_cut_does_not_tell_seeds_apart(settings):
+    """What is learnt of a seed is |a| of the step, not of its micro-batches."""
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for cuts in (1, 4):
+        torch.manual_seed(0)
+        tuner = efftune.apply(Perceptron().double(), f"fedkseed(pro=True, {settings})")
+        optimizer = tuner.optimizer(lr=1e-2)
+        for _ in range(30):
+            optimizer.zero_grad()
+            for rows in x.double().chunk(cuts):
+                tuner.backward(rows, lambda m, rows: (m(rows) ** 3).mean(), scale=1 / cuts)
+            optimizer.step()
+        found.append(tuner.methods[-1].state_dict(tuner.model))
+    one, four = found
+    assert torch.equal(one["count"], four["count"]) and len(set(one["p"])) > 1
+    torch.testing.assert_close(one["sum"], four["sum"], rtol=1e-5, atol=1e-9)

@@ -289,3 +289,14 @@ def test_an_optimizer_made_elsewhere_is_followed():
     optimizer.step()
     ((_, numbers),) = log_of(tuner).rounds()
     assert set(numbers) == set(names)
+
+
+def test_weights_that_are_loaded_after_the_optimizer_was_made_are_where_it_begins():
+    tuner, other = efftune.apply(llama(), "full + ferret(local_steps=1)"), llama(seed=1)
+    optimizer = tuner.optimizer(lr=1e-3)
+    tuner.model.load_state_dict(other.state_dict())
+    tuner.backward(batch(), loss_fn)
+    optimizer.step()
+    for p, q in zip(tuner.model.parameters(), other.parameters(), strict=True):
+        assert (p - q).abs().max() < 0.02  # an Adam step, projected
+    assert vars(tuner.model)["ferret"].base == fingerprint(other)

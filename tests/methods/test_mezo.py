@@ -268,6 +268,51 @@ def test_a_loss_without_a_gradient_trains():
     assert wrong(tuner.model, None) < 0.1 < 0.4 < first
 
 
+def test_casts_of_an_autocast_around_the_step_are_of_the_weights_as_they_are():
+    """Autocast keeps 16-bit casts by parameter, whose data change."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+    def loss(m, x):
+        return m(x).float().square().mean()
+
+    def inside(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(m, x)
+
+    found = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        tuner = efftune.apply(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), "mezo(eps=0.05)")
+        optimizer = tuner.optimizer(lr=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            clean = loss(tuner.model, x) if around else inside(tuner.model, x)
+            tuner.backward(x, loss if around else inside)
+            again = loss(tuner.model, x) if around else inside(tuner.model, x)
+        found.append(float(next(iter(optimizer.pending.values()))[0]))
+        assert clean == again
+    assert found[0] == found[1] != 0
+
+
+def test_attributes_of_the_model_are_its_own():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.directions, self.differentiable = nn.ModuleList([nn.Linear(4, 4)]), True
+
+        def forward(self, x):
+            return self.directions[0](x) if self.differentiable else x
+
+    model = Model()
+    tuner = efftune.apply(model, "mezo")
+    optimizer = tuner.optimizer(lr=0.1)
+    for _ in range(2):
+        tuner.backward(torch.ones(2, 4), lambda m, x: m(x).square().mean().reshape(1))
+        optimizer.step()
+    assert model.differentiable is True and isinstance(model.directions, nn.ModuleList)
+    with pytest.raises(efftune.EfftuneError, match=r"returns one number, not a tensor of shape \(2, 4\)"):
+        tuner.backward(torch.ones(2, 4), lambda m, x: m(x))
+
+
 WORKER = """
 import sys, torch, efftune
 import torch.distributed as dist, torch.distributed.nn.functional  # before the group that it would keep
@@ -326,10 +371,11 @@ def test_one_point_takes_differences_of_losses_only(recipe, first):
         calls[0] += 1
         return (m(x).double().square().mean() + 1e4) * (first if calls[0] == 1 else 1.0)
 
-    for _ in range(8):
+    for step in range(9):
         optimizer.zero_grad()
-        for _ in range(2):
-            tuner.backward(None, loss, scale=0.5)
+        micro_batches = 1 + step % 3  # as at the end of an epoch
+        for _ in range(micro_batches):
+            tuner.backward(None, loss, scale=1 / micro_batches)
         found = torch.stack([a for a, _ in optimizer.pending.values()])
         assert (found[found.isfinite()].abs() < 1e4).all()  # 1e4 / eps would be 1e7
         told |= bool(

@@ -2,6 +2,7 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.optim.zeroth_order import ZerothOrderSGD
 from tests.methods.models import batch, llama, loss_fn
 
 
@@ -31,3 +32,12 @@ def test_a_tensor_that_begins_at_zero_trains_whole():
         tuner.backward(batch(step), loss_fn)
         optimizer.step()
         assert (b != before).all(), name
+
+
+def test_many_zeros_do_not_make_a_tensor_train_whole():
+    """Nor leave it only its zeros: the threshold is then that of the other entries."""
+    w = nn.Parameter(torch.cat([torch.zeros(40), torch.arange(1.0, 61.0)])[torch.randperm(100)])
+    optimizer = ZerothOrderSGD([("w", w)], sparsity=0.75)
+    assert optimizer.threshold("w", w) == 15.0
+    moved = optimizer.perturbed("w", w.data, 0.1, 3) != w.data
+    assert torch.equal(moved, w.data.abs() <= 15)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from efftune import cli
+from efftune.optim.seed_log import SeedLog
 from efftune.train.run import train
 
 from .test_run import arguments, options, qa  # noqa: F401  (fixtures)
@@ -46,9 +47,8 @@ def test_a_log_of_another_recipe_is_refused(options, tmp_path, capsys):  # noqa:
     train(options | {"recipe": "full" + FERRET, "steps": 2})
     log = tmp_path / "log"
     assert cli.main(["export", str(tmp_path / "run"), "--seed-log", "--out", str(log)]) == 0
-    data = log.read_bytes()
+    found, about = SeedLog.load(log)
     for other in ("mezo", "full"):
-        name = other.ljust(len("full" + FERRET)).encode()
-        log.write_bytes(data.replace(("full" + FERRET).encode(), name))
+        found.save(log, about | {"recipe": other})
         assert cli.main(["replay", options["model"], str(log), str(tmp_path / "x")]) == 1
-        assert f"its recipe '{name.decode()}' leaves no such log" in capsys.readouterr().err
+        assert f"its recipe '{other}' leaves no such log" in capsys.readouterr().err

@@ -247,3 +247,10 @@ def test_compare_shows_the_metric(options, tmp_path):
     with pytest.raises(EfftuneError, match="has no gradient"):
         compare(["mezo", "full"], given | {"out": str(tmp_path / "other")})
     assert not (tmp_path / "other").exists()
+
+
+def test_a_batch_without_labels_says_nothing():
+    task = make_task("causal-lm", "accuracy")
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.full((2, 5), -100)}
+    with torch.no_grad():
+        assert task.loss(llama(), batch) == 0 == task.evaluate(llama(), batch)["accuracy"]

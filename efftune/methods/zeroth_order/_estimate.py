@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from efftune.modes import evaluation_mode
 from efftune.optim.seed_log import DECAY, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD, check
 
+STATE = "efftune_zeroth_order"  # on the model: the counts that `report` tells, and whether gradients are asked for
 LOST = 0.01  # of the trained entries may be too large for eps before it is said
 
 
@@ -74,20 +76,25 @@ class ZerothOrder(Method):
         draw = random.Random(f"{self.seed}:{step}")
         return [(draw.randrange(DECAY), 1.0) for _ in range(self.samples)]
 
-    def observe(self, model: nn.Module, seed: int, a: Tensor) -> None:
-        """Called with each estimate."""
+    def weights(self, model: nn.Module, step: int) -> dict[int, float]:
+        """Seed -> what its estimate is multiplied by in the step's mean; a seed that is drawn twice counts twice."""
+        found: dict[int, float] = defaultdict(float)
+        for seed, weight in self.directions(model, step):
+            found[seed] += weight / self.samples
+        return found
 
     @contextmanager
     def exactly(self, model):
-        vars(model)["differentiable"] = True
+        own = vars(model).setdefault(STATE, {})
+        own["exactly"] = True
         try:
             yield
         finally:
-            del vars(model)["differentiable"]
+            del own["exactly"]
 
     @torch.no_grad()
     def backward(self, model, batch, loss_fn, scale, step, optimizer):
-        if "differentiable" in vars(model):
+        if "exactly" in vars(model).get(STATE, {}):
             with evaluation_mode(model), torch.enable_grad():
                 return super().backward(model, batch, loss_fn, scale, step, optimizer)
         if not isinstance(optimizer, ZerothOrderSGD):
@@ -97,7 +104,7 @@ class ZerothOrder(Method):
         if step == 0 and not optimizer.base:
             optimizer.base = fingerprint(model)
         shown, used = [], set()
-        for seed, weight in self.directions(model, step):
+        for index, (seed, weight) in enumerate(self.directions(model, step)):
             with evaluation_mode(model):
                 plus, used = loss_at(model, batch, loss_fn, optimizer, self.eps, seed)
                 if self.points == 2:
@@ -106,8 +113,7 @@ class ZerothOrder(Method):
                     a = (plus - minus) * scale / (2 * self.eps)
                     loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
                 else:
-                    a, loss = optimizer.look(plus * scale) / self.eps, plus
-            self.observe(model, seed, a)
+                    a, loss = optimizer.look(index, plus * scale) / self.eps, plus
             optimizer.accumulate(seed, a * (weight / self.samples), used)
             shown.append(loss)
         if step == 0:
@@ -116,13 +122,13 @@ class ZerothOrder(Method):
 
     def after_step(self, model, step, optimizer):
         own = cast(ZerothOrderSGD, optimizer)
-        vars(model)["directions"] = own.directions, own.skipped, own.flat  # for `report`
+        vars(model).setdefault(STATE, {})["counts"] = own.directions, own.skipped, own.flat
 
     def remove(self, model):
-        vars(model).pop("directions", None)
+        vars(model).pop(STATE, None)
 
     def report(self, model):
-        total, skipped, flat = map(int, vars(model).get("directions", (0, 0, 0)))
+        total, skipped, flat = map(int, vars(model).get(STATE, {}).get("counts", (0, 0, 0)))
         lines = []
         if skipped:
             lines.append(f"{skipped} of {total} directions skipped, whose loss was not finite")
@@ -135,7 +141,9 @@ def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: 
     """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
     with perturbed(model, optimizer, eps, seed) as used:
         loss = torch.as_tensor(loss_fn(model, batch))
-    return loss.detach().double(), used
+    if loss.numel() != 1:
+        raise EfftuneError(f"The loss function returns one number, not a tensor of shape {tuple(loss.shape)}.")
+    return loss.detach().double().reshape(()), used
 
 
 def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: set[int]) -> None:
@@ -196,9 +204,11 @@ def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int
         if any(id(p) in names for p in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave, always_call=True))
+    torch.clear_autocast_cache()  # it knows casts by the parameter, whose data are others now
     try:
         yield used
     finally:
+        torch.clear_autocast_cache()
         for handle in handles:
             handle.remove()
         for parameter, data in (pair for call in reversed(stack) for pair in call):

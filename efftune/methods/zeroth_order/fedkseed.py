@@ -12,7 +12,6 @@ from torch import Tensor
 from efftune.errors import EfftuneError
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim.seed_log import DECAY
-from efftune.optim.zeroth_order import average
 
 
 @functools.cache
@@ -67,17 +66,17 @@ class FedKSeed(ZerothOrder):
             known["p"], known["at"] = significance(known.get("sum"), known.get("count"), self.k), step
         return known["p"]
 
-    def observe(self, model, seed, a):
+    def after_step(self, model, step, optimizer):
+        super().after_step(model, step, optimizer)
         if not self.pro:
             return
-        a = average(a)  # or processes would come to draw different seeds
-        known = vars(model).setdefault("fedkseed", {})
-        index = candidates(self.seed, self.k).index(seed)
-        if "sum" not in known:
-            known["sum"], known["count"] = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
-        finite = a.isfinite()
-        known["sum"][index] += torch.where(finite, a.abs(), 0.0)
-        known["count"][index] += finite
+        seeds, known = candidates(self.seed, self.k), vars(model).setdefault("fedkseed", {})
+        weights = self.weights(model, step)
+        for seed, a in optimizer.applied.items():
+            if "sum" not in known:
+                known["sum"], known["count"] = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
+            known["sum"][seeds.index(seed)] += torch.where(a.isfinite(), a.abs() / weights[seed], 0.0)
+            known["count"][seeds.index(seed)] += a.isfinite()
 
     def remove(self, model):
         super().remove(model)

@@ -26,6 +26,7 @@ class Round:
     base: str = ""  # fingerprint of the model before the first step
     anchor: dict[str, Tensor] = field(default_factory=dict)  # the trained weights at the round's start
     moved: set[str] = field(default_factory=set)  # names of those that a step of the round may have changed
+    first: bool = False  # no forward pass yet since the optimizer was made
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,23 @@ class Ferret(Method):
 
     def before_step(self, model, step, optimizer):
         if step == 0:
-            vars(model)["ferret"] = Round(base=fingerprint(model))  # a run begins, whatever came before
+            vars(model)["ferret"] = Round(base=fingerprint(model), first=True)  # a run begins, whatever came before
         now: Round = vars(model).setdefault("ferret", Round())
         if step % self.local_steps == 0 or not now.anchor:
             now.moved.clear()
             now.anchor.clear()  # first: the memory is taken once
             for name, p in registered(model, optimizer):
                 now.anchor[name] = p.detach().clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def before_backward(self, model, batch, loss_fn):
+        """Weights may have been loaded since the optimizer was made."""
+        now: Round = vars(model).get("ferret", Round())
+        if now.first and (base := fingerprint(model)) != now.base:
+            now.base, named = base, dict(model.named_parameters())
+            for name, anchor in now.anchor.items():
+                anchor.copy_(named[name])
+        now.first = False
 
     @torch.no_grad()
     def after_step(self, model, step, optimizer):
