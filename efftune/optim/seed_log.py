@@ -127,7 +127,10 @@ class SeedLog:
         return {**tensors, "numbers": as_bytes(np.concatenate(self.numbers))} if self.numbers else tensors
 
     def _digest(self, about: str) -> str:
-        return hashlib.sha256(b"".join([about.encode(), self.fetch().tobytes(), *self.numbers])).hexdigest()
+        digest = hashlib.sha256(about.encode() + self.fetch().tobytes())
+        for numbers in self.numbers:
+            digest.update(numbers.tobytes())
+        return digest.hexdigest()
 
     def _take(self, numbers: bytes) -> None:
         """Gives each entry its numbers. A round whose numbers are not all there goes, with those behind it."""
