@@ -32,7 +32,8 @@ class ZerothOrder(Method):
     Settings that all methods of the family have; see `efftune.optim.zeroth_order.ZerothOrderSGD` for how they update.
 
     Args:
-        eps: ε.   dist: of z, "normal" or "rademacher" (±1).   seed: of all draws; step t draws from (seed, t).
+        eps: ε. 1e-3 suits float32; bfloat16 wants more (docs/benchmarks.md), and `efftune verify` measures what it is
+            worth.   dist: of z, "normal" or "rademacher" (±1).   seed: of all draws; step t draws from (seed, t).
         points: 2, or 1: a = (L(θ_t + εz_t) − L(θ_{t−1} + εz_{t−1})) / ε, one forward pass a step and a larger variance
             (one-point estimate with residual feedback, Zhang et al. 2022, arXiv:2006.10820). The first step only looks.
         samples: directions a step, whose estimates are averaged.
