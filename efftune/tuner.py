@@ -242,7 +242,8 @@ class Tuner:
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Within it, the recipe approximates nothing: every keep is exact, every sample and row is used."""
+        """Within it, the recipe approximates nothing: every keep is exact, every sample and row is used, and a
+        zeroth-order recipe takes gradients, to be looked at (its optimizer has no step for them)."""
         with ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.exactly(self.model))
