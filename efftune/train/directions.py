@@ -189,10 +189,8 @@ def summary(
     # t = u∘v. One direction: E‖u∘z·<v, z>‖² is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
     size, v = (sum(dot(t, t) / u[name] ** power for name, t in target.items()) for power in (0, 2))
     one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.dist == "normal")
-    fairness, freedom = (
-        float((ideal * exact).sum() / len(lengths) / v),
-        float(weight.sum() ** 2 / weight.square().sum()),
-    )
+    fairness = float((ideal * exact).sum()) / len(lengths) / v
+    freedom = float(weight.sum() ** 2 / weight.square().sum())
     return Directions(
         entries=sum(entries.values()),
         slope=float((a * ideal).sum() / ideal.square().sum()),
