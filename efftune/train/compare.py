@@ -8,9 +8,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
@@ -82,14 +79,7 @@ def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
     batch = to_device(batch, device)
     tokens = batch["input_ids"].numel()
     kept: list[int] = []
-
-    def counted(model: nn.Module, batch: Any) -> torch.Tensor:
-        with meter.saved(model) as saved:
-            loss = task.loss(model, batch)
-        kept.append(saved.total)
-        return loss
-
-    tuner.backward(batch, counted)
+    tuner.backward(batch, meter.counting(task.loss, kept))
     _, peak = meter.allocated(lambda: tuner.backward(batch, task.loss), device)
     return {"saved": max(kept) / tokens, "peak": peak / 2**20}
 

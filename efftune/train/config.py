@@ -63,6 +63,7 @@ class TrainConfig:
     )
     seed: int = _setting(0, "of everything that is drawn")
     device: str = _setting("auto", "auto: the GPU if there is one")
+    threads: int | None = _setting(None, "of a CPU (default: one or all, whichever runs a batch in less time)")
 
     eval_every: int = _setting(0, "steps between evaluations; 0: before and after only")
     eval_rows: int = _setting(512, "held-out rows that an evaluation reads; 0: all")
@@ -83,8 +84,9 @@ class TrainConfig:
             absent = value is None and getattr(TrainConfig, name) is None
             if not choices and not absent and not isinstance(value, (int, float) if kind is float else kind):
                 raise EfftuneError(f"{option(name)} is {value!r}; it must be of type {kind.__name__}.")
-        for name in ("seq_len", "batch_size", "grad_accum", "keep_last", "lr", "epochs"):
-            if not getattr(self, name) > 0:
+        for name in ("seq_len", "batch_size", "grad_accum", "keep_last", "lr", "epochs", "threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise EfftuneError(f"{option(name)} is {getattr(self, name)}; it must be above 0.")
         for name in (
             "steps",

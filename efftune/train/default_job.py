@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ import torch
 from efftune.errors import EfftuneError
 from efftune.train import state
 from efftune.train.loop import learning_rate_factor
+from efftune.train.meter import Progress
 from efftune.train.models import quiet
+from efftune.train.threads import use_faster
 
 SETTINGS = {
     "recipe": "lora(r=16)", "seq_len": 256, "batch_size": 8, "epochs": 3.0, "lr": 8e-3, "eval_every": 60,
@@ -109,7 +112,11 @@ def small_model() -> Path:
     key = {"python": sys.version, "model": MODEL, "pretraining": PRETRAINING, "left_out": sorted(LEFT_OUT)}
 
     def make(folder: Path) -> None:
-        print(f"Pre-training a small model on the standard library's sources (once; kept in {cache_folder()}).")
+        print(
+            f"Pre-training a small model on the standard library's sources, some two minutes (once; kept in "
+            f"{cache_folder()}). First its tokenizer:",
+            flush=True,
+        )
         texts = sources()
         tokenizer = train_tokenizer(texts)
         with quiet():
@@ -128,15 +135,14 @@ def train_tokenizer(texts: list[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
 
 
 def pretrain(texts: list[str], tokenizer: Any) -> Any:
-    """A fixed number of steps on random windows of all texts, so the same machine gives the same model."""
-    from tqdm import tqdm
+    """A fixed number of steps on windows of all texts that the seed draws."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     p = PRETRAINING
@@ -153,15 +159,28 @@ def pretrain(texts: list[str], tokenizer: Any) -> Any:
     factor = learning_rate_factor("cosine", p["warmup"], p["steps"])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     generator = torch.Generator().manual_seed(p["seed"])
-    bar = tqdm(range(p["steps"]), desc="pre-train", unit="step", dynamic_ncols=True, disable=None)
-    for _ in bar:
+
+    def forward() -> torch.Tensor:
         starts: Any = torch.randint(len(stream) - p["tokens"], (p["rows"],), generator=generator)
         rows = torch.stack([stream[s : s + p["tokens"]] for s in starts])
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return model(input_ids=rows, labels=rows, use_cache=False).loss
+
+    drawn, threads = generator.get_state(), torch.get_num_threads()
+    with torch.no_grad():
+        use_faster(forward)
+    generator.set_state(drawn)
+    with Progress(p["steps"], what="pre-train") as progress:
+        for _ in range(p["steps"]):
+            started = time.perf_counter()
+            loss = forward()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            lr = scheduler.get_last_lr()[0]
+            scheduler.step()
+            count = p["rows"] * p["tokens"]
+            rate = count / (time.perf_counter() - started)
+            progress.update({"loss": loss.item(), "lr": lr, "tokens": count, "tokens_per_s": rate})
+    torch.set_num_threads(threads)
     return model

@@ -8,6 +8,7 @@ Works on any nn.Module with a loss; `efftune.train.run` feeds it Hugging Face mo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
+from efftune.memory.meter import Held, counting, held
 from efftune.modes import evaluation_mode
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import checkpoint, meter, processes, state
@@ -181,13 +183,15 @@ class Trainer:
                 meter.reset_peak(self.device)
                 self.epoch, self.row, rows = next(position)
                 batches = self.batches_of(rows)
-                record = self._train_step(batches)
+                record, held = self._train_step(batches)
                 self.step += 1
                 taken = time.perf_counter() - started
                 self.seconds += taken
                 count = sum(processes.gather(tokens(batches)))
                 record |= {"epoch": self.epoch, "tokens": count, "tokens_per_s": count / taken, "seconds": self.seconds}
                 self.log({"step": self.step, **record, **meter.memory(self.device)})
+                if held:
+                    self.log({"step": self.step, "when": "memory", **dataclasses.asdict(held)})
                 progress.update(record)
                 at_end = self.step == self.total
                 if config.eval_every and self.step % config.eval_every == 0 and not at_end and self.eval_data:
@@ -209,10 +213,15 @@ class Trainer:
         made = [to_device(b, self.device) for at in mine for b in self.data.batches(rows[at : at + size], size)]
         return made + [None] * (len(starts[:: processes.world()]) - len(mine))
 
-    def _train_step(self, batches: list[Any]) -> dict[str, Any]:
-        step = self.step
+    def _train_step(self, batches: list[Any]) -> tuple[dict[str, Any], Held | None]:
+        """The step's record, and what the first step of a run holds."""
+        step, task, kept = self.step, self.task, []
+        first = self.run is not None and step == 0
+        if first:
+            task = dataclasses.replace(task, loss=counting(task.loss, kept))
         try:
-            return train_step(self.tuner, self.optimizer, self.scheduler, batches, self.task, step, self.config.clip)
+            record = train_step(self.tuner, self.optimizer, self.scheduler, batches, task, step, self.config.clip)
+            return record, held(self.model, self.optimizer, max(kept)) if first else None
         except NonFinite as error:
             good = checkpoint.newest_intact(self.run.checkpoints)[0] if self.run else None
             last = f"the last good checkpoint is {good}" if good else "there is no checkpoint before it"

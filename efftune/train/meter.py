@@ -36,14 +36,14 @@ def line(record: dict[str, Any]) -> str:
 
 
 class Progress:
-    """A bar on a terminal; ten lines in a log file."""
+    """A bar on a terminal; ten lines in a log file. `what` is the kind of steps, "train" or "pre-train"."""
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int = 0, what: str = "train"):
         from tqdm import tqdm
 
-        self.total, self.step = total, start
+        self.total, self.step, self.what = total, start, what
         silent = True if processes.rank() else None  # None: where there is no terminal
-        self.bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=silent)
+        self.bar = tqdm(total=total, initial=start, desc=what, unit="step", dynamic_ncols=True, disable=silent)
 
     def __enter__(self) -> Progress:
         return self
@@ -56,7 +56,8 @@ class Progress:
         if self.bar.disable:
             if self.step % max(1, self.total // 10) == 0:
                 rate = f", {record['tokens_per_s']:,.0f} tokens/s" if record["tokens"] else ""
-                print(f"step {self.step}/{self.total}: loss {record['loss']:.4f}{rate}", flush=True)
+                kind = "" if self.what == "train" else f"{self.what} "
+                print(f"{kind}step {self.step}/{self.total}: loss {record['loss']:.4f}{rate}", flush=True)
             return
         self.bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.1e}", refresh=False)
         self.bar.update()

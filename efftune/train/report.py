@@ -26,7 +26,7 @@ def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
     steps = [r for r in records if "loss" in r]
     pictures = [
         ("loss.png", _draw(partial(_loss, objective=settings["objective"]), records, steps)),
-        ("memory.png", _draw(_memory, records, steps)),
+        ("memory.png", _draw(partial(_memory, recipe=settings["recipe"]), records, steps)),
     ]
     for name, png in pictures:
         (run.path / name).write_bytes(png)
@@ -91,8 +91,8 @@ def _draw(draw: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]])
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    draw(axes, records, steps)
     axes.set_xlabel("step")
+    draw(axes, records, steps)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -125,8 +125,27 @@ def _loss(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]],
     axes.set_ylabel(name)
 
 
-def _memory(axes: Any, records: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
-    for name, title in (("memory_peak", "peak"), ("memory", "at the end of the step")):
-        axes.plot([r["step"] for r in steps], [r[name] / 2**20 for r in steps], label=title)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("MiB")
+HELD = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "saved": "kept for backward (one micro-batch)",
+}
+
+
+def _memory(axes: Any, records: list[dict[str, Any]], _: Any, recipe: str) -> None:
+    """What the run's first step held, beside the same of plain full fine-tuning."""
+    found = {r["when"]: r for r in records if r.get("when") in ("memory", "plain")}
+    titles = {"memory": recipe.replace(" + ", " +\n"), "plain": "plain model:\nall weights, AdamW"}
+    if "unknown" in found.get("plain", {}):
+        axes.set_title(f"plain model: not known ({found.pop('plain')['unknown'][:80]})", fontsize="small")
+    bars = [when for when in titles if when in found]
+    ends = [0.0] * len(bars)
+    for name, label in HELD.items():
+        widths = [found[when][name] / 2**20 for when in bars]
+        axes.barh([titles[when] for when in bars], widths, left=ends, label=label)
+        ends = [end + width for end, width in zip(ends, widths)]
+    for place, end in enumerate(ends):
+        axes.text(end, place, f" {end:,.1f} MiB", va="center")
+    axes.set_xlim(0, 1.2 * max(ends, default=1.0))
+    axes.set_xlabel("MiB that the first step holds")

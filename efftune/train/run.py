@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from torch import nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.memory import meter
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.recipe import parse
 from efftune.train import checkpoint, data, default_job, models, processes, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
 from efftune.train.config import TrainConfig
-from efftune.train.loop import Trainer
+from efftune.train.loop import Trainer, evaluate, to_device
 from efftune.train.task import Task, make_task
+from efftune.train.threads import use_faster
 
 
 @dataclass
@@ -49,9 +52,11 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     state.set_seed(config.seed)
 
     prepared = prepare(config)
-    state.set_seed(config.seed)  # the recipe's draws do not depend on what was drawn to get here
+    plain = None if config.resume else held_by_plain(prepared, config)
+    state.set_seed(config.seed)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
+    choose_threads(tuner.model, prepared, config)
     if not config.resume:  # not before: what is refused up to here leaves no directory behind
         out = processes.first(lambda: rundir.create(out, numbered=not given.get("out")))
         config.out = str(out)
@@ -69,6 +74,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         trainer.resume(run)  # first: a refused one leaves the directory as it was
     with rundir.writing(out):
         processes.first(lambda: config.save(out / "config.json", prepared.labels))
+    if plain is not None:
+        trainer.log({"step": 0, "when": "plain", **plain})
     after = trainer.fit()
     with rundir.writing(out):
         processes.first(lambda: tuner.save(run.adapter))
@@ -165,6 +172,49 @@ def load(config: TrainConfig, labels: list[str] | None) -> tuple[nn.Module, Any,
             f"--seq-len {config.seq_len} is more than this model allows; use --seq-len {longest} or less."
         )
     return model.to(choose_device(config.device)), tokenizer, new
+
+
+def first_batch(prepared: Prepared, config: TrainConfig) -> Any:
+    """The first micro-batch of the run, on the model's device."""
+    rows = prepared.train.rows(0)[: config.batch_size]
+    batch = next(prepared.train.batches(rows, config.batch_size))
+    return to_device(batch, next(prepared.model.parameters()).device)
+
+
+def held_by_plain(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
+    """Fields of `memory.Held` for plain full fine-tuning of the model, by transformers' own loss with AdamW, with the
+    run's first micro-batch; or why that cannot be known."""
+    batch = first_batch(prepared, config)
+    inputs = {name: value for name, value in batch.items() if not name.startswith("sample_")}
+    model, kind = prepared.model, next(prepared.model.parameters()).device.type
+    was, mixed = model.training, config.dtype == "mixed"
+
+    def forward(call: Callable[..., Any]) -> torch.Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed):
+            return call(use_cache=False).loss if prepared.labels is None else call().loss
+
+    try:
+        return dataclasses.asdict(meter.held_by_plain(model.train(), inputs, forward))
+    except Exception as error:  # the model looks at values, or takes other arguments
+        return {"unknown": f"{type(error).__name__}: {error}".partition("\n")[0]}
+    finally:
+        model.train(was)
+
+
+def choose_threads(model: nn.Module, prepared: Prepared, config: TrainConfig) -> None:
+    """On a CPU: the given number of threads, or one or all, whichever evaluates the first micro-batch in less time.
+    That stands for a step, since it leaves no state behind and takes no memory that training would not. The number is
+    kept in `config`, as the order of sums, and so a resumed run's bits, depend on it."""
+    if next(model.parameters()).device.type != "cpu" or processes.world() > 1:
+        return
+    if config.threads is None:
+        batch = first_batch(prepared, config)
+        seconds = use_faster(lambda: evaluate(model, [batch], prepared.task, torch.device("cpu")))
+        config.threads = torch.get_num_threads()
+        if seconds:
+            each = ", ".join(f"{1e3 * taken:,.0f} ms with {count}" for count, taken in seconds.items())
+            print(f"CPU threads: {config.threads} (a batch takes {each}; --threads sets it)")
+    torch.set_num_threads(config.threads)
 
 
 def choose_device(name: str) -> torch.device:

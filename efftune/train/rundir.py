@@ -53,9 +53,11 @@ class RunDir:
                 break
         return records
 
-    def find(self, when: str, step: int = 0) -> dict[str, Any] | None:
-        """The evaluation "before" or "after" training that was logged at `step`."""
-        return next((r for r in self.records() if r.get("when") == when and r["step"] == step), None)
+    def find(self, when: str, step: int | None = None) -> dict[str, Any] | None:
+        """The record of the evaluation "before" or "after" training, or of "memory", that was logged at `step`, or at
+        any."""
+        found = (r for r in self.records() if r.get("when") == when and step in (None, r["step"]))
+        return next(found, None)
 
     def cut_metrics(self, step: int) -> None:
         """Drops what came after `step`; that will be written again."""

@@ -56,6 +56,10 @@ def test_a_run_leaves_its_directory(options, tmp_path, capsys):
     assert "held-out loss" in page and "A sample after" in page and "lora(r=4)" in page
     printed = capsys.readouterr().out
     assert "held-out loss" in printed and "a sample before" in printed and "recipe     lora(r=4)" in printed
+    held = {r["when"]: r for r in rundir.RunDir(run, False).records() if r.get("when") in ("memory", "plain")}
+    parts = ("weights", "gradients", "optimizer", "saved")
+    assert all(0 < held["memory"][part] < held["plain"][part] for part in parts if part != "weights")
+    assert held["plain"]["weights"] < held["memory"]["weights"] < 1.2 * held["plain"]["weights"]  # the adapters
 
 
 def test_a_directory_with_something_in_it_is_refused(options, tmp_path, capsys):
