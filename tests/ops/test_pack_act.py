@@ -62,6 +62,32 @@ def test_backends_equal(backend, dtype, bits, shape, group):
         assert torch.equal(on(backend, unpack_act, *args), on(REFERENCE, unpack_act, *args))
 
 
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0][0] == "triton"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape, group", [((7, 40), 16), ((5, 35), 8)])
+def test_more_rows_than_a_grid_is_high(backend, bits, shape, group, monkeypatch):
+    monkeypatch.setattr("efftune.triton_kernels.pack_act.MAX_GRID", 3)
+    x = values(shape)
+    expected = packed(REFERENCE, x, bits, group, SEED, 1)
+    assert same(packed(backend, x, bits, group, SEED, 1), expected)
+    args = (*expected, bits, group, shape[-1], torch.float32)
+    assert torch.equal(on(backend, unpack_act, *args), on(REFERENCE, unpack_act, *args))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_statistics_at_an_odd_address(backend, bits):
+    """The Triton kernel reads min and scale as one word."""
+    codes, stats = pack_act(values((4, 64)), bits, 16, SEED)
+    args = bits, 16, 64, torch.float32
+
+    def unpacked(codes, stats):
+        odd = stats.new_empty(stats.numel() + 1)[1:].view(stats.shape).copy_(stats)
+        return unpack_act(codes, odd, *args)
+
+    assert torch.equal(on(backend, unpacked, codes, stats), unpack_act(codes, stats, *args))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_unpack_to_bfloat16(backend, bits):
