@@ -1,4 +1,5 @@
-"""One LoRA layer, forward + backward, against the frozen linear (the floor), PEFT, and torch's own composition.
+"""One LoRA layer, forward + backward, against the frozen linear (the floor), PEFT, and torch's own composition. And the
+product alone, in each of its ways, against x·Wᵀ: a fused kernel pays from 92 % of its rate on.
 
 python -m bench.lowrank_linear [--device cpu|cuda]
 """
@@ -9,12 +10,14 @@ import argparse
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bench.harness import on_backend, print_table, run, save
 from efftune import Linear
 from efftune.linear import LoRA
 from efftune.ops._available import dtype_name
+from efftune.ops.lowrank_linear import OP, lowrank_linear
 
 R = 16
 
@@ -40,7 +43,22 @@ def with_peft(linear: nn.Linear, float32_adapters: bool) -> nn.Module:
     return get_peft_model(model, config, autocast_adapter_dtype=float32_adapters).base_model.model[0]
 
 
-def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int) -> list[dict]:
+def ways(device: str, *args) -> list[str]:
+    """Backends that take these arguments of lowrank_linear on the device."""
+    return [b.name for b in OP.backends if device in b.devices and b.why_not(*args) is None]
+
+
+def product_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int) -> list[dict]:
+    x, w, h, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k), (m, R), (n, R)))
+    variants = {"x·Wᵀ alone": lambda: F.linear(x, w)}
+    variants |= {
+        name: on_backend(name, lambda: lowrank_linear(x, w, h, b, None)) for name in ways(device, x, w, h, b, None)
+    }
+    name = f"x·Wᵀ + h·Bᵀ {dtype_name(dtype)} {m}x{n}x{k} r{R}"
+    return run(name, variants, device=device, dtype=dtype, flops=2 * m * n * (k + R), repeats=repeats)
+
+
+def layer_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int) -> list[dict]:
     linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(m, n, device=device, dtype=dtype)
@@ -56,8 +74,9 @@ def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: i
         "PEFT as it comes": with_peft(linear, True),
         "PEFT, adapters in x's dtype": with_peft(linear, False),
     }
-    if device == "cuda":
-        layers["efftune, Triton"] = lora
+    h, b = x.detach()[:, :R].contiguous(), linear.weight[:, :R]
+    forced = {f"efftune, {name}": name for name in ways(device, x, linear.weight, h, b, None)[1:]}
+    layers |= dict.fromkeys(forced, lora)
 
     def step(label):
         layer = layers[label]
@@ -68,7 +87,7 @@ def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: i
             for leaf in leaves:
                 leaf.grad = None
 
-        return on_backend("triton", call) if label.endswith("Triton") else call
+        return on_backend(forced[label], call) if label in forced else call
 
     name = f"{dtype_name(dtype)} {m}x{n}x{k} r{R}"
     variants = {label: step(label) for label in layers}
@@ -87,7 +106,7 @@ def main() -> None:
             (torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096), (8192, 11008, 4096))
         ]
         shapes += [(torch.float32, 2048, 4096, 4096, 10), (torch.bfloat16, 16, 64, 64, 31)]
-    rows = [row for dtype, *rest in shapes for row in rows_for(device, dtype, *rest)]
+    rows = [row for dtype, *rest in shapes for f in (product_rows, layer_rows) for row in f(device, dtype, *rest)]
     save(rows, f"bench/results/lowrank_linear-{device}.json")
     print_table(rows)
 

@@ -61,7 +61,7 @@ class Op:
         """Decorator: registers an implementation, after those already there. Its arguments are those of the schema."""
 
         def register(run: Callable) -> Callable:
-            self.backends.append(Backend(name, devices, _on_device(run) if name == "triton" else run, why_not))
+            self.backends.append(Backend(name, devices, _on_device(run) if name.startswith("triton") else run, why_not))
             return run
 
         return register
@@ -111,8 +111,9 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the block every operator runs this backend ("reference", "torch", "cpp", "triton", "cuda"), or raises
-    RuntimeError with its reason. Operators with a single implementation are not affected."""
+    """Within the block every operator runs this backend ("reference", "torch", "cpp", "triton", "cuda", or what one
+    operator has besides), or raises RuntimeError with its reason. Operators with a single implementation are not
+    affected."""
     token = _FORCED.set(name)
     try:
         yield

@@ -35,8 +35,9 @@ OP = Op(
 )
 
 
-# On a GPU two backends compete: this one (cuBLAS, then addmm in place: one more pass over y) and the fused kernel
-# below. The order here is the default. Until bench/gpu.sh has measured the two, cuBLAS is the safe choice.
+# On a GPU four backends compete: cuBLAS, then addmm in place (one more pass over y); the same with the rank-R product
+# first; a fused kernel; and one for Hopper. The order here is the default: the first that does not refuse. Until
+# bench/gpu.sh has measured them, cuBLAS is the safe choice. A fused kernel has to reach 92 % of cuBLAS to pay.
 @OP.backend("torch", "cpu", "cuda")
 def _torch(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # In place: a separate product and an add cost three more passes over y; concatenating K and R copies x and W.
@@ -58,6 +59,38 @@ def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> 
     return launch(x, w, h, b, bias)
 
 
+@OP.backend("rank_first", "cuda")
+def _rank_first(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    # The large product reads y in its epilogue, while other tiles are still multiplied: the pass over y costs no time
+    # of its own. What is rounded on the way is the small term.
+    y = torch.mm(h, b.t()) if bias is None else torch.addmm(bias, h, b.t())
+    return y.addmm_(x, w.t())
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether the copy engine takes the matrix as it lies in memory: rows, or columns, of neighbours at 16 bytes."""
+    major, minor = t.stride() if t.stride(1) == 1 else t.stride()[::-1]
+    width = t.shape[1] if t.stride(1) == 1 else t.shape[0]
+    return minor == 1 and major >= width and major % 8 == t.storage_offset() % 8 == 0
+
+
+def _tma_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {x.dtype}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        return "tiles are copied by descriptor from compute capability 9.0 on (Hopper)"
+    if x.stride(1) != 1 or h.stride(1) != 1 or b.shape[0] % 8 or not all(_aligned(t) for t in (x, w, h, b)):
+        return "it takes dense matrices whose sizes and offsets are multiples of 8"
+    return _triton_why_not(x, w, h, b, bias)
+
+
+@OP.backend("triton_tma", "cuda", why_not=_tma_why_not)
+def _triton_tma(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    from efftune.triton_kernels.lowrank_linear import lowrank_linear_tma as launch
+
+    return launch(x, w, h, b, bias)
+
+
 def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x·Wᵀ + h·Bᵀ (+ bias). The transposed twin, dx = dy·W + dh·A, is `lowrank_linear(dy, w.t(), dh, a.t())`.
 
@@ -66,8 +99,8 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
         b: (N, R), any strides.   bias: (N,) or None.   All of one dtype and device.
     Returns: (M, N), dtype of x.
     Numerics: products accumulate in f32. "torch" rounds y to its dtype twice (before and after the rank-R term),
-        "triton" and the reference once. On a GPU torch lets cuBLAS add partial sums of 16-bit products in 16 bits; see
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
+        "rank_first" that term and y, the kernels and the reference y once. On a GPU torch lets cuBLAS add partial sums
+        of 16-bit products in 16 bits; see torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
     Saved for backward: nothing; the caller owns the gradient (`efftune.linear`).
     Raises: RuntimeError on shapes that do not fit, or if a forced backend refuses.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.

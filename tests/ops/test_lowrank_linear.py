@@ -7,7 +7,9 @@ from tests.budget import assert_within_budget
 
 SHAPES = [(1, 16, 16, 1), (7, 13, 11, 3), (33, 65, 47, 16), (130, 70, 67, 70), (64, 4096, 32, 8)]  # M, K, N, R
 CASES = [("torch", torch.float32), ("torch", torch.bfloat16), ("torch", torch.float16), ("reference", torch.bfloat16)]
+CASES += [("rank_first", torch.float32), ("rank_first", torch.bfloat16)]
 CASES += [("triton", torch.float32), ("triton", torch.float16)]  # the interpreter's dot is wrong on bfloat16
+ALIGNED = [(8, 16, 16, 8), (40, 72, 56, 16), (264, 136, 520, 72)]  # the last: six tiles for two programs
 
 
 def operands(shape, dtype, bias=True, seed=0):
@@ -53,19 +55,47 @@ def test_transposed_twin_takes_strided_operands(backend, dtype):
         torch.testing.assert_close(expanded, lowrank_linear(dy, w.t(), dh, a.t())[:1].expand(m, k))
 
 
+@pytest.mark.parametrize("shape", ALIGNED)
+def test_tma_is_within_budget(shape):
+    m, k, n, r = shape
+    check("triton_tma", operands(shape, torch.float16, bias=m != 8))
+    dy, dh = torch.randn(m, n).half(), torch.randn(m, r).half()
+    w, a = torch.randn(n, k).half() / n**0.5, torch.randn(r, k).half()
+    check("triton_tma", [dy, w.t(), dh, a.t(), None])
+    check("triton_tma", [dy[:, :-3], w.t()[:, :-3], dh, a.t(), None])  # rows lie where they did
+    check("triton_tma", [torch.randn(m, 2 * n).half()[:, n:], w.t(), dh, a.t(), None])  # part of a merged gradient
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda x, w, h, b: (x.float(), w.float(), h.float(), b.float()), "bfloat16 and float16"),
+        (lambda x, w, h, b: (x[:, :-1].contiguous(), w[:, :-1], h, b), "multiples of 8"),
+        (lambda x, w, h, b: (x, w[:-1], h, b[:-1]), "multiples of 8"),
+        (lambda x, w, h, b: (x.t().contiguous().t(), w, h, b), "multiples of 8"),
+        (lambda x, w, h, b: (x[:1].expand_as(x), w, h, b), "multiples of 8"),
+        (lambda x, w, h, b: (x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x), w, h, b), "multiples of 8"),
+    ],
+)
+def test_tma_refuses_what_the_copy_engine_does_not_take(change, reason):
+    args = change(*operands((16, 32, 24, 8), torch.float16)[:4])
+    with use_backend("triton_tma"), pytest.raises(RuntimeError, match=reason):
+        lowrank_linear(*args)
+
+
 def test_float64_gives_the_exact_product():
     args = operands((7, 13, 11, 3), torch.float64)
     torch.testing.assert_close(lowrank_linear(*args), product(args, torch.float64))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "rank_first", "triton", "reference"])
 def test_empty_batch(backend):
     args = operands((7, 13, 11, 3), torch.float32)
     with use_backend(backend):
         assert lowrank_linear(args[0][:0], args[1], args[2][:0], *args[3:]).shape == (0, 11)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "rank_first", "triton", "reference"])
 def test_inputs_are_unchanged(backend):
     args = operands((7, 13, 11, 3), torch.float32)
     before = [t.clone() for t in args]
@@ -93,19 +123,25 @@ def test_forced_backend_gives_its_reason():
     args = operands((4, 300, 300, 257), torch.float32)
     with use_backend("triton"), pytest.raises(RuntimeError, match="rank 257 exceeds"):
         lowrank_linear(*args)
-    with use_backend("cpp"), pytest.raises(RuntimeError, match="no backend 'cpp'; it has torch, triton, reference"):
+    with (
+        use_backend("cpp"),
+        pytest.raises(RuntimeError, match="no backend 'cpp'; it has torch, triton, rank_first, triton_tma, reference"),
+    ):
         lowrank_linear(*args)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 1030, 256), (4096, 4096, 4096, 16)])
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 1030, 256), (4096, 4096, 4096, 16), *ALIGNED])
 def test_triton_on_a_gpu_is_within_budget(shape, dtype):
     # Else cuBLAS may add the partial sums of a split K in 16 bits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     args = [None if t is None else t.cuda() for t in operands(shape, dtype)]
-    for backend in ("triton", "torch"):
+    backends = ["triton", "torch", "rank_first"]
+    if OP.backends[-1].why_not(*args) is None:
+        backends.append("triton_tma")
+    for backend in backends:
         check(backend, args)
     dy, dh = args[0].new_empty(shape[0], shape[2]).normal_(), args[2]
     check("triton", [dy, args[1].t(), dh, torch.randn(shape[3], shape[1], device="cuda").to(dtype).t(), None])
