@@ -71,8 +71,9 @@ def _cpp(g, idx, weight, rows):
     return (scaled if transposed else scaled.t()) @ rows
 
 
-# On a GPU two backends compete: this one (a gathered copy of S·N elements, then cuBLAS) and the fused kernel below.
-# The order here is the default. Until bench/gpu.sh has measured the two, cuBLAS is the safe choice.
+# On a GPU three backends compete: this one (a gathered copy of S·N elements in four passes, then cuBLAS), the fused
+# kernel below, and the copy in one pass, then cuBLAS. The order here is the default: the first that does not refuse.
+# Until bench/gpu.sh has measured them, cuBLAS behind torch's own copy is the safe choice.
 rows_grad_op.backend("torch", "cuda")(_reference)
 
 
@@ -83,6 +84,14 @@ def _triton(g, idx, weight, rows):
     out = _fake(g, idx, weight, rows)
     rows_grad(g, idx, weight, rows, out)
     return out
+
+
+@rows_grad_op.backend("triton_gather", "cuda", why_not=_triton_why_not)
+def _triton_gather(g, idx, weight, rows):
+    from efftune.triton_kernels.rows_grad import scale_rows
+
+    _fake(g, idx, weight, rows)
+    return scale_rows(g, idx, weight).t() @ rows
 
 
 def rows_grad(g: Tensor, idx: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
