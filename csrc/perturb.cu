@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace efftune {
 namespace {
@@ -110,7 +111,7 @@ __global__ void perturb_kernel(PerturbArgs p, bool aligned) {
 }
 
 template <class T>
-void launch(const PerturbArgs& args, cudaStream_t stream) {
+cudaError_t launch(const PerturbArgs& args, cudaStream_t stream) {
     constexpr int kThreads = 256;
     const int64_t blocks = (args.count / kEach + kThreads + 1) / kThreads;
     const int grid = static_cast<int>(blocks < (1 << 20) ? blocks : 1 << 20);
@@ -124,7 +125,7 @@ void launch(const PerturbArgs& args, cudaStream_t stream) {
                          : (stochastic ? perturb_kernel<T, false, true, kOne> : perturb_kernel<T, false, false, kOne>);
     };
     const auto kernel = args.draws == 1 ? pick(std::true_type{}) : pick(std::false_type{});
-    kernel<<<grid, kThreads, 0, stream>>>(args, aligned);
+    return launch_kernel(kernel, grid, kThreads, 0, stream, args, aligned);
 }
 
 }  // namespace
@@ -132,18 +133,9 @@ void launch(const PerturbArgs& args, cudaStream_t stream) {
 const char* perturb_cuda(const PerturbArgs& args, void* stream) {
     if (args.count <= 0) return nullptr;
     const auto s = static_cast<cudaStream_t>(stream);
-    switch (args.dtype) {
-        case Dtype::kFloat32:
-            launch<float>(args, s);
-            break;
-        case Dtype::kBFloat16:
-            launch<__nv_bfloat16>(args, s);
-            break;
-        case Dtype::kFloat16:
-            launch<__half>(args, s);
-            break;
-    }
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = args.dtype == Dtype::kFloat32    ? launch<float>(args, s)
+                              : args.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(args, s)
+                                                               : launch<__half>(args, s);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
