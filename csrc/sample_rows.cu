@@ -5,6 +5,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace efftune {
 namespace {
@@ -52,29 +53,27 @@ struct Shared {
     bool drawn[kThreads * kItems];  // by row
 };
 
-// Sum over the block, for every thread; the barriers let the memory be used again at once.
+// Sum over the block, for every thread. The memory may be used again at once: the barrier is behind the reduction, and
+// the next sum is written only when every thread has come to the next reduction and so has read this one.
 template <class S>
 __device__ Mass total(S& shared, Mass mine) {
     const Mass sum = cub::BlockReduce<Mass, kThreads>(shared.temporary.mass).Reduce(mine, Add());
     if (threadIdx.x == 0) shared.mass = sum;
     __syncthreads();
-    const Mass all = shared.mass;
-    __syncthreads();
-    return all;
+    return shared.mass;
 }
 
+// Sum over the threads before this one. A barrier has to follow before the memory is used again.
 template <class S>
 __device__ int64_t sum_before(S& shared, int64_t mine) {
     int64_t before;
     cub::BlockScan<int64_t, kThreads>(shared.temporary.scan).ExclusiveSum(mine, before);
-    __syncthreads();
     return before;
 }
 
 template <int kItems>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(SelectRowsArgs a) {
-    extern __shared__ __align__(16) char memory[];
-    auto& shared = *reinterpret_cast<Shared<kItems>*>(memory);
+    auto& shared = shared_memory<Shared<kItems>>();
     const int rows = static_cast<int>(a.rows), first = static_cast<int>(threadIdx.x) * kItems;
 
     // The largest score, how many are positive, and whether all of them are scores.
@@ -189,8 +188,7 @@ cudaError_t launch(const SelectRowsArgs& args, cudaStream_t stream) {
     const cudaError_t error =
         cudaFuncSetAttribute(select_kernel<kItems>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    select_kernel<kItems><<<1, kThreads, bytes, stream>>>(args);
-    return cudaGetLastError();
+    return launch_kernel(select_kernel<kItems>, 1, kThreads, bytes, stream, args);
 }
 
 __global__ void keep_all(SelectRowsArgs a) {
@@ -204,8 +202,7 @@ const char* select_rows_cuda(const SelectRowsArgs& args, void* stream) {
     const auto s = static_cast<cudaStream_t>(stream);
     cudaError_t error = cudaErrorInvalidValue;
     if (args.kept >= args.rows) {
-        keep_all<<<1, 1024, 0, s>>>(args);
-        error = cudaGetLastError();
+        error = launch_kernel(keep_all, 1, 1024, 0, s, args);
     } else if (args.rows <= 4 * kThreads) {
         error = launch<4>(args, s);
     } else if (args.rows <= kMaxCudaRows) {

@@ -1,15 +1,20 @@
-"""Every backend of an operator on every device at hand: the interpreter stands in for Triton where there is no GPU."""
+"""Every backend of an operator on every device at hand: the interpreter stands in for Triton where there is no GPU, and
+csrc's CUDA kernels run as C++."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from efftune.ops._available import triton_why_not
 from efftune.ops._op import use_backend
+from tests.ops.cuda_on_cpu.build import cuda_on_cpu
 
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpp", "cpu"), id="cpp"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
+    pytest.param(("cuda", "cpu"), id="cuda-on-cpu"),
     pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
     pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
@@ -21,7 +26,7 @@ def on(backend, function, *args, **kwargs):
     name, device = backend
     if name.startswith("triton") and device == "cpu" and triton_why_not(torch.empty(0)) is not None:
         pytest.skip("Triton is not interpreted in this process")
-    with use_backend(name):
+    with use_backend(name), cuda_on_cpu() if backend == ("cuda", "cpu") else nullcontext():
         result = function(*(a.to(device) if isinstance(a, torch.Tensor) and a.ndim else a for a in args), **kwargs)
     return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 

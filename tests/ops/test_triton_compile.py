@@ -1,10 +1,14 @@
-"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, without register spills on sm_90;
-CUDA's by nvcc, where there is one.
+"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, without register spills on sm_90
+but for SPILLS; CUDA's by nvcc, where there is one.
 
 A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
-Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps).
+Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps),
+and "aligned", the integers that 16 divides in an aligned launch (all that are specialised, if it is not there).
+
+Each is compiled in two forms, since a launch whose pointers and sizes 16 divides runs other code than one without.
 """
 
+import json
 import pkgutil
 import shutil
 import subprocess
@@ -21,7 +25,7 @@ MODULES = sorted(m.name for m in pkgutil.iter_modules(triton_kernels.__path__) i
 
 # In a process of its own: in this one the kernels may have been decorated for the interpreter.
 COMPILE = """
-import importlib, os, re, subprocess, sys, tempfile
+import importlib, json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -30,11 +34,15 @@ from triton.compiler import ASTSource
 cases = importlib.import_module("efftune.triton_kernels." + sys.argv[1]).COMPILE_CASES
 for name, case in cases.items():
     types = case["types"] | dict.fromkeys(case["constants"], "constexpr")
-    wide = case.get("aligned", ())
-    is_aligned = [t.startswith("*") or n in wide for n, t in types.items()]
+    integers = {p.name for p in case["kernel"].params if not p.do_not_specialize and types[p.name] in ("i32", "i64")}
+    wide = {n for n, t in types.items() if t.startswith("*")}.union(case.get("aligned", integers))
+    is_aligned = [n in wide and sys.argv[2] == "aligned" for n in types]
     aligned = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(is_aligned) if yes}
     source = ASTSource(case["kernel"], types, case["constants"], aligned)
-    for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+    targets = [GPUTarget("cuda", 90, 32)]
+    if sys.argv[2] == "aligned":  # the other form differs in loads and stores, and one target shows it
+        targets += [GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64)]
+    for target in targets:
         compiled = triton.compile(source, target=target, options=case.get("options", {"enable_fp_fusion": True}))
         if target.arch != 90:
             continue
@@ -46,16 +54,26 @@ for name, case in cases.items():
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         registers, spills = re.search(r"Used (\\d+) registers", log)[1], re.findall(r"(\\d+) bytes spill", log)
         print(name, "registers", registers, "shared", compiled.metadata.shared, "spills", *spills)
-        assert spills and set(spills) == {"0"}, f"{name} spills registers on sm_90: {log}"
+        most = json.loads(sys.argv[3]).get(name, 0)
+        assert spills and max(map(int, spills)) <= most, f"{name} spills registers on sm_90: {log}"
 """
 
+# Unaligned, the addresses and masks of single elements take registers; bytes a thread then keeps in memory, at most.
+SPILLS = {
+    "lowrank_linear": {f"{dtype} M 8192 R 256 transposed": 324 for dtype in ("bf16", "fp16")},
+    "rms_norm": {"layer-f32-backward": 128, "layer-f32-backward-16384": 32},
+}
 
+
+@pytest.mark.parametrize("form", ["aligned", "unaligned"])
 @pytest.mark.parametrize("module", MODULES)
-def test_triton_kernels_compile(module, tmp_path):
+def test_triton_kernels_compile(module, form, tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    spills = SPILLS.get(module, {}) if form == "unaligned" else {}
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, module], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", COMPILE, module, form, json.dumps(spills)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     print(run.stdout)
 
