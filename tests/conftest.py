@@ -1,6 +1,10 @@
 """Every process of the tests runs one thread, since the models are small and threads that wait for each other cost ten
 times the work; a test about threads sets its own number. Where there is no GPU, Triton kernels are interpreted; the
-variable is read when a kernel is decorated, so it is set here, before anything imports one."""
+variable is read when a kernel is decorated, so it is set here, before anything imports one.
+
+With pytest-xdist (`-n 2 --dist loadgroup`) tests of one `xdist_group` run in one process, one after the other: those
+that start processes themselves ("processes"), so that no more run than there are cores, and those that look at one
+result that is expensive to make."""
 
 import os
 
@@ -16,6 +20,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items):
+    # What takes long comes first, so that no process is left alone with it at the end.
+    items.sort(key=lambda item: not any(mark.args == ("processes",) for mark in item.iter_markers("xdist_group")))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -6,13 +6,16 @@ import torch
 from efftune.ops._available import triton_why_not
 from efftune.ops._op import use_backend
 
+ON_GPU = [
+    pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
+    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
+]
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpp", "cpu"), id="cpp"),
     pytest.param(("triton", "cpu"), id="triton-interpreted"),
-    pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
-    pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
-    pytest.param(("cuda", "cuda"), id="cuda-gpu", marks=pytest.mark.gpu),
+    *(ON_GPU if torch.cuda.is_available() else ()),  # without one there are no ids to skip
 ]
 
 
