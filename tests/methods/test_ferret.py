@@ -249,7 +249,6 @@ dist.destroy_process_group()
 SHARED = "ferret(k=2, block=16, local_steps=2)"
 
 
-@pytest.mark.xdist_group("processes")
 def test_processes_exchange_numbers_only_and_stay_together(tmp_path):
     """What they apply is the mean of what each of them, stepping alone on its own data, would send."""
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)]) for rank in (0, 1)]

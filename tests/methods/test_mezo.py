@@ -336,7 +336,6 @@ if size > 1:
 """
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("recipe", ["mezo(samples=2)", "fedkseed(k=4, pro=True, interval=1, beta2=0.9)"])
 def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path):
     import subprocess

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from safetensors.torch import load_file
 
 from efftune.train import checkpoint
@@ -37,9 +36,6 @@ run.mkdir(exist_ok=True)
 config = TrainConfig(steps={STEPS}, batch_size=8, save_every=1, lr=1e-2)
 Trainer(efftune.apply(model, "full"), config, data, task=task, run=RunDir(run, resumed)).fit()
 """
-
-
-pytestmark = pytest.mark.xdist_group("processes")
 
 
 def start(run):

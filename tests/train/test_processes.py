@@ -25,8 +25,6 @@ from efftune.train.task import make_task
 
 from .test_run import arguments, sentence
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture
 def options(model_folder, write, tmp_path):
