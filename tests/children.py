@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable
 
 MODULES = "torch", "efftune", "efftune.cli", "efftune.train.run", "safetensors.torch", "transformers", "datasets"
@@ -15,16 +16,17 @@ def start(function: Callable, *args, **environment: str) -> multiprocessing.proc
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*MODULES])  # read when the first child starts
-    child = context.Process(target=_run, args=(function, args, environment), daemon=True)
+    child = context.Process(target=_run, args=(pickle.dumps((function, args)), environment), daemon=True)
     child.start()
     return child
 
 
-def _run(function: Callable, args: tuple, environment: dict[str, str]) -> None:
+def _run(pickled: bytes, environment: dict[str, str]) -> None:
     import torch
 
     os.environ.update(environment)
     torch.set_num_threads(1)
+    function, args = pickle.loads(pickled)  # now: importing its module may read the environment
     function(*args)
 
 

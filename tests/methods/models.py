@@ -76,9 +76,9 @@ def train(tuner, optimizer, steps, data):
 
 
 class Perceptron(nn.Module):
-    def __init__(self):
+    def __init__(self, layers=3):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(layers)])
 
     def forward(self, x):
         for layer in self.layers:
