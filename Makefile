@@ -6,7 +6,7 @@ PY := .venv/bin/python
 .PHONY: test test-slow train lint
 
 test: .venv/ready
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2
 
 test-slow: .venv/ready
 	$(PY) -m pytest -q -m slow

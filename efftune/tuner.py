@@ -139,6 +139,9 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     tuner = apply(model, methods)
     if peft.adapters(model):
         peft.load_adapter(model, path)
+        statistics = tuner._statistics()
+        if statistics and (path / TRAINED).exists():  # PEFT writes none
+            copy_tensors(read_tensors(path / TRAINED), statistics, path / TRAINED, type(model).__name__)
         return tuner
     copy_tensors(read_tensors(path / TRAINED), tuner._saved(), path / TRAINED, type(model).__name__)
     return tuner
@@ -179,6 +182,11 @@ class Tuner:
         kept = self.model.state_dict(keep_vars=True)
         own = {id(b) for m in self.model.modules() if not isinstance(m, Linear) for b in m.buffers(recurse=False)}
         return {**self.named_delta(), **{name: t for name, t in kept.items() if id(t) in own}}
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Of `_saved`, what does not train: an adapter's files have no place for it."""
+        delta = self.named_delta()
+        return {name: tensor for name, tensor in self._saved().items() if name not in delta}
 
     def state_dict(self) -> dict:
         return {"step": self.step, "methods": [method.state_dict(self.model) for method in self.methods]}
@@ -284,16 +292,20 @@ class Tuner:
         return self.model
 
     def save(self, path: str | Path) -> None:
-        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, else `trained.safetensors`; beside
-        either, `efftune_config.json` with the recipe."""
+        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, and the buffers of the model beside it
+        (running statistics); else all in `trained.safetensors`; beside either, `efftune_config.json` with the recipe.
+        """
         from safetensors.torch import save_file
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if peft.adapters(self.model):
             peft.save_adapter(self.model, self.named_trained(), path)
+            saved = self._statistics()
         else:
-            tensors = {name: t.detach().contiguous().clone() for name, t in self._saved().items()}
+            saved = self._saved()
+        if saved:
+            tensors = {name: t.detach().contiguous().clone() for name, t in saved.items()}
             save_file(tensors, path / TRAINED, metadata={"format": "pt"})
         config = {"format": 1, "recipe": self.recipe}
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,7 @@
 """Every process of the tests runs one thread, since the models are small and threads that wait for each other cost ten
 times the work; a test about threads sets its own number. Where there is no GPU, Triton kernels are interpreted; the
-variable is read when a kernel is decorated, so it is set here, before anything imports one."""
+variable is read when a kernel is decorated, so it is set here, before anything imports one.
+"""
 
 import os
 
@@ -15,7 +16,39 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# What starts processes of its own runs in one process of `pytest -n`, one after the other: no more run than there are
+# cores. And it comes first, with what compiles, so that no process is left alone with it at the end.
+STARTS_PROCESSES = (
+    "tests/train/test_processes.py",
+    "tests/train/test_kill.py",
+    "tests/methods/test_mezo.py::test_two_processes",
+    "tests/methods/test_ferret.py::test_processes",
+)
+COMPILES = "tests/ops/test_triton_compile.py"
+CONTRACT = "tests/methods/test_contract.py::"  # looks at one result of each recipe, which is expensive to make
+
+
+def unit(nodeid: str) -> str:
+    """What runs in one process of `pytest -n`, named by the nodeid: the processes share no fixtures."""
+    if nodeid.startswith(STARTS_PROCESSES):
+        return "processes"
+    if nodeid.startswith(CONTRACT) and "[" in nodeid:
+        return CONTRACT + nodeid.partition("[")[2]
+    return nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """By nodeid: xdist's own groups are made from marks by changing nodeids, which pytest 9 does not let it do."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = unit
+    return scheduler
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith((*STARTS_PROCESSES, COMPILES)))
     if torch.cuda.is_available():
         return
     for item in items:

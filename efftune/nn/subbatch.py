@@ -72,6 +72,7 @@ class Recompute:
         values are left out, as checkpointing in transformers does.
     Results: gradients flow through what the block returns. What a hook inside it takes out (attention maps, router
         logits of a mixture) has none, and hooks inside it run again in backward.
+    Running statistics (BatchNorm): those of one run of the block; backward's does not count.
     Dropout: at ratio 1 the generator's state is put back; below 1 every sample has a mask of its own, drawn from a
         seed, so that a part of the batch sees what it saw. Other draws are refused below 1.
     Numerics: weight·G in f32, rounded once to G's dtype.
@@ -223,12 +224,13 @@ class _Call:
     def prove(self, tensors: list[Tensor], hidden: Tensor) -> None:
         """Refuses a block whose result for one sample is another when the sample is alone."""
         self.by_row = True
-        whole = self.first_run(tensors)
         last = torch.tensor([self.batch - 1], device=self.device)
-        try:
-            alone = self.run(self.take(tensors, last), last)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise EfftuneError(f"{self.owner} fails on one sample alone ({error}): {WHY_NOT}.") from error
+        with statistics_kept(self.owner.block):
+            whole = self.first_run(tensors)
+            try:
+                alone = self.run(self.take(tensors, last), last)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise EfftuneError(f"{self.owner} fails on one sample alone ({error}): {WHY_NOT}.") from error
         for all_of, one in zip(whole, alone, strict=True):
             if not all_of.is_floating_point():
                 continue
@@ -279,7 +281,7 @@ class _SubBatch(torch.autograd.Function):
                 call.owner.norms = norms
             if call.count < call.batch:
                 rows, weight, _ = select_rows(norms.float(), call.count, call.seed, stream=SELECT_STREAM + call.repeat)
-        with torch.enable_grad(), replaying(call.generators, call.device):
+        with torch.enable_grad(), replaying(call.generators, call.device), statistics_kept(call.owner.block):
             sub = [
                 t.detach().requires_grad_(needed)
                 for t, needed in zip(call.take(inputs, rows), call.requires_grad, strict=True)
@@ -384,6 +386,19 @@ def replaying(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterat
         yield
     finally:
         set_generators(before, device)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Running statistics within `module` are afterwards as before: a batch that runs again is not another batch."""
+    norms = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+    # Through .data, whose writes autograd does not count: the graph of what ran within has saved these buffers.
+    buffers = [(buffer.data, buffer.clone()) for m in norms for buffer in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def probabilities(scores: Tensor, k: float) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from efftune.errors import EfftuneError
 from efftune.ops._op import Op
 
 
 def _reference(where: Tensor) -> Tensor:
+    refuse_capture()
     return torch.randint(0, 2**62, (), dtype=torch.int64)
 
 
@@ -21,11 +23,22 @@ def _fake(where: Tensor) -> Tensor:
 draw_seed_op = Op("draw_seed(Tensor where) -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
 
 
+def refuse_capture() -> None:
+    """Raises EfftuneError while a CUDA graph is being captured: seeds are numbers of the CPU, and a captured kernel has
+    its seed for good."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise EfftuneError(
+            "a CUDA graph would repeat one draw in every replay, since seeds are drawn on the CPU; capture a recipe "
+            "that draws nothing, or run this step without a graph."
+        )
+
+
 def draw_seed() -> Tensor:
     """A seed in [0, 2^62): 0-d int64, on the CPU.
 
     It comes from torch's default CPU generator: torch.manual_seed and checkpoint's preserve_rng_state govern it. It is
     an operator because AOT compilation draws a traced torch.randint a second time in backward. This one it saves where
     the forward's result depends on it (LoRA's dropout); for a keep that draws see docs/adding-an-axis.md.
+    Raises: EfftuneError while a CUDA graph is being captured.
     """
     return draw_seed_op(torch.empty(0))

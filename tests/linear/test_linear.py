@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Full, Int8, LoRA, NoDelta, Nothing, Scales
+from efftune.linear.keep.quantized import Quantized
+from efftune.linear.keep.sampled import Sampled
 from tests.budget import assert_within_budget
+from tests.methods.matrix import CONTRACTS, kinds
 from tests.saved import saved_bytes
 
 M, K, N = 33, 48, 40
@@ -19,7 +22,8 @@ DELTAS = [
     Full(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True), Scales(),
 ]  # fmt: skip
-KEEPS = [Exact(), Nothing()]
+KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
+DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
 
 
 def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(N, K)):
@@ -35,7 +39,7 @@ def combines(base, delta, keep):
     if isinstance(delta, Full if isinstance(base, Int8) else Scales):
         return False
     keeps_nothing = isinstance(delta, NoDelta) or getattr(delta, "freeze_a", False)
-    return isinstance(keep, Exact) or keeps_nothing
+    return not isinstance(keep, Nothing) or keeps_nothing
 
 
 COMBINATIONS = list(itertools.product(BASES, DELTAS, KEEPS))
@@ -82,10 +86,16 @@ def actual_through(call, layer, x):
     return [y.detach(), x.grad, *(t.grad for t in parameters)]
 
 
-@pytest.mark.parametrize("base, delta, keep", COMBINATIONS, ids=str)
+@pytest.mark.parametrize("table, contract", [(BASES, "base"), (DELTAS, "delta"), ([*KEEPS, *DRAWING], "keep")])
+def test_every_kind_is_in_the_tables(table, contract):
+    assert kinds(CONTRACTS[contract]) == {type(kind) for kind in table}
+
+
+@pytest.mark.parametrize("base, delta, keep", [*COMBINATIONS, *itertools.product(BASES, DELTAS, DRAWING)], ids=str)
 def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
     if combines(base, delta, keep):
-        assert make(base, delta, keep)(torch.randn(2, K)).shape == (2, N)
+        y, *gradients = actual(make(base, delta, keep), torch.randn(2, K))
+        assert y.shape == (2, N) and all(g.isfinite().all() for g in gradients if g is not None)
     else:
         with pytest.raises(EfftuneError, match=r"stores integers; add|has none; put int8|needs the layer's input"):
             make(base, delta, keep)

@@ -1,409 +1,279 @@
-"""One table sends every method through the same promises."""
+"""One table sends every method through the same promises: every two methods that combine are in one of its recipes.
 
-import copy
+A recipe trains once, on a model with a batch norm, a layer that is called twice and a narrow one; the tests look at
+what came of it.
+"""
+
+import itertools
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import efftune
-from efftune import EfftuneError
-from efftune.linear import Linear
+from efftune.linear import Linear, Nothing
 from efftune.methods import available
-from tests.methods.models import batch, llama, loss_fn
+from efftune.recipe import parse
+from efftune.tuner import Tuner
+from tests.methods import matrix
+from tests.methods.models import batch, contract_model, logits, loss_fn, prepared, train
 
-# recipe -> (learning rate, steps, factor the loss must fall to)
-RECIPES = {
-    "full": (3e-3, 12, 0.8),
-    "full(target_modules='mlp')": (3e-3, 12, 0.95),
-    "lora(r=4)": (1e-2, 12, 0.95),
-    "lora(r=4, target_modules='q_proj|v_proj', lora_alpha=8.0, use_rslora=True)": (1e-2, 15, 0.99),
-    "lora(r=4, lora_dropout=0.1, dtype=None)": (1e-2, 12, 0.95),
-    "lora(r=4, freeze_a=True)": (1e-2, 12, 0.97),
-    "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
-    "lora(r=4) + int8": (1e-2, 12, 0.95),
-    "int8(group=16) + peqa": (1e-3, 12, 0.97),
-    "int8(group=16) + peqa + wtacrs(ratio=0.5, min_rows=4) + mesa": (1e-3, 12, 0.99),
-    "lisa(layers=1, interval=4)": (3e-3, 12, 0.9),
-    "full + lisa(layers=2)": (3e-3, 12, 0.85),
-    "lora(r=4) + lisa(layers=2, interval=3)": (1e-2, 12, 0.97),
-    "full + mesa(bits=8)": (3e-3, 12, 0.8),
-    "lora(r=4) + mesa(bits=4, max_error=0.02)": (1e-2, 12, 0.95),
-    "full + wtacrs(ratio=0.5, min_rows=4)": (3e-3, 12, 0.9),
-    "lora(r=4) + wtacrs(ratio=0.5, min_rows=4) + mesa(bits=4)": (1e-2, 12, 0.97),
-    "vcas(interval=2, alpha=0.2)": (3e-3, 12, 0.8),
-    "full + vcas(interval=0, sample_ratio=0.5, row_ratio=0.5)": (3e-3, 12, 0.95),
-    "lora(r=4) + vcas(interval=3)": (1e-2, 12, 0.97),
-    "int8 + lora(r=4) + vcas(interval=0, sample_ratio=0.5) + lisa(layers=2, interval=3)": (1e-2, 12, 0.99),
-    "lora(r=4) + recompute + mesa(bits=8)": (1e-2, 12, 0.95),
-    "mezo": (1e-3, 30, 1.0),
-    "lora(r=4) + mezo(dist='rademacher')": (1e-2, 30, 1.0),
-    "mezo(samples=2, beta2=0.9, momentum=0.5)": (3e-4, 30, 1.0),
-    "sparsemezo": (1e-3, 30, 1.0),
-    "int8(group=16) + peqa + mezo(eps=1e-5)": (1e-6, 30, 1.0),
-    "fedkseed(k=64, pro=True, interval=5)": (1e-3, 30, 1.0),
-    "ferret(local_steps=4)": (3e-3, 12, 0.9),
-    "lora(r=4) + ferret(k=2, block=16, local_steps=3, dist='normal')": (1e-2, 12, 0.99),
-    "lora(r=4) + wtacrs(ratio=0.5, min_rows=4) + lisa(layers=2, interval=3) + ferret(local_steps=2)": (1e-2, 12, 1.0),
-    "int8 + lora(r=2, target_modules=['q_proj', 'down_proj']) + lora(r=4, target_modules='v_proj')": (1e-2, 12, 0.99),
-}
+RECIPES = matrix.complete()
+CASES = [pytest.param((recipe, "cpu"), id=recipe) for recipe in RECIPES]
+if torch.cuda.is_available():
+    CASES += [pytest.param((recipe, "cuda"), id=f"{recipe}-gpu", marks=pytest.mark.gpu) for recipe in RECIPES]
+FIRST = 3  # steps, after which another run with the same seed is compared
 
 
-def zeroth_order(recipe):
-    return "mezo" in recipe or "fedkseed" in recipe
+def zeroth_order(recipe: str) -> bool:
+    return any(method.overrides("optimizer") for method in parse(recipe))
 
 
-def train(tuner, optimizer, steps, data):
-    losses = []
-    tuner.model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        losses.append(float(tuner.backward(data, loss_fn)))
-        optimizer.step()
-    return losses
+@cache
+def plain_logits(device: str) -> Tensor:
+    return logits(contract_model().to(device))
 
 
-@pytest.fixture(params=RECIPES, ids=str)
-def recipe(request):
+def trained_of(tuner: Tuner) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tuner.named_delta().items()}
+
+
+def statistics(model: nn.Module) -> set[str]:
+    """The names of the buffers that training changes."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)}
+    return {f"{name}.{buffer}" for name, m in norms.items() for buffer, _ in m.named_buffers()}
+
+
+@dataclass
+class Run:
+    """What a recipe did to the model."""
+
+    recipe: str
+    device: str
+    applied: Tensor  # logits before training
+    trained: list[str]
+    in_optimizer: bool  # it has exactly what trains
+    summary: str
+    count: int  # of what trains
+    losses: list[float]
+    first: dict[str, Tensor]  # what trains after FIRST steps
+    moved: list[str]
+    frozen_moved: list[str]
+    frozen_grads: list[str]
+    batches: int  # that the batch norm counted
+    logits: Tensor
+    saved: Path
+    name: str  # of the recipe, by the tuner
+    merged: nn.Module
+    merged_logits: Tensor
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
     return request.param
 
 
-def prepared(recipe, seed=0):
-    model = llama(seed=seed)
-    torch.manual_seed(seed + 1)
-    return efftune.apply(model, recipe)
+@pytest.fixture(scope="module")
+def run(case, tmp_path_factory) -> Run:
+    (recipe, device), saved = case, tmp_path_factory.mktemp("saved")
+    lr, steps, _ = RECIPES[recipe]
+    tuner = prepared(contract_model(), recipe, device)
+    applied, summary = logits(tuner.model), tuner.summary()
+    optimizer, trained = tuner.optimizer(lr=lr), tuner.named_trained()
+    registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
 
+    def tensors():
+        return {n: t for n, t in (*tuner.model.named_parameters(), *tuner.model.named_buffers())}
 
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=batch(seed=5)).logits
-
-
-def test_every_method_is_in_the_table():
-    named = " ".join(RECIPES)
-    assert all(name in named for name in available())
-
-
-def test_frozen_stays_frozen_the_loss_falls_and_the_optimizer_sees_what_trains(recipe):
-    lr, steps, factor = RECIPES[recipe]
-    tuner = prepared(recipe)
-    optimizer = tuner.optimizer(lr=lr)
-    trained = tuner.named_trained()
-    assert trained and {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in trained.values()}
-    before = {n: t.detach().clone() for n, t in (*tuner.model.named_parameters(), *tuner.model.named_buffers())}
-    losses = train(tuner, optimizer, steps, batch())
-    assert losses[-1] < factor * losses[0]
-    for name, tensor in (*tuner.model.named_parameters(), *tuner.model.named_buffers()):
-        if name not in trained:
-            assert torch.equal(tensor, before[name]), name
-            assert tensor.grad is None, name
-    assert any(not torch.equal(p, before[n]) for n, p in trained.items())
-
-
-def test_an_applied_recipe_changes_nothing_before_training(recipe):
-    plain = logits(llama())
-    tuner = prepared(recipe)
-    if "int8" in recipe:
-        assert (logits(tuner.model) - plain).norm() < 0.02 * plain.norm()
-    else:  # the norms of efftune.nn round once where transformers rounds twice
-        torch.testing.assert_close(logits(tuner.model), plain, rtol=1e-5, atol=1e-6)
-        assert torch.equal(logits(efftune.apply(llama(), recipe, blocks=False).model), plain)
-
-
-def test_save_and_load_give_the_same_outputs(recipe, tmp_path):
-    tuner = prepared(recipe)
-    train(tuner, tuner.optimizer(lr=RECIPES[recipe][0]), 3, batch())
-    tuner.save(tmp_path)
-    again = efftune.load(llama(), tmp_path)
-    assert again.recipe == tuner.recipe
-    assert torch.equal(logits(again.model), logits(tuner.model))
-
-
-def test_merge_equals_unmerged(recipe):
-    tuner = prepared(recipe)
-    train(tuner, tuner.optimizer(lr=RECIPES[recipe][0]), 3, batch())
-    expected = logits(tuner.model)
+    before = {name: tensor.detach().clone() for name, tensor in tensors().items()}
+    torch.manual_seed(7)
+    losses = train(tuner, optimizer, FIRST, batch(device=device))
+    first = trained_of(tuner)
+    losses += train(tuner, optimizer, steps - FIRST, batch(device=device))
+    moved = [name for name, tensor in tensors().items() if not torch.equal(tensor, before[name])]
+    grads = [name for name, tensor in tensors().items() if tensor.grad is not None]
+    free = {*trained, *statistics(tuner.model)}
+    facts = dict(
+        trained=list(trained), in_optimizer=registered == {id(p) for p in trained.values()}, summary=summary,
+        count=sum(p.numel() for p in trained.values()), moved=[n for n in moved if n in trained],
+        frozen_moved=[n for n in moved if n not in free], frozen_grads=[n for n in grads if n not in trained],
+        batches=int(tuner.model.model.norm[1].num_batches_tracked), name=tuner.recipe,
+    )  # fmt: skip
+    after = logits(tuner.model)
+    tuner.save(saved)
     merged = tuner.merge()
-    assert not any(isinstance(m, Linear) for m in merged.modules())
-    assert set(merged.state_dict()) == set(llama().state_dict())  # a plain checkpoint of the model's class
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    return Run(
+        recipe, device, applied, losses=losses, first=first, logits=after, saved=saved, merged=merged,
+        merged_logits=logits(merged), **facts,
+    )  # fmt: skip
 
 
-def test_four_micro_batches_equal_one(recipe):
+def test_frozen_stays_frozen_the_loss_falls_and_the_optimizer_sees_what_trains(run):
+    assert run.trained and run.in_optimizer
+    assert run.losses[-1] < RECIPES[run.recipe][2] * run.losses[0]
+    assert not run.frozen_moved and not run.frozen_grads
+    assert run.moved
+
+
+def test_running_statistics_see_each_batch_once(run):
+    """Whatever else a method runs: to measure, to draw, to recompute. Zeroth order evaluates."""
+    assert run.batches == (0 if zeroth_order(run.recipe) else len(run.losses))
+
+
+def test_an_applied_recipe_changes_nothing_before_training(run):
+    plain = plain_logits(run.device)
+    if "int8" in matrix.row_of(run.recipe):
+        assert (run.applied - plain).norm() < 0.02 * plain.norm()
+    else:  # the norms of efftune.nn round once where transformers rounds twice
+        torch.testing.assert_close(run.applied, plain, rtol=1e-5, atol=1e-6)
+        without_blocks = logits(prepared(contract_model(), run.recipe, run.device, blocks=False).model)
+        same_bits = run.device == "cpu"  # a GPU has another kernel for the product with an adapter
+        torch.testing.assert_close(without_blocks, plain, **({"rtol": 0, "atol": 0} if same_bits else {}))
+
+
+def test_save_and_load_give_the_same_outputs(run):
+    again = efftune.load(contract_model().to(run.device), run.saved)
+    assert again.recipe == run.name
+    assert torch.equal(logits(again.model), run.logits)
+
+
+def test_merge_equals_unmerged(run):
+    assert not any(isinstance(m, Linear) for m in run.merged.modules())
+    assert set(run.merged.state_dict()) == set(contract_model().state_dict())  # a plain checkpoint of the model's class
+    torch.testing.assert_close(run.merged_logits, run.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits(run):
+    """On a GPU, where some of torch's own sums are in any order: the same draws."""
+    tuner = prepared(contract_model(), run.recipe, run.device)
+    start = trained_of(tuner)
+    torch.manual_seed(7)
+    train(tuner, tuner.optimizer(lr=RECIPES[run.recipe][0]), FIRST, batch(device=run.device))
+    again = trained_of(tuner)
+    if run.device == "cpu":
+        assert all(torch.equal(again[name], run.first[name]) for name in again)
+    else:
+        apart, moved = (torch.cat([(again[n] - t).flatten() for n, t in b.items()]).norm() for b in (run.first, start))
+        assert apart < 0.05 * moved
+
+
+def test_summary_counts_what_trains(run):
+    assert f"{run.count:,} parameters" in run.summary and run.name in run.summary
+
+
+def test_four_micro_batches_equal_one(case):
     """Losses as means over equal micro-batches, scaled by 1/4: the same gradient up to float32 sums."""
+    recipe, device = case
     results = []
     for parts in (1, 4):
-        tuner = prepared(recipe.replace("lora_dropout=0.1, ", ""))
-        optimizer = tuner.optimizer(lr=1.0) if zeroth_order(recipe) else torch.optim.SGD(tuner.param_groups(), lr=0.5)
+        tuner = prepared(contract_model(), recipe.replace("lora_dropout=0.1, ", ""), device)
+        tuner.model.train()
+        tuner.model.model.norm[1].eval()  # its results are those of a batch
+        # MeZO's scalar is a difference of float32 losses over 2ε: its rounding is 1e-7 / 2ε of a step with lr = 1.
+        lr = next((method.eps for method in tuner.methods if hasattr(method, "eps")), 0.0) / 1e-3
+        optimizer = tuner.optimizer(lr=lr) if zeroth_order(recipe) else torch.optim.SGD(tuner.param_groups(), lr=0.5)
         tuner.attach(optimizer)
         # Draws differ between micro-batches, but for directions, which are those of the step.
         with tuner.exactly() if not zeroth_order(recipe) else nullcontext():
-            for chunk in batch().chunk(parts):
+            for chunk in batch(device=device).chunk(parts):
                 tuner.backward(chunk, loss_fn, scale=1 / parts)
         optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in tuner.named_trained().values()]))
-    # MeZO's scalar is a difference of float32 losses over 2ε: its rounding is 1e-7 / 2e-3.
     torch.testing.assert_close(*results, rtol=1e-3, atol=2e-3 if zeroth_order(recipe) else 2e-5)
 
 
-def test_the_same_seed_gives_the_same_bits(recipe):
-    lr = RECIPES[recipe][0]
-    runs = []
-    for _ in range(2):
-        tuner = prepared(recipe)
-        torch.manual_seed(7)
-        train(tuner, tuner.optimizer(lr=lr), 3, batch())
-        runs.append(tuner.named_delta())
-    assert all(torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+# The table
 
 
-def test_summary_counts_what_trains(recipe):
-    tuner = prepared(recipe)
-    count = sum(p.numel() for p in tuner.named_trained().values())
-    text = tuner.summary()
-    assert f"{count:,} parameters" in text and tuner.recipe in text
+def together(recipe: str) -> set[str]:
+    return {method.name for method in parse(recipe)}
 
 
-REFUSED = {
-    "int8": "stores integers",
-    "int8 + full": "stores integers",
-    "full + int8": "stores integers",
-    "full + lora(r=4)": "already trained as full",
-    "lora(r=4) + full": "already trained as LoRA",
-    "lora(r=4) + lora(r=8)": "already trained as LoRA",
-    "mezo + mezo": "mezo and mezo each bring their own backward",
-    "int8 + mezo": "stores integers",
-    "lora(r=4, target_modules='nothing')": "no linear layer of LlamaForCausalLM; its linear layers end in: down_proj",
-    "int8(target_modules=['nowhere']) + lora": "matches no linear layer",
-    "full(target_modules='nowhere')": "matches no module",
-    "lora(r=4, modules_to_save=['nowhere'])": "modules_to_save names 'nowhere'",
-    "lora(r=33)": "model.layers.0.self_attn.q_proj: r=33 exceeds",
-    "lora(r=0)": "rank of at least 1",
-    "lora(r=-1)": "rank of at least 1",
-    "lora(bias='some')": "'none', 'lora_only' or 'all'",
-    "lisa(layers=9)": "only 3 layers",
-    "lisa(layers=0)": "at least 1",
-    "mezo(eps=0.0)": "eps > 0",
-    "mezo(dist='uniform')": "'normal' or 'rademacher'",
-    "mezo(points=3)": "1 or 2 points",
-    "mezo(momentum=1.0)": "momentum lies in",
-    "mezo(update='master')": "'stochastic' or 'exact' or 'log'",
-    "mezo(per_layer='rms')": "'none' or 'variance' or 'expectation'",
-    "sparsemezo(sparsity=1.0)": "sparsity lies in",
-    "sparsemezo(sparsity=0.0)": "between 0 and 1",
-    "fedkseed(k=0)": "at least 1",
-    "fedkseed(unbiased=True)": "belongs to pro=True",
-    "ferret(local_steps=0)": "at least 1 local step",
-    "ferret(k=0)": "1 to 64 numbers for a block of 64",
-    "ferret(k=65)": "1 to 64 numbers for a block of 64",
-    "ferret(dist='uniform')": "'normal' or 'rademacher'",
-    "ferret(scale=0.0)": "above 0",
-    "ferret + mezo": "by mezo or by ferret, not both; leave one of them out",
-    "sparsemezo + lora(r=4) + ferret": "by sparsemezo or by ferret",
-    "ferret + ferret(k=2)": "by ferret or by ferret",
-    "int8(group=0) + lora": "at least 1 weight",
-    "vcas + lora(r=4)": "finds nothing that trains in model.layers; put it after what does",
-    "full(target_modules='embed_tokens') + vcas": "finds nothing that trains in model.layers",
-    "lora(r=4, lora_dropout=0.1) + vcas": "use lora_dropout=0.0",
-    "full + vcas + recompute": "the blocks run again in backward already",
-    "full + wtacrs + vcas": "samples its rows already, by another method than vcas",
-    "full + vcas + wtacrs": "samples its rows already .*; leave out one",
-    "vcas + mezo": "vcas and mezo each bring their own backward",
-    "vcas(sample_ratio=0.5)": "for fixed ones add interval=0",
-    "vcas(interval=0, sample_ratio=0.0)": "in (0, 1]",
-    "vcas(batches=1)": "batches >= 2",
+def test_every_method_is_in_the_table():
+    assert set().union(*map(together, RECIPES)) == set(available())
+
+
+def test_every_pair_that_combines_is_in_the_table():
+    rows = {pair for recipe in RECIPES for pair in matrix.pairs(matrix.row_of(recipe))}
+    places = [(which, name) for which in matrix.AXES for name in matrix.values()[which]]
+    wanted = {p for p in itertools.combinations(places, 2) if p[0][0] != p[1][0] and matrix.combine(*p)}
+    assert wanted <= rows
+    for pair in matrix.siblings():
+        if matrix.refusal(matrix.sibling_recipe(*pair)) is None:
+            assert any(together(recipe).issuperset(pair) for recipe in RECIPES), pair
+    assert all(matrix.refusal(recipe) is None for recipe in RECIPES)
+
+
+REFUSED_PAIRS = {
+    *(
+        (matrix.text(row), (one[1], other[1]))
+        for one, other in itertools.combinations([(w, n) for w in matrix.AXES for n in matrix.values()[w]], 2)
+        if one[0] != other[0] and not matrix.combine(one, other)
+        for row in matrix.completions(one, other)
+    ),
+    *((matrix.sibling_recipe(*p), p) for p in matrix.siblings() if matrix.refusal(matrix.sibling_recipe(*p))),
 }
 
 
-@pytest.mark.parametrize("recipe", REFUSED)
-def test_refusals_name_the_reason_and_leave_the_model_as_it_was(recipe):
-    model = llama()
-    model.model.embed_tokens.weight.requires_grad_(False)
-    before = repr(model), {n: (t, p.requires_grad) for n, p in model.named_parameters() for t in [p]}
-    with pytest.raises(EfftuneError, match=r"(?s)" + REFUSED[recipe].replace("(", r"\(").replace(")", r"\)")):
-        efftune.apply(model, recipe)
-    after = repr(model), {n: (t, p.requires_grad) for n, p in model.named_parameters() for t in [p]}
-    assert before[0] == after[0]
-    assert all(before[1][n][0] is after[1][n][0] and before[1][n][1] == after[1][n][1] for n in before[1])
+@pytest.mark.parametrize("recipe", sorted({recipe for recipe, _ in REFUSED_PAIRS}))
+def test_every_pair_that_does_not_combine_is_refused_in_words(recipe):
+    """A sentence with a remedy, which names a method, or what it does."""
+    words = matrix.refusal(recipe)
+    assert words.endswith(".") and "\n" not in words
+    assert any(remedy in words for remedy in ("; use ", "; leave ", "; put ", "; add ", "; give ", "; a recipe takes"))
+    assert any(name in words.lower() for name in {*available(), "samples its rows", "run again"})
 
 
-def test_a_model_without_linear_layers_is_refused():
-    with pytest.raises(EfftuneError, match="Embedding has no linear layer for lora"):
-        efftune.apply(torch.nn.Embedding(4, 4), "lora(r=4)")
+@pytest.mark.parametrize("contract", ["base", "delta", "keep"])
+def test_every_kind_is_in_the_table(contract):
+    """But for Nothing: what keeps nothing is for layers made by hand."""
+    seen = {type(getattr(layer, contract)) for recipe in RECIPES for layer in matrix.linears(recipe)}
+    assert matrix.kinds(matrix.CONTRACTS[contract]) <= {*seen, Nothing}
 
 
-def test_tied_weights_are_kept_tied_or_refused():
-    model = llama(tie=True)
-    tuner = efftune.apply(model, "lora(r=4, target_modules='lm_head')")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    with pytest.raises(EfftuneError, match="lm_head shares its weight"):
-        tuner.merge()
-    with pytest.raises(EfftuneError, match="lm_head shares its weight with model.embed_tokens.weight"):
-        efftune.apply(llama(tie=True), "int8(target_modules='lm_head') + lora(r=4)")
-    tuner = efftune.apply(llama(tie=True), "full")
-    assert "lm_head.weight" not in tuner.named_trained() and "model.embed_tokens.weight" in tuner.named_trained()
-    model = efftune.apply(llama(tie=True), "mezo").model
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+# What models also have
 
 
-@pytest.mark.parametrize("recipe", ["full", "lora(r=4)", "int8 + lora(r=4, lora_dropout=0.1)"])
-def test_gradient_checkpointing_of_a_model_gives_the_same_gradients(recipe):
-    gradients = []
-    for checkpointing in (False, True):
-        tuner = prepared(recipe)
-        tuner.model.train()
-        if checkpointing:
-            tuner.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        torch.manual_seed(3)
-        tuner.backward(batch(), loss_fn)
-        gradients.append([p.grad for p in tuner.named_trained().values()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+class Normed(nn.Module):
+    """A stack of alike blocks with a batch norm inside each."""
 
-
-def test_deepcopy_of_a_tuned_model():
-    tuner = prepared("int8 + lora(r=4)")
-    assert torch.equal(logits(copy.deepcopy(tuner.model)), logits(tuner.model))
-
-
-def test_bfloat16_model():
-    for recipe in ("lora(r=4)", "int8 + lora(r=4)", "mezo", "lisa(layers=1)"):
-        tuner = efftune.apply(llama(dtype=torch.bfloat16), recipe)
-        losses = train(tuner, tuner.optimizer(lr=1e-3), 3, batch())
-        assert all(torch.isfinite(torch.tensor(losses)))
-
-
-def test_dense_weights_are_freed_while_a_model_is_quantised(monkeypatch):
-    """At no time are more than one layer's dense weight and the integers so far held beside the rest of the model."""
-    import weakref
-
-    from efftune.linear.base import int8
-
-    model = llama()
-    weights = [weakref.ref(m.weight) for n, m in model.named_modules() if n.endswith("_proj")]
-    alive = []
-    quantize = int8.int8_quantize
-
-    def counting(weight, group):
-        if not weight.is_meta:
-            alive.append(sum(w() is not None for w in weights))
-        return quantize(weight, group)
-
-    monkeypatch.setattr(int8, "int8_quantize", counting)
-    efftune.apply(model, "int8 + lora(r=4)")
-    assert alive == list(range(len(weights), 0, -1))
-
-
-def test_a_layer_under_two_names_stays_one_layer():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Linear(6, 6)
-            self.b = torch.nn.ModuleDict({"again": self.a})
-
-        def forward(self, x):
-            return self.b["again"](self.a(x))
-
-    model = Twice()
-    tuner = efftune.apply(model, "lora(r=2)")
-    assert isinstance(model.a, Linear) and model.b["again"] is model.a
-    torch.nn.init.normal_(model.a.lora_b)
-    x = torch.randn(3, 6)
-    expected = model(x)
-    torch.testing.assert_close(tuner.merge()(x), expected)
-    assert type(model.a) is torch.nn.Linear and model.b["again"] is model.a
-
-
-def test_one_clock():
-    tuner = prepared("lora(r=4) + lisa(layers=1, interval=1)")
-    tuner.seek(3)  # before there is an optimizer
-    first, second = tuner.optimizer(lr=0.1), tuner.optimizer(lr=0.1)
-    first.step()
-    assert tuner.step == 3
-    second.step()
-    assert tuner.step == 4
-
-
-def classifier(kind):
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-    config = getattr(transformers, f"{kind}Config")(**sizes, pad_token_id=1)
-    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
-
-
-def test_a_new_classification_head_trains_whole_over_any_base():
-    tuner = efftune.apply(classifier("Bert"), "int8(group=8) + lora(r=2)")
-    assert type(tuner.model.classifier) is torch.nn.Linear and "classifier.weight" in tuner.named_trained()
-    with pytest.raises(EfftuneError, match="classifier: full trains the stored weight itself"):
-        efftune.apply(classifier("Bert"), "int8(group=8, target_modules='classifier|query') + lora(r=2)")
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "lora(r=4, target_modules='lm_head') + full(target_modules='embed_tokens')",
-        "lora(r=4, target_modules='lm_head', modules_to_save=['embed_tokens'])",
-        "full(target_modules='embed_tokens') + lora(r=4, target_modules='lm_head')",
-    ],
-)
-def test_a_tied_weight_that_trains_elsewhere_is_refused(recipe):
-    with pytest.raises(EfftuneError, match="tied to it trains|already trained as full"):
-        efftune.apply(llama(tie=True), recipe)
-    with pytest.raises(EfftuneError, match="shares its weight"):
-        efftune.apply(llama(tie=True), "lora(r=4, target_modules='lm_head') + int8(target_modules='lm_head')")
-
-
-def test_a_weight_unfrozen_by_hand_is_refused():
-    model = efftune.apply(llama(), "lora(r=4)").model
-    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="does not train the weight"):
-        loss_fn(model, batch())
-
-
-def test_a_weight_that_is_not_finite_is_refused_by_name():
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(EfftuneError, match=r"model.layers.1.mlp.up_proj: int8_quantize takes finite weights"):
-        efftune.apply(model, "int8 + lora(r=4)")
-
-
-def test_layers_whose_weight_is_read_without_a_call_are_left_alone():
-    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
-    with pytest.raises(EfftuneError, match="has no linear layer"):
-        efftune.apply(encoder, "lora(r=2)")
-    model = torch.nn.Sequential(encoder, torch.nn.Linear(8, 8))
-    assert list(efftune.apply(model, "lora(r=2)").named_trained()) == ["1.lora_a", "1.lora_b"]
-
-
-def test_a_layer_alone_and_a_layer_with_hooks_are_refused():
-    with pytest.raises(EfftuneError, match="use efftune.Linear.from_linear"):
-        efftune.apply(torch.nn.Linear(4, 4), "lora(r=2)")
-    model = llama()
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(EfftuneError, match="q_proj: it has hooks"):
-        efftune.apply(model, "lora(r=2)")
-
-
-def test_models_that_cannot_be_copied_deeply_are_tuned():
-    import threading
-
-    model = llama()
-    model.lock = threading.Lock()
-    model.cached = model.lm_head.weight * 2  # not a leaf
-    assert efftune.apply(model, "lora(r=2)").named_trained()
-
-
-def test_running_statistics_are_saved_and_loaded(tmp_path):
-    def network():
+    def __init__(self):
+        super().__init__()
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2))
+        block = lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())  # noqa: E731
+        self.layers = nn.ModuleList(block() for _ in range(2))
 
-    tuner = efftune.apply(network(), "full")
-    x = torch.randn(32, 4) + 3
-    tuner.backward(x, lambda m, x: m(x).square().mean())
-    tuner.save(tmp_path)
-    again = efftune.load(network(), tmp_path)
-    assert torch.equal(again.model.eval()(x), tuner.model.eval()(x))
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("recipe", ["lora(r=2) + recompute", "full + recompute + mesa"])
+def test_blocks_that_run_again_do_not_count_a_batch_twice(recipe):
+    x, buffers = torch.randn(16, 6), []
+    for text in (recipe, recipe.replace(" + recompute", "")):
+        torch.manual_seed(1)
+        tuner = efftune.apply(Normed(), text)
+        tuner.backward(x, lambda model, x: model(x).square().mean())
+        buffers.append(dict(tuner.model.named_buffers()))
+    for name, buffer in buffers[0].items():
+        assert torch.equal(buffer, buffers[1][name]), name
+
+
+def test_samples_that_a_batch_norm_joins_are_refused_and_leave_no_trace():
+    tuner = efftune.apply(Normed(), "full + vcas")
+    tuner.optimizer(lr=0.1)
+    with pytest.raises(efftune.EfftuneError, match="samples depend on each other"):
+        tuner.backward(torch.randn(16, 6), lambda model, x: model(x).square().mean())
+    assert all(torch.equal(b, Normed().get_buffer(name)) for name, b in tuner.model.named_buffers())
+
+
+@pytest.mark.parametrize("base", ["", "int8(group=16) + "])
+def test_a_layer_narrower_than_the_rank_is_refused_by_name(base):
+    with pytest.raises(efftune.EfftuneError, match=r"0.mlp.narrow: r=6 exceeds .* \(5, 32\); choose a smaller r"):
+        efftune.apply(contract_model(), base + "lora(r=6)")

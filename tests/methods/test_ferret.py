@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +8,7 @@ from efftune.ops.perturb import perturb
 from efftune.optim import projection
 from efftune.optim.seed_log import SeedLog, fingerprint
 from efftune.train import checkpoint, state
+from tests import children
 from tests.methods.models import batch, llama, loss_fn
 
 DISTS = ["rademacher", "normal"]
@@ -235,24 +233,22 @@ def client(recipe, rank, steps):
     return tuner
 
 
-WORKER = """
-import sys, torch
-import torch.distributed as dist, torch.distributed.nn.functional  # before the group that it would keep
-from tests.methods.test_ferret import SHARED, client, log_of
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-tuner = client(SHARED, rank, 6)
-numbers = [{n: torch.tensor(a) for n, a in of_round.items()} for _, of_round in log_of(tuner).rounds()]
-torch.save([tuner.named_trained(), numbers], f"{path}/{rank}.pt")
-dist.destroy_process_group()
-"""
 SHARED = "ferret(k=2, block=16, local_steps=2)"
+
+
+def worker(rank, path):
+    import torch.distributed.nn.functional  # noqa: F401  # before the group that it would keep
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    tuner = client(SHARED, rank, 6)
+    numbers = [{n: torch.tensor(a) for n, a in of_round.items()} for _, of_round in log_of(tuner).rounds()]
+    torch.save([tuner.named_trained(), numbers], f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_processes_exchange_numbers_only_and_stay_together(tmp_path):
     """What they apply is the mean of what each of them, stepping alone on its own data, would send."""
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert children.wait([children.start(worker, rank, tmp_path) for rank in (0, 1)]) == [0, 0]
     (first, log), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     method, start = Ferret(k=2, block=16, local_steps=2), client("full", 0, 0).named_trained()
     alone = [client("full", rank, 2).named_trained() for rank in (0, 1)]

@@ -3,6 +3,9 @@ the whole model, and by allocation, so that nothing hides. The difference of two
 blocks.
 """
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from efftune.memory import meter
 ROWS, TOKENS, D = 2, 128, 1024
 
 
+@functools.cache  # drawing the weights takes longer than all that is counted
 def llama(layers, attention, dropout):
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +32,7 @@ def llama(layers, attention, dropout):
 def per_token_and_layer(recipe, padded=False, attention="sdpa", dropout=0.0):
     counted, allocated = [], []
     for layers in (1, 2):
-        model = llama(layers, attention, dropout)
+        model = copy.deepcopy(llama(layers, attention, dropout))
         if recipe:
             efftune.apply(model, recipe)
         ids = torch.randint(0, 128, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))

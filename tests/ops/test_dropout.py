@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from efftune import EfftuneError, Linear
+from efftune.linear import Exact
+from efftune.linear.keep.quantized import Quantized
+from efftune.linear.keep.sampled import Sampled
 from efftune.ops import philox
 from efftune.ops.draw_seed import draw_seed, draw_seed_op
 from efftune.ops.dropout import dropout, dropout_op
@@ -75,6 +79,18 @@ def test_draw_seed_follows_the_generator():
     assert [int(s) for s in first] == [int(draw_seed()) for _ in range(50)]
     assert len({int(s) for s in first}) == 50
     assert all(s.shape == () and s.dtype == torch.int64 and 0 <= s < 2**62 for s in first)
+
+
+@pytest.mark.parametrize("keep", [Quantized(group=4), Sampled(0.5, min_rows=1)], ids=str)
+def test_a_graph_that_would_repeat_its_draws_is_not_captured(monkeypatch, keep):
+    layer = Linear.from_linear(torch.nn.Linear(8, 8), keep=keep)
+    x = torch.randn(4, 8)
+    layer(x)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(EfftuneError, match="one draw in every replay.*; capture a recipe that draws nothing, or run"):
+        layer(x)
+    Linear.from_linear(layer, keep=Exact())(x)  # draws nothing
 
 
 class SeededDropout(torch.autograd.Function):

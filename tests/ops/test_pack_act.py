@@ -12,7 +12,8 @@ from efftune.ops.pack_act import pack_act, pack_op, unpack_act, unpack_op
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, on, skip_truncation
 
-KERNELS = [b for b in BACKENDS[1:] if b.values[0][0] != "cuda"]
+RUNS = [b for b in BACKENDS if b.values[0][0] != "cuda"]
+KERNELS = RUNS[1:]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REFERENCE = ("reference", "cpu")
 SEED = torch.tensor(2**61 + 12345)
@@ -176,7 +177,7 @@ def test_seeds_and_streams_differ():
         assert (pack_act(x, 8, 64, seed, stream)[0] != first).double().mean() > 0.2
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])
+@pytest.mark.parametrize("backend", RUNS)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_constant_groups_and_extremes(backend, bits):
     rows = torch.tensor(
@@ -203,7 +204,7 @@ def test_constant_groups_and_extremes(backend, bits):
     assert torch.equal(unpack_act(*pack_act(half, bits, 4, SEED), bits, 4, 4, torch.bfloat16), half)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])
+@pytest.mark.parametrize("backend", RUNS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_finite_becomes_nan(backend, bits, dtype):

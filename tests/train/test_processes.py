@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import types
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 import efftune
 from efftune import EfftuneError, cli
@@ -22,6 +23,7 @@ from efftune.train.loop import NonFinite, Trainer
 from efftune.train.run import choose_device, train
 from efftune.train.rundir import RunDir
 from efftune.train.task import make_task
+from tests import children
 
 from .test_run import arguments, sentence
 
@@ -42,23 +44,37 @@ def torchrun(*what):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def command(options):
-    """Nine rows by fours: the third step of an epoch has one row, and the second process none."""
-    return torchrun("-m", "efftune.cli", *(part for part in arguments(options) if part != "True"))
+def words(options):
+    return [str(part) for part in arguments(options) if part != "True"]
+
+
+def meeting(rank):
+    """What torchrun tells each of two processes."""
+    port = str(20_000 + os.getpid() % 20_000)
+    ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    return {**ranks, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+
+def command_to(path, options):
+    """The command in this process, what it prints into the file."""
+    with open(path, "w") as file, redirect_stdout(file):
+        sys.exit(cli.main(words(options)))
 
 
 def test_the_command_with_two_processes_and_resumed(options, tmp_path):
+    """Nine rows by fours: the third step of an epoch has one row, and the second process none."""
     for name, value in options.items():
         options[name] = str(value) if isinstance(value, Path) else value
     one = train(options | {"batch_size": 4, "packing": False, "out": str(tmp_path / "one")})
     two = tmp_path / "two"
     how = {"batch_size": 2, "out": two, "steps": 3}
-    done = command(options | how | {"no_packing": True})
+    done = torchrun("-m", "efftune.cli", *words(options | how | {"no_packing": True}))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out loss") == 1 and done.stdout.count("recipe     lora") == 1  # the first's alone
-    again = command({"resume": True, "out": two, "steps": 6})
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("Resuming from") == 1
+    again, prints = {"resume": True, "out": two, "steps": 6}, [tmp_path / "first.txt", tmp_path / "second.txt"]
+    resumed = [children.start(command_to, prints[rank], again, **meeting(rank)) for rank in (0, 1)]
+    assert children.wait(resumed) == [0, 0]
+    assert "".join(path.read_text() for path in prints).count("Resuming from") == 1
 
     names = {p.name for p in two.iterdir()}
     assert names == {p.name for p in one["out"].iterdir()} >= {"metrics.jsonl", "adapter", "checkpoints"}
@@ -95,8 +111,11 @@ with processes.joined():
     assert processes.gather(1) == [1, 1] and threads() > 0
 assert threads() == 0
 """)
-    done = torchrun(tmp_path / "script.py")
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, tmp_path / "script.py"]
+    both = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd(), **meeting(rank)}) for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
 
 
 class Routed(nn.Module):
@@ -161,7 +180,6 @@ def outcome(t):
 def worker(rank, path):
     import torch.distributed.nn.functional  # noqa: F401  # before the group that it would keep
 
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     with processes.joined():  # a group that there is already
         found = {(name, r): outcome(toy(r, **two)) for name, (two, _) in SAME.items() for r in RECIPES}
@@ -187,7 +205,7 @@ def worker(rank, path):
 def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("two")
     (path / "run").mkdir()
-    multiprocessing.spawn(worker, (path,), nprocs=2)
+    assert children.wait([children.start(worker, rank, path) for rank in (0, 1)]) == [0, 0]
     return path, [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -20,7 +20,7 @@ from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
 from efftune.methods._base import ALL_LINEAR, Method, drawing_keeps, exact_keeps, keep_in_layers
 from efftune.methods._gradients import coordinates, discarding, distance
-from efftune.nn.subbatch import generators, replaying
+from efftune.nn.subbatch import generators, replaying, statistics_kept
 
 EXACT = 0  # as a number of bits
 ROUNDS, DRAWS = 6, 3  # of choosing, and of gradients to check a choice by
@@ -315,16 +315,12 @@ def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly. Afterwards all
     keeps are those of before."""
     drawing = drawing_keeps(model)
-    norms = [module for module in model.modules() if hasattr(module, "running_mean")]
-    buffers = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
     for module, name, _ in drawing:
         setattr(module, name, Aligned())
     try:
         device = next(model.parameters()).device
-        yield Probe(model, places, device, generators(device))
+        with statistics_kept(model):
+            yield Probe(model, places, device, generators(device))
     finally:
         for module, name, keep in drawing:
             setattr(module, name, keep)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -23,7 +23,15 @@ from efftune.linear.keep.exact import product_t
 from efftune.linear.keep.sampled import Sampled
 from efftune.methods._base import Method, blocks, linear_layers, swap, trained_by
 from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
-from efftune.nn.subbatch import Recompute, generators, install, probabilities, set_generators, uninstall
+from efftune.nn.subbatch import (
+    Recompute,
+    generators,
+    install,
+    probabilities,
+    set_generators,
+    statistics_kept,
+    uninstall,
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Vcas(Method):
         for repeat in range(1, self.batches + 1):
             set_generators(before, device)  # the same dropout
             with measuring(recomputes, repeat), keeping(layers, probes), discarding(model):
-                with coordinates(watched) as drawn:
+                with coordinates(watched) as drawn, statistics_kept(model):
                     backward()
             window.act += sum(distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
         set_generators(after, device)
