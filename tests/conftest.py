@@ -13,6 +13,9 @@ torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import mend
+
+    mend()
 
 
 def pytest_collection_modifyitems(items):
