@@ -137,7 +137,7 @@ def _is_cache(value: Any) -> bool:
     return transformers is not None and isinstance(value, transformers.Cache)
 
 
-def _holds_keys(cache: Any, layer: int) -> bool:
+def _holds_keys(cache: Any, layer: Any) -> bool:
     try:
         return cache.get_seq_length(layer) > 0
     except ValueError:  # a layer of linear attention, which has a state and no length
