@@ -1,9 +1,12 @@
 # A fresh Linux machine with Python and no GPU: `make test` and `make train` do all the set-up. Re-runs reuse .venv and
-# rebuild only csrc files that changed.
+# rebuild only csrc files that changed. constraints.txt holds the versions that CI last passed with; `make test-latest`
+# goes without it, `make test-oldest` takes the oldest that are supported (docs/versions.md).
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.12
 PY := .venv/bin/python
+OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.5.2 transformers==5.17.0
 
-.PHONY: test test-slow train lint
+.PHONY: test test-slow test-latest test-oldest train lint
 
 test: .venv/ready
 	$(PY) -m pytest -q -n 2
@@ -14,23 +17,45 @@ test-slow: .venv/ready
 train: .venv/ready
 	$(PY) -m efftune.cli train
 
+# The imports of the package as it is installed: triton_kernels lies within it there.
 lint: .venv/lint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
-	.venv/bin/clang-format --dry-run --Werror csrc/*
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h)
+	rm -rf build/imports
+	$(PY) setup.py -q build_py --build-lib build/imports
+	cd build/imports && ../../.venv/bin/lint-imports --no-cache ../../pyproject.toml
+
+test-latest: .venv-latest/ready
+	.venv-latest/bin/python -m pytest -q
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -q tests/ops tests/linear tests/nn tests/interop tests/methods/test_contract.py
 
 # torch first, and pinned: it is the big download, and nothing that follows may replace it.
-.venv/torch:
+.venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet -c constraints.txt torch
 	touch $@
 
 .venv/ready: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(PY) -m pip install --quiet -e '.[test]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
 .venv/lint: .venv/ready
-	$(PY) -m pip install --quiet -e '.[dev]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-latest/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet --upgrade pip
+	.venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
+	touch $@
+
+.venv-oldest/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet $(OLDEST) -e '.[test]'
 	touch $@

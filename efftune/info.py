@@ -12,6 +12,7 @@ import torch
 import efftune.ops
 from efftune.ops._available import cpp_why_not, cuda_why_not, triton_why_not
 from efftune.ops._op import OPS
+from efftune.versions import SUPPORTED, why_not
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers", "datasets", "peft")
 
@@ -23,6 +24,7 @@ def report() -> str:
     lines = [f"efftune {efftune.__version__}, Python {platform.python_version()}, {platform.machine()}"]
     lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     gpu = torch.cuda.is_available()
+    lines += [f"  {reason}" for name in SUPPORTED if (reason := why_not(name)) is not None]
     lines.append(f"CPU threads {torch.get_num_threads()}; GPU {torch.cuda.get_device_name() if gpu else 'none'}")
     device = torch.device("cuda" if gpu else "cpu")
     probe = torch.empty(1, device=device)

@@ -24,6 +24,7 @@ from efftune.methods._base import Method, in_classifier, linear_layers, output_h
 from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks, install
 from efftune.recipe import format_recipe, parse
+from efftune.versions import require_for
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
 
@@ -39,6 +40,7 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
             the same gradients up to rounding.
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
     """
+    require_for(model)
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
     for hook in ("backward", "optimizer"):
         rivals = [m.name for m in methods if m.overrides(hook)]

@@ -14,6 +14,9 @@ torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.interpreter import mend
+
+    mend()
 
 
 # What starts processes of its own runs in one process of `pytest -n`, one after the other: no more run than there are

@@ -4,6 +4,7 @@ without a gap, each of whole groups, count as one long row. Offsets within a pro
 import torch
 import triton
 import triton.language as tl
+
 from efftune.triton_kernels import philox
 
 ELEMENTS = 1024  # of one program

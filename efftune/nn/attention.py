@@ -4,6 +4,7 @@ a GPU: its kernel is told where they begin."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -270,18 +271,22 @@ def attention(
     return attach(out, made[0], out.shape[1] * out.shape[3])
 
 
+KNOWN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")
 KEEP = "keep"  # the attribute of an attention module, as of the other modules of a block
 _original: Any = None
+_more: tuple[str, ...] = ()  # what it takes by name beside what `for_transformers` does: a position bias
 
 
 def register() -> None:
     """Puts a switch in front of transformers' sdpa: modules with a `KEEP` get `attention`, all others what they had.
     The model's config goes on to say "sdpa", which some models compare with."""
-    global _original
+    global _original, _more
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if _original is None:
         _original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        named = (p.name for p in inspect.signature(_original).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
+        _more = tuple(name for name in named if name not in KNOWN)
         ALL_ATTENTION_FUNCTIONS.register("sdpa", _switch)
 
 
@@ -295,7 +300,7 @@ def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
-    other = any(rest.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
+    other = any(rest.get(name) is not None for name in (*_more, "position_bias", "cache", "softcap", "s_aux"))
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = q.shape[2] == k.shape[2] or attention_mask is not None
     if other or not whole or why_not(q, k, v, attention_mask, dropout) is not None:

@@ -13,6 +13,7 @@ gradient. All operators of the block shrink by k/B, whatever they are. In units 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -123,7 +124,7 @@ class Recompute:
         """The arguments with caches replaced by None and tensors by placeholders."""
         layer = next((m.layer_idx for m in self.block.modules() if getattr(m, "layer_idx", None) is not None), 0)
         for cache in filter(_is_cache, leaves):
-            if cache.get_seq_length(layer):
+            if _holds_keys(cache, layer):
                 raise EfftuneError(f"{self}: backward cannot run a block again whose cache holds keys; pass no cache.")
         return [None if _is_cache(leaf) or isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -132,7 +133,16 @@ class Recompute:
 
 
 def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
+    """By its class: the name of a block's argument changes with transformers (5.24: from past_key_values to cache)."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(value, transformers.Cache)
+
+
+def _holds_keys(cache: Any, layer: Any) -> bool:
+    try:
+        return cache.get_seq_length(layer) > 0
+    except ValueError:  # a layer of linear attention, which has a state and no length
+        return cache.has_previous_state(layer)
 
 
 class _Call:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from efftune import versions
+
 
 @functools.cache
 def _load(name: str) -> tuple[Any, str]:
@@ -60,6 +62,8 @@ def _has_triton() -> bool:
 def triton_why_not(*tensors: torch.Tensor) -> str | None:
     if not _has_triton():
         return "triton is not installed"
+    if (reason := versions.why_not("triton")) is not None:
+        return reason
     if any(t.device.type == "cpu" for t in tensors) and not interpreted():
         return (
             "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"

@@ -13,11 +13,13 @@ from torch import nn
 from efftune.errors import EfftuneError
 from efftune.files import refuse_pickle
 from efftune.modes import evaluation_mode
+from efftune.versions import require
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the libraries' progress bars and their notes on new heads; what matters there is checked by us."""
+    require("torch", "transformers")
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,6 +1,7 @@
 """Block recompute: at ratio 1 it is checkpointing bit for bit, below 1 unbiased, and it refuses what it cannot cut."""
 
 import copy
+import inspect
 import itertools
 
 import pytest
@@ -319,33 +320,85 @@ def test_at_least_one_sample_and_evaluation_is_exact():
 
 @pytest.mark.parametrize("reentrant", [False, None])
 def test_checkpointing_around_and_inside(reentrant):
-    """Around it, by the user; inside it, by the model's own gradient_checkpointing, which then does nothing."""
+    """Around it, by the user; inside it, by the model's own gradient_checkpointing, which then does nothing. Where
+    transformers checkpoints around the call instead (5.17), ours is within it, with the same gradients."""
+    import transformers
+
     block, args, kwargs = BLOCKS["Bert"](0.2)
     install(block, 0.5)
     expected = gradients(block, args, kwargs)
     if reentrant is None:
         calls = []
         block.gradient_checkpointing = True
-        block._gradient_checkpointing_func = lambda *a: calls.append(a)
+        around = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
+
+        def own(forward, *a):
+            calls.append(a)
+            return checkpoint(forward, *a, use_reentrant=False)
+
+        block._gradient_checkpointing_func = own
         same(gradients(block, args, kwargs), expected)
-        assert not calls and block.gradient_checkpointing is True
+        assert len(calls) == around and block.gradient_checkpointing is True
     else:
         same(gradients(block, args, kwargs, lambda *a, **k: checkpoint(block, *a, use_reentrant=False, **k)), expected)
+
+
+def cache_argument(block):
+    """What the installed transformers calls a block's cache."""
+    parameters = inspect.signature(inspect.unwrap(type(block).forward)).parameters
+    (name,) = (name for name, p in parameters.items() if "Cache" in str(p.annotation))
+    return name
 
 
 def test_a_cache_is_left_out_and_a_full_one_is_refused():
     from transformers import DynamicCache
 
     block, args, kwargs = BLOCKS["Llama"]()
-    expected = gradients(block, args, {**kwargs, "past_key_values": None, "use_cache": False})
+    name = cache_argument(block)
+    kwargs = {k: v for k, v in kwargs.items() if k not in (name, "use_cache")}
+    expected = gradients(block, args, kwargs)
     install(block, 1.0)
     cache = DynamicCache()
-    same(gradients(block, args, {**kwargs, "past_key_values": cache, "use_cache": True}), expected)
+    same(gradients(block, args, {**kwargs, name: cache, "use_cache": True}), expected)
     assert cache.get_seq_length() == 0
     with torch.no_grad():
-        block(args[0], **{**kwargs, "past_key_values": cache})
+        block(args[0], **{**kwargs, name: cache})
+    assert cache.get_seq_length() == T
     with pytest.raises(EfftuneError, match="whose cache holds keys"):
-        gradients(block, args, {**kwargs, "past_key_values": cache})
+        gradients(block, args, {**kwargs, name: cache})
+
+
+def test_layers_of_linear_attention_have_caches_without_a_length():
+    from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(0)
+    linear = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    config = Qwen3NextConfig(
+        vocab_size=97, hidden_size=D, intermediate_size=2 * D, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, **linear,
+    )  # fmt: skip
+    model = Qwen3NextForCausalLM(config).train()
+    assert set(config.layer_types) == {"linear_attention", "full_attention"}
+    ids = torch.randint(4, 97, (2, 8))
+    name = cache_argument(model)
+
+    def gradients_with(**kwargs):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, **kwargs).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients_with(use_cache=False)
+    for layer in model.model.layers:
+        install(layer)
+    cache = DynamicCache(config=config)
+    found = gradients_with(**{name: cache, "use_cache": True})
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    with torch.no_grad():
+        model(input_ids=ids, **{name: cache}, use_cache=True)
+    with pytest.raises(EfftuneError, match="whose cache holds keys"):
+        gradients_with(**{name: cache})
 
 
 @pytest.mark.parametrize("inside", [True, False])
