@@ -47,7 +47,8 @@ def linear_cross_entropy_kernel(
     if HAS_CAP:
         scale = softcap
     if LOSS:
-        most = float("-inf")
+        # A maximum and a sum for each place of the block, joined at the end: no reduction over threads on the way.
+        mosts = tl.full((BLOCK,), float("-inf"), tl.float32)
         sums = tl.zeros((BLOCK,), tl.float32)
         totals = tl.zeros((BLOCK,), tl.float32)
         at_target = tl.zeros((BLOCK,), tl.float32)
@@ -58,10 +59,12 @@ def linear_cross_entropy_kernel(
             totals += tl.where(mask, y, 0.0)
             at_target += tl.where(offs == target, y, 0.0)
             y = tl.where(mask, y, float("-inf"))
-            most_now = tl.maximum(most, tl.max(y, 0))
-            sums = sums * tl.exp(most - most_now) + tl.exp(y - most_now)
-            most = most_now
-        log_sum = tl.log(tl.sum(sums, 0))
+            now = tl.maximum(mosts, y)
+            finite = tl.where(now == float("-inf"), 0.0, now)  # nothing yet: -inf - -inf would be NaN
+            sums = sums * tl.exp(mosts - finite) + tl.exp(y - finite)
+            mosts = now
+        most = tl.max(mosts, 0)
+        log_sum = tl.log(tl.sum(sums * tl.exp(mosts - most), 0))
         at_target = tl.sum(at_target, 0)
         # most and the logit of a confident token cancel first.
         loss = log_sum + (most - at_target) + smoothing * (at_target - tl.sum(totals, 0) / vocabulary)
