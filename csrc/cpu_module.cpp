@@ -1,6 +1,8 @@
 // The Python face of the C++ kernels.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bind.h"
 
 namespace py = pybind11;
@@ -254,11 +256,10 @@ void bind_scale_rows(uintptr_t g, uintptr_t idx, uintptr_t weight, uintptr_t out
 
 void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, uintptr_t norm, uintptr_t loss,
                                uintptr_t dy, int64_t rows, int64_t cols, int64_t first, int64_t vocabulary,
-                               int64_t ignore_index, const std::string& dtype, float softcap, float smoothing,
-                               bool gradient, int threads) {
+                               int64_t ignore_index, float softcap, float smoothing, bool gradient, int threads) {
     check(rows >= 0 && cols > 0 && first >= 0 && first + cols <= vocabulary && threads > 0,
           "linear_cross_entropy takes columns inside the vocabulary, at least one, and at least one thread.");
-    const LinearCrossEntropyArgs args{pointer<void>(z),
+    const LinearCrossEntropyArgs args{pointer<float>(z),
                                       pointer<const float>(bias),
                                       pointer<const int64_t>(targets),
                                       pointer<float>(norm),
@@ -269,12 +270,32 @@ void bind_linear_cross_entropy(uintptr_t z, uintptr_t bias, uintptr_t targets, u
                                       first,
                                       vocabulary,
                                       ignore_index,
-                                      dtype_from(dtype),
                                       softcap,
                                       smoothing,
                                       gradient};
     py::gil_scoped_release release;
     linear_cross_entropy(args, threads);
+}
+
+const std::vector<std::string> kBf16Units = {"none", "avx512", "amx"};  // in the order of Bf16Unit
+
+void bind_bf16_product(uintptr_t a, uintptr_t b, uintptr_t out, const std::array<int64_t, 3>& shape,
+                       const std::array<int64_t, 3>& strides, const std::string& unit, int threads) {
+    const auto [m, n, k] = shape;
+    const auto index = std::find(kBf16Units.begin(), kBf16Units.end(), unit) - kBf16Units.begin();
+    check(m >= 0 && n >= 0 && k >= 0 && threads > 0, "bf16_product takes sizes of at least 0 and at least one thread.");
+    check(index <= static_cast<int>(bf16_unit()), "bf16_product takes a unit that this processor has, or 'none'.");
+    const ProductArgs args{pointer<const uint16_t>(a),
+                           pointer<const uint16_t>(b),
+                           pointer<float>(out),
+                           m,
+                           n,
+                           k,
+                           strides[0],
+                           strides[1],
+                           strides[2]};
+    py::gil_scoped_release release;
+    bf16_product(args, static_cast<Bf16Unit>(index), threads);
 }
 
 }  // namespace
@@ -297,4 +318,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("gather_rows", &bind_gather_rows);
     m.def("scale_rows", &bind_scale_rows);
     m.def("linear_cross_entropy", &bind_linear_cross_entropy);
+    m.def("bf16_unit", [] { return kBf16Units[static_cast<size_t>(bf16_unit())]; });
+    m.def("bf16_product", &bind_bf16_product);
 }

@@ -175,18 +175,28 @@ struct ScaleRowsArgs {
 void scale_rows(const ScaleRowsArgs& args, int threads);
 
 struct LinearCrossEntropyArgs {
-    void* z;                 // (rows, cols): logits of the columns first..first + cols, replaced by their gradient
+    float* z;                // (rows, cols): logits of the columns first..first + cols, replaced by their gradient
     const float* bias;       // (cols) or nullptr
     const int64_t* targets;  // (rows), inside the vocabulary or ignore_index
     float* norm;             // (2, rows): max and log Σ exp(y - max), written with the loss, else read
     float* loss;             // (rows) or nullptr; only for whole rows
     const float* dy;         // (rows), factors of the gradient, or nullptr
     int64_t rows, cols, first, vocabulary, ignore_index;
-    Dtype dtype;
     float softcap, smoothing;  // 0: none
     bool gradient;
 };
 
 void linear_cross_entropy(const LinearCrossEntropyArgs& args, int threads);
+
+struct ProductArgs {
+    const uint16_t *a, *b;  // bfloat16 (m, k) and (n, k): rows are strides apart, their elements adjacent
+    float* out;             // (m, n): a bᵀ
+    int64_t m, n, k, a_stride, b_stride, out_stride;
+};
+
+enum class Bf16Unit : int { kNone = 0, kAvx512 = 1, kAmx = 2 };  // kNone: what the units do in plain C++, for tests
+
+Bf16Unit bf16_unit();  // the fastest that this processor has
+void bf16_product(const ProductArgs& args, Bf16Unit unit, int threads);
 
 }  // namespace efftune

@@ -33,15 +33,13 @@ static inline float hyperbolic_tangent(float x) {
 
 // u = tanh((z + bias) / softcap), or z + bias without a cap, of logits at..at + count. The slope 1 - u² is taken from u
 // itself: from a rounded softcap u it would lose precision where the cap saturates.
-template <class T>
-static inline void load_logits(const LinearCrossEntropyArgs& c, const typename T::Storage* z, int64_t at, int64_t count,
-                               float* u) {
+static inline void load_logits(const LinearCrossEntropyArgs& c, const float* z, int64_t at, int64_t count, float* u) {
     if (c.bias) {
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) u[j] = T::load(z[at + j]) + c.bias[at + j];
+        for (int64_t j = 0; j < count; ++j) u[j] = z[at + j] + c.bias[at + j];
     } else {
 #pragma omp simd
-        for (int64_t j = 0; j < count; ++j) u[j] = T::load(z[at + j]);
+        for (int64_t j = 0; j < count; ++j) u[j] = z[at + j];
     }
     if (c.softcap != 0.0f) {
 #pragma omp simd
@@ -49,16 +47,33 @@ static inline void load_logits(const LinearCrossEntropyArgs& c, const typename T
     }
 }
 
-template <class T>
-static inline void row_loss(const LinearCrossEntropyArgs& c, const typename T::Storage* z, int64_t row) {
+// Σ f(j) for j < count, in lanes that are added in a fixed order: that of a reduction clause would depend on the
+// instruction set, and the last bits of the sum with it.
+template <class F>
+static EFFTUNE_INLINE float sum_of(int64_t count, F f) {
+    constexpr int kLanes = 64;
+    alignas(64) float lanes[kLanes] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+#pragma omp simd
+        for (int j = 0; j < kLanes; ++j) lanes[j] += f(k + j);
+    }
+#pragma omp simd
+    for (int64_t j = k; j < count; ++j) lanes[j - k] += f(j);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+static inline void row_loss(const LinearCrossEntropyArgs& c, const float* z, int64_t row) {
     alignas(64) float y[kSpan];
     const float scale = c.softcap != 0.0f ? c.softcap : 1.0f;
     float most = -INFINITY;
     double sum = 0.0, total = 0.0;  // of exp(y - most) and of y
     for (int64_t at = 0; at < c.cols; at += kSpan) {
         const int64_t count = c.cols - at < kSpan ? c.cols - at : kSpan;
-        load_logits<T>(c, z, at, count, y);
-        float most_here = -INFINITY, part = 0.0f, part_total = 0.0f;
+        load_logits(c, z, at, count, y);
+        float most_here = -INFINITY;
 #pragma omp simd reduction(max : most_here)
         for (int64_t j = 0; j < count; ++j) {
             y[j] *= scale;
@@ -68,15 +83,11 @@ static inline void row_loss(const LinearCrossEntropyArgs& c, const typename T::S
             sum *= std::exp(static_cast<double>(most) - most_here);
             most = most_here;
         }
-#pragma omp simd reduction(+ : part)
-        for (int64_t j = 0; j < count; ++j) part += exponential(y[j] - most);
-        sum += part;
+        sum += sum_of(count, [&](int64_t j) __attribute__((always_inline)) { return exponential(y[j] - most); });
         if (c.smoothing == 0.0f) continue;
-#pragma omp simd reduction(+ : part_total)
-        for (int64_t j = 0; j < count; ++j) part_total += y[j];
-        total += part_total;
+        total += sum_of(count, [&](int64_t j) __attribute__((always_inline)) { return y[j]; });
     }
-    load_logits<T>(c, z, c.targets[row], 1, y);
+    load_logits(c, z, c.targets[row], 1, y);
     const double eps = c.smoothing, log_sum = std::log(sum), at_target = y[0] * scale;
     const double uniform = eps == 0.0 ? 0.0 : eps * (total / static_cast<double>(c.cols));
     c.norm[row] = most;
@@ -84,8 +95,7 @@ static inline void row_loss(const LinearCrossEntropyArgs& c, const typename T::S
     c.loss[row] = static_cast<float>(most + log_sum - (1.0 - eps) * at_target - uniform);
 }
 
-template <class T>
-static inline void row_gradient(const LinearCrossEntropyArgs& c, typename T::Storage* z, int64_t row) {
+static inline void row_gradient(const LinearCrossEntropyArgs& c, float* z, int64_t row) {
     alignas(64) float u[kSpan];
     const float scale = c.softcap != 0.0f ? c.softcap : 1.0f, capped = c.softcap != 0.0f ? 1.0f : 0.0f;
     const float most = c.norm[row], log_sum = c.norm[c.rows + row], dy = c.dy ? c.dy[row] : 1.0f;
@@ -94,41 +104,29 @@ static inline void row_gradient(const LinearCrossEntropyArgs& c, typename T::Sto
     const bool here = target >= 0 && target < c.cols;
     float at_target = 0.0f;
     if (here) {
-        load_logits<T>(c, z, target, 1, u);
+        load_logits(c, z, target, 1, u);
         const float p = exponential(scale * u[0] - most - log_sum);
         at_target = (p - uniform - (1.0f - c.smoothing)) * (1.0f - capped * u[0] * u[0]) * dy;
     }
     for (int64_t at = 0; at < c.cols; at += kSpan) {
         const int64_t count = c.cols - at < kSpan ? c.cols - at : kSpan;
-        load_logits<T>(c, z, at, count, u);
+        load_logits(c, z, at, count, u);
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
             const float p = exponential(scale * u[j] - most - log_sum);
-            z[at + j] = T::store((p - uniform) * (1.0f - capped * u[j] * u[j]) * dy);
+            z[at + j] = (p - uniform) * (1.0f - capped * u[j] * u[j]) * dy;
         }
     }
-    if (here) z[target] = T::store(at_target);
+    if (here) z[target] = at_target;
 }
 
-template <class T>
-static inline void cross_entropy_row(const LinearCrossEntropyArgs& c, int64_t row) {
-    auto* z = static_cast<typename T::Storage*>(c.z) + row * c.cols;
+__attribute__((noinline)) static void linear_cross_entropy_row(const LinearCrossEntropyArgs& c, int64_t row) {
+    float* z = c.z + row * c.cols;
     if (c.targets[row] == c.ignore_index) {
         if (c.loss) c.loss[row] = c.norm[row] = c.norm[c.rows + row] = 0.0f;
         if (c.gradient) memset(z, 0, static_cast<size_t>(c.cols) * sizeof *z);
         return;
     }
-    if (c.loss) row_loss<T>(c, z, row);
-    if (c.gradient) row_gradient<T>(c, z, row);
-}
-
-__attribute__((noinline)) static void linear_cross_entropy_row(const LinearCrossEntropyArgs& c, int64_t row) {
-    switch (c.dtype) {
-        case Dtype::kFloat32:
-            return cross_entropy_row<Float32>(c, row);
-        case Dtype::kBFloat16:
-            return cross_entropy_row<BFloat16>(c, row);
-        case Dtype::kFloat16:
-            return cross_entropy_row<Float16>(c, row);
-    }
+    if (c.loss) row_loss(c, z, row);
+    if (c.gradient) row_gradient(c, z, row);
 }

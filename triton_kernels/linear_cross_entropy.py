@@ -47,26 +47,27 @@ def linear_cross_entropy_kernel(
     if HAS_CAP:
         scale = softcap
     if LOSS:
-        most = float("-inf")
+        # A maximum and a sum for each place of the block, joined at the end: no reduction over threads on the way.
+        mosts = tl.full((BLOCK,), float("-inf"), tl.float32)
         sums = tl.zeros((BLOCK,), tl.float32)
         totals = tl.zeros((BLOCK,), tl.float32)
-        at_target = tl.zeros((BLOCK,), tl.float32)
+        valid = (target >= 0) & (target < vocabulary)
+        at_target = load_logits(z_ptr, bias_ptr, target, valid, softcap, HAS_BIAS, HAS_CAP) * scale
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < cols
             y = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP) * scale
             totals += tl.where(mask, y, 0.0)
-            at_target += tl.where(offs == target, y, 0.0)
             y = tl.where(mask, y, float("-inf"))
-            most_now = tl.maximum(most, tl.max(y, 0))
-            sums = sums * tl.exp(most - most_now) + tl.exp(y - most_now)
-            most = most_now
-        log_sum = tl.log(tl.sum(sums, 0))
-        at_target = tl.sum(at_target, 0)
+            now = tl.maximum(mosts, y)
+            finite = tl.where(now == float("-inf"), 0.0, now)  # nothing yet: -inf - -inf would be NaN
+            sums = sums * tl.exp(mosts - finite) + tl.exp(y - finite)
+            mosts = now
+        most = tl.max(mosts, 0)
+        log_sum = tl.log(tl.sum(sums * tl.exp(mosts - most), 0))
         # most and the logit of a confident token cancel first.
         loss = log_sum + (most - at_target) + smoothing * (at_target - tl.sum(totals, 0) / vocabulary)
         # A target outside the vocabulary has no logit: NaN says so, where a clamp would train on another token.
-        valid = (target >= 0) & (target < vocabulary)
         log_sum = tl.where(valid, log_sum, float("nan"))
         loss = tl.where(valid, loss, float("nan"))
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))

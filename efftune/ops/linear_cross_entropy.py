@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efftune.errors import refuse_second_derivative
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, extension, triton_why_not
 from efftune.ops._op import Op, forced_backend, use_backend
 
 BLOCK = 2**21  # elements of the weight that are widened at a time
@@ -67,7 +67,6 @@ def _cpp_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_in
         first,
         vocabulary,
         ignore_index,
-        dtype_name(z.dtype),
         softcap,
         smoothing,
         dz is not None,
@@ -84,34 +83,40 @@ def _triton_tile(*args):
 # ---- products ----
 
 
-def _emulated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this CPU has no units for products of `dtype`; then oneDNN is 3 to 5 times slower than in float32."""
-    if device.type != "cpu" or dtype not in _LOW:
-        return False
-    if dtype == torch.float16:
-        return not torch.cpu._is_amx_fp16_supported()
-    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def _unit() -> str:
+    """This processor's unit for bfloat16 products that csrc/bf16_product.cpp uses: "amx", "avx512" or "none"."""
+    return extension("_cpu").bf16_unit()
+
+
+def _widened(tile: Callable, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether operands of 16 bits are products in float32, block by block. torch's operators on a CPU round logits to
+    16 bits, and without units they take 3 to 5 times as long as in float32."""
+    return (
+        device.type == "cpu"
+        and dtype in _LOW
+        and not (dtype == torch.bfloat16 and tile is _cpp_tile and _unit() != "none")
+    )
 
 
 def _tile_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Of the logits that a product gives: float32 where it can be had from 16-bit operands at no cost."""
-    if dtype in _LOW and ((device.type == "cuda" and torch.version.cuda) or _emulated(device, dtype)):
-        return torch.float32
-    return dtype
+    return torch.float32 if dtype in _LOW and (device.type == "cpu" or torch.version.cuda) else dtype
 
 
-def _row_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(a, b, weight[a:b] in dtype): at once if it has that dtype, else in blocks, in one buffer."""
+def _row_blocks(weight: Tensor, dtype: torch.dtype, low: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(a, b, weight[a:b] in dtype): at once if it has that dtype, else in blocks, in one buffer. Under autocast the
+    weight is wider than `low`, the dtype of hidden, and is rounded to it first."""
     rows, cols = weight.shape
-    step = rows if weight.dtype == dtype else max(1, BLOCK // cols)
-    buffer = weight if weight.dtype == dtype else weight.new_empty(min(step, rows), cols, dtype=dtype)
+    at_once = weight.dtype == dtype == low
+    step = rows if at_once else max(1, BLOCK // cols)
+    buffer = weight if at_once else weight.new_empty(min(step, rows), cols, dtype=dtype)
     for a in range(0, rows, step):
         b = min(a + step, rows)
-        yield a, b, weight if buffer is weight else buffer[: b - a].copy_(weight[a:b])
+        yield a, b, weight if at_once else buffer[: b - a].copy_(weight[a:b].to(low))
 
 
-def _logits(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    for a, b, w in _row_blocks(weight, x.dtype):
+def _logits(x: Tensor, weight: Tensor, low: torch.dtype, out: Tensor) -> None:
+    for a, b, w in _row_blocks(weight, x.dtype, low):
         _product(x, w.t(), out[:, a:b])
 
 
@@ -121,26 +126,54 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
     elif a.is_cuda and torch.version.cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif a.dtype == torch.bfloat16 and out.dtype == torch.float32 and not a.is_cuda:
+        _cpp_product(a, b.t(), out)
     else:
         out.copy_(a @ b)
 
 
-def _times(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz · weight (rows, K), dtype of dz."""
-    if weight.dtype == dz.dtype:
+def _cpp_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a bᵀ of bfloat16 operands, whose rows are copied only if their elements are apart."""
+    a, b = (t if t.stride(1) == 1 else t.contiguous() for t in (a, b))
+    strides = a.stride(0), b.stride(0), out.stride(0)
+    extension("_cpu").bf16_product(
+        a.data_ptr(), b.data_ptr(), out.data_ptr(), (*out.shape, a.shape[1]), strides, _unit(), torch.get_num_threads()
+    )
+
+
+def _times(dz: Tensor, weight: Tensor, product: torch.dtype, low: torch.dtype) -> Tensor:
+    """dz · weight (rows, K)."""
+    if dz.dtype != product:
+        return _split_product(dz, weight)
+    if weight.dtype == dz.dtype == low:
         return dz @ weight
     dx = dz.new_zeros(dz.shape[0], weight.shape[1])
-    for a, b, w in _row_blocks(weight, dz.dtype):
+    for a, b, w in _row_blocks(weight, dz.dtype, low):
         dx.addmm_(dz[:, a:b], w)
     return dx
 
 
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype, Tensor]:
-    """The dtype of the operands of products, that of the tile, and the weight: under autocast it is rounded here."""
-    product = torch.float32 if _emulated(hidden.device, hidden.dtype) else hidden.dtype
-    if weight.dtype != hidden.dtype and hidden.dtype == product:
-        weight = weight.to(product)
-    return product, _tile_dtype(hidden.device, hidden.dtype), weight
+def _split_product(dz: Tensor, b: Tensor) -> Tensor:
+    """dz · b for dz in float32, which is destroyed, and b in bfloat16, on a CPU with units: dz as a sum of two bfloat16
+    numbers has 16 bits, at twice the cost. With 8 the result would be off by as much again as its own rounding, and by
+    more where terms cancel. The first product is so small that its rounding is no matter."""
+    high = dz.to(torch.bfloat16)
+    low = dz.sub_(high).to(torch.bfloat16)
+    return torch.addmm(low @ b, high, b)
+
+
+def _operands(tile: Callable, hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, Tensor]:
+    """The dtype of the operands of products, and the weight: under autocast it is rounded here or block by block."""
+    if _widened(tile, hidden.device, hidden.dtype):
+        return torch.float32, weight
+    return hidden.dtype, weight.to(hidden.dtype)
+
+
+def _tiles(hidden: Tensor, elements: int, gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """Memory for the logits of a tile, and for their gradient: on a GPU that is rounded to the dtype of hidden."""
+    z = hidden.new_empty(elements, dtype=_tile_dtype(hidden.device, hidden.dtype))
+    apart = gradient and hidden.is_cuda and z.dtype != hidden.dtype
+    return z, torch.empty_like(z, dtype=hidden.dtype) if apart else z
 
 
 def _tokens(m: int, vocabulary: int, device: torch.device) -> int:
@@ -166,22 +199,20 @@ def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, sm
     if not hidden.is_cuda:
         _check_targets(targets, vocabulary, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        product, tile_dtype, weight = _operands(hidden, weight)
+        product, weight = _operands(tile, hidden, weight)
         bias = None if bias is None else bias.to(loss.dtype).contiguous()
         step = _tokens(m, vocabulary, hidden.device)
-        tile_z = torch.empty(min(step, m) * vocabulary, dtype=tile_dtype, device=hidden.device)
-        in_place = tile_dtype == product
-        tile_dz = tile_z if in_place or not need_dx else torch.empty_like(tile_z, dtype=product)
+        tiles = _tiles(hidden, min(step, m) * vocabulary, need_dx)
         for a in range(0, m, step):
             b = min(a + step, m)
-            z, dz = (t[: (b - a) * vocabulary].view(b - a, vocabulary) for t in (tile_z, tile_dz))
-            _logits(hidden[a:b].to(product), weight, z)
+            z, dz = (t[: (b - a) * vocabulary].view(b - a, vocabulary) for t in tiles)
+            _logits(hidden[a:b].to(product), weight, hidden.dtype, z)
             here = norm.new_empty(2, b - a)
             rows = targets[a:b], here, loss[a:b], None
             tile(z, bias, *rows, dz if need_dx else None, 0, vocabulary, ignore_index, softcap or 0.0, smoothing)
             norm[:, a:b] = here
             if need_dx:
-                dx[a:b] = _times(dz, weight)
+                dx[a:b] = _times(dz, weight, product, hidden.dtype)
     return loss, norm, dx
 
 
@@ -197,22 +228,25 @@ def _run_backward(
     dw, db = _backward_fake(dy, hidden, weight, bias, targets, norm, ignore_index, smoothing, softcap, need_dw, need_db)
     (m, _), vocabulary = hidden.shape, weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
-        product, tile_dtype, weight = _operands(hidden, weight)
+        product, weight = _operands(tile, hidden, weight)
         x = hidden.to(product)
         step = _columns(m, vocabulary)
-        tile_z = torch.empty(m * step, dtype=tile_dtype, device=hidden.device)
-        tile_dz = tile_z if tile_dtype == product else torch.empty_like(tile_z, dtype=product)
+        tiles = _tiles(hidden, m * step)
         for a in range(0, vocabulary, step):
             b = min(a + step, vocabulary)
-            z, dz = (t[: m * (b - a)].view(m, b - a) for t in (tile_z, tile_dz))
-            _logits(x, weight[a:b], z)
+            z, dz = (t[: m * (b - a)].view(m, b - a) for t in tiles)
+            _logits(x, weight[a:b], hidden.dtype, z)
             bias_here = None if bias is None else bias[a:b].to(norm.dtype).contiguous()
             rows = targets, norm, None, dy
             tile(z, bias_here, *rows, dz, a, vocabulary, ignore_index, softcap or 0.0, smoothing)
-            if need_dw:
-                _product(dz.t(), x, dw[a:b])
             if need_db:
                 db[a:b] = dz.sum(0, dtype=norm.dtype)
+            if need_dw and dz.dtype == product:
+                _product(dz.t(), x, dw[a:b])
+            elif need_dw and dw.dtype == product:
+                dw[a:b] = _split_product(dz.t(), x)
+            elif need_dw:  # autocast: dW in float32, which torch's product would round
+                torch.mm(dz.t(), x.float(), out=dw[a:b])
     return dw, db
 
 
@@ -347,11 +381,12 @@ def linear_cross_entropy(
         num_items: an int or a 0-d tensor: the terms of all micro-batches together (Hugging Face's num_items_in_batch).
     Returns: f32 (f64 for f64 hidden), 0-d or (...,).   Gradients: hidden, weight and bias, if they require it; a frozen
         weight costs no product and no memory.
-    Numerics: the logits, their softmax and the loss are f32 where a product gives f32: f32 operands, NVIDIA GPUs, and
-        CPUs without bf16 units, where blocks of the operands are widened. Elsewhere (CPUs with bf16 units, ROCm) logits
-        are rounded to hidden.dtype by the product, as by F.linear. The gradient of the logits is rounded to the dtype
-        of the products; dhidden without dy is rounded to hidden.dtype, and once more after multiplication by dy.
-        dweight and dbias are summed over all tokens in f32 and rounded once.
+    Numerics: the logits, their softmax and the loss are f32, except on ROCm, where the product rounds logits to
+        hidden.dtype. On every CPU so is the gradient of the logits; on GPUs it is rounded to hidden.dtype. dhidden
+        without dy is rounded to hidden.dtype, and once more after multiplication by dy. dweight and dbias are summed
+        over all tokens in f32 and rounded once. Processors differ in the order of f32 sums only. Those with bf16 units
+        (AVX512-BF16, AMX) multiply by the gradient of bf16 logits as a sum of two bf16 numbers, to 2^-17 of it, and
+        take numbers below 2^-126 as 0; elsewhere, and in f16, blocks of the operands are widened to f32.
     Memory: one tile of logits: in forward a sixteenth of the tokens, but 2^23 (on a GPU 2^25) to 2^27 elements; in
         backward 2^23, or 256 columns.
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where

@@ -126,43 +126,83 @@ def test_nan_and_infinity_are_not_hidden(backend):
     assert loss[:2].isnan().all() and loss[2] == pytest.approx(math.log(7))
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_instruction_sets_and_tile_types(level, dtype):
-    """The kernel on tiles of each stored type: a CPU with bfloat16 units has them in bfloat16."""
+def test_tiles_of_logits_and_their_gradient():
+    """The kernel by itself."""
     g = torch.Generator().manual_seed(0)
-    z, bias = 3 * torch.randn(9, 2311, generator=g).to(dtype), torch.randn(2311, generator=g)
+    z, bias = 3 * torch.randn(9, 2311, generator=g), torch.randn(2311, generator=g)
     targets, dy = torch.randint(2311, (9,), generator=g), torch.randn(9, generator=g)
     targets[4] = -100
     results = []
     for tile, wide in ((module._torch_tile, torch.float64), (module._cpp_tile, torch.float32)):
-        loss, norm, d = torch.empty(9, dtype=wide), torch.empty(2, 9, dtype=wide), dy.to(wide)
-        out = z.clone() if wide == torch.float32 else z.double()
-        extension("_cpu").limit_isa(level)
-        try:
-            tile(out, bias.to(wide), targets, norm, loss, d, out, 0, 2311, -100, 3.0, 0.1)
-        finally:
-            extension("_cpu").limit_isa(2)
+        loss, norm, out = torch.empty(9, dtype=wide), torch.empty(2, 9, dtype=wide), z.to(wide, copy=True)
+        tile(out, bias.to(wide), targets, norm, loss, dy.to(wide), out, 0, 2311, -100, 3.0, 0.1)
         results.append((loss, norm, out))
     for oracle, result in zip(*results, strict=True):
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_where_products_are_in_bfloat16(monkeypatch, small_tiles, backend):
-    """As on a CPU with bfloat16 units: no worse than logits from F.linear and a loss of them in float32."""
-    monkeypatch.setattr(module, "_emulated", lambda device, dtype: False)
-    made, targets, dy = operands((37, 24, 1301), torch.bfloat16)
+# ---- products: one result, whatever the processor
 
-    def rounded(hidden, weight, bias, targets):
-        return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
-    with use_backend(backend):
-        results = run(ours, torch.bfloat16, made, targets, dy)
-    exact = run(naive, torch.float64, made, targets, dy)
-    plain = run(rounded, torch.bfloat16, made, targets, dy)
-    for result, oracle, other in zip(results, exact, plain, strict=True):
-        assert rms(result.double() - oracle) <= 1.2 * rms(other.double() - oracle)
+@pytest.fixture(params=["widened", "none", "own"])
+def units(request, monkeypatch):
+    """Without units, with emulated ones, and with those of this processor."""
+    own = module._unit()
+    if request.param == "own" and own == "none":
+        pytest.skip("this processor has no units for bfloat16 products")
+    monkeypatch.setattr(module, "_widened", lambda *args: request.param == "widened")
+    monkeypatch.setattr(module, "_unit", lambda: own if request.param == "own" else "none")
+
+
+@pytest.mark.parametrize("label_smoothing, softcap", [(0.0, None), (0.1, 1.5)])
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 24, 1301), (65, 300, 257)])
+def test_bfloat16_within_budget_with_and_without_units(units, small_tiles, shape, label_smoothing, softcap):
+    made, targets, dy = operands(shape, torch.bfloat16)
+    check("cpp", torch.bfloat16, made, targets, dy, label_smoothing=label_smoothing, softcap=softcap)
+
+
+def test_units_are_used_for_bfloat16_alone(monkeypatch):
+    cpu = torch.device("cpu")
+    for unit in ("none", "avx512", "amx"):
+        monkeypatch.setattr(module, "_unit", lambda unit=unit: unit)
+        assert module._widened(module._cpp_tile, cpu, torch.bfloat16) == (unit == "none")
+        assert module._widened(module._torch_tile, cpu, torch.bfloat16)
+        assert module._widened(module._cpp_tile, cpu, torch.float16)
+        assert not module._widened(module._cpp_tile, cpu, torch.float32)
+        assert not module._widened(module._triton_tile, torch.device("cuda"), torch.bfloat16)
+
+
+def test_all_processors_give_one_result_under_autocast(monkeypatch, small_tiles):
+    """Also the gradient of a float32 weight, which no product may round to bfloat16 on its way."""
+    made, targets, dy = operands((37, 24, 1301), torch.float32)
+    results = []
+    for widened in (True, False):
+        monkeypatch.setattr(module, "_widened", lambda *args, widened=widened: widened)
+        monkeypatch.setattr(module, "_unit", lambda: "none")
+        with torch.autocast("cpu", torch.bfloat16), use_backend("cpp"):
+            results.append(run(ours, torch.float32, made, targets, dy))
+    for a, b in zip(*results, strict=True):
+        assert rms(a.double() - b.double()) <= 2e-5 * rms(a)
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (16, 32, 32), (33, 31, 64), (300, 100, 257), (7, 65, 1000), (3, 0, 5)])
+def test_products_of_bfloat16(units, m, n, k):
+    """Rows apart, sizes that no tile divides: the result in float32 and nothing beside it."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, k + 3, generator=g).bfloat16()[:, 1 : 1 + k] for rows in (m, n))
+    out = torch.full((m + 1, n + 2), 7.0)
+    oracle, in_order = a.double() @ b.double().t(), torch.zeros(m, n)
+    for j in range(k):  # float32 sums one after the other: a library's blocked sum errs less
+        in_order += a[:, j : j + 1].float() * b[:, j].float()
+    for left in (a, a.t().contiguous().t()):
+        module._cpp_product(left, b, out[:m, :n])
+        assert_within_budget(out[:m, :n].contiguous(), oracle, in_order)
+        assert (out[m:] == 7).all() and (out[:, n:] == 7).all()
+
+
+def test_products_refuse_a_unit_that_is_not_there():
+    with pytest.raises(ValueError, match="a unit that this processor has"):
+        extension("_cpu").bf16_product(0, 0, 0, (0, 0, 0), (0, 0, 0), "avx1024", 1)
 
 
 def test_gradcheck():
