@@ -10,18 +10,16 @@ device is done. "relative" is to transformers for recipes that train all weights
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 
 import efftune
-from bench.harness import environment
+from bench.harness import DRY, Job, kind, measure, parsed, parser
 
 LAYERS = 8
 MODEL = dict(
@@ -71,6 +69,9 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], tuple[float, float
 def rows_for(variants: list[str], device: str, repeats: int) -> list[dict]:
     ids = torch.randint(0, MODEL["vocab_size"], (1, 8), device=device)
     calls = {variant: step(made(variant, device), ids) for variant in variants}
+    title = f"host time of a layer, {kind(device)}"
+    if device == DRY:
+        return [{"name": title, "variant": v, "device": device, "skipped": "skipped: a dry run"} for v in variants]
     samples: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     for repeat in range(-3, repeats):
         turn = repeat % len(variants)
@@ -81,7 +82,7 @@ def rows_for(variants: list[str], device: str, repeats: int) -> list[dict]:
     rows = []
     for variant, taken in samples.items():
         forward, backward = (statistics.median(part) / LAYERS for part in zip(*taken))
-        row = {"name": f"host time of a layer, {device}", "variant": variant, "device": device}
+        row = {"name": title, "variant": variant, "device": device}
         rows.append(row | {"forward_s": forward, "backward_s": backward})
     totals = {row["variant"]: row["forward_s"] + row["backward_s"] for row in rows}
     for row in rows:
@@ -90,27 +91,29 @@ def rows_for(variants: list[str], device: str, repeats: int) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone, beside the two peers")
-    parser.add_argument("--repeats", type=int, default=41)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", metavar="NAME", help="these variants alone, beside the two peers")
+    options.add_argument("--repeats", type=int, default=41)
+    args = parsed(options, argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         chosen = [*PEERS, *(recipe for recipe in RECIPES if not args.only or recipe in args.only)]
-        rows = rows_for(chosen, args.device, args.repeats)
-        saved = {"environment": environment(args.device), "rows": rows}
+        measure(args, "host_time", [Job(str(chosen), partial(rows_for, chosen, args.device, args.repeats))], show)
     finally:
         torch.set_num_threads(threads)
+
+
+def show(rows: list[dict]) -> None:
     print(f"{'':28} {'forward':>10} {'backward':>10} {'relative':>9}")
     for row in rows:
+        if "skipped" in row:
+            print(f"{row['variant']:28} {row['skipped']}")
+            continue
         relative = "" if row["relative"] is None else f"{row['relative']:8.2f}x"
         times = f"{row['forward_s'] * 1e6:7.0f} us {row['backward_s'] * 1e6:7.0f} us"
         print(f"{row['variant']:28} {times} {relative:>9}")
-    if not args.only:
-        Path(f"bench/results/host_time-{args.device}.json").write_text(json.dumps(saved, indent=1) + "\n")
 
 
 if __name__ == "__main__":

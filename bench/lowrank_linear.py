@@ -5,13 +5,13 @@ python -m bench.lowrank_linear [--device cpu|cuda]
 
 from __future__ import annotations
 
-import argparse
 import copy
+from functools import partial
 
 import torch
 from torch import nn
 
-from bench.harness import on_backend, print_table, run, save
+from bench.harness import Job, measure, on_backend, parsed, parser, run
 from efftune import Linear
 from efftune.linear import LoRA
 from efftune.ops._available import dtype_name
@@ -56,7 +56,7 @@ def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: i
         "PEFT as it comes": with_peft(linear, True),
         "PEFT, adapters in x's dtype": with_peft(linear, False),
     }
-    if device == "cuda":
+    if device != "cpu":
         layers["efftune, Triton"] = lora
 
     def step(label):
@@ -75,10 +75,9 @@ def rows_for(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: i
     return run(name, variants, device=device, dtype=dtype, flops=4 * m * n * k, repeats=repeats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
+def main(argv: list[str] | None = None) -> None:
+    args = parsed(parser(__doc__), argv)
+    device = args.device
     if device == "cpu":
         shapes = [(torch.bfloat16, 2048, 1024, 1024, 41), (torch.float32, 2048, 1024, 1024, 15)]
         shapes += [(torch.float32, 4, 16, 16, 31)]  # all overhead
@@ -87,9 +86,8 @@ def main() -> None:
             (torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096), (8192, 11008, 4096))
         ]
         shapes += [(torch.float32, 2048, 4096, 4096, 10), (torch.bfloat16, 16, 64, 64, 31)]
-    rows = [row for dtype, *rest in shapes for row in rows_for(device, dtype, *rest)]
-    save(rows, f"bench/results/lowrank_linear-{device}.json")
-    print_table(rows)
+    jobs = [Job(f"{dtype_name(dtype)} {rest}", partial(rows_for, device, dtype, *rest)) for dtype, *rest in shapes]
+    measure(args, "lowrank_linear", jobs)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ of 1 B parameters on 2048 tokens.
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 
 import efftune
-from bench.harness import print_table, run, save
+from bench.harness import Job, measure, parsed, parser, run
 from efftune.train.default_job import MODEL
 from efftune.train.task import causal_lm_loss
 
@@ -48,7 +48,8 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
 
     def fresh():
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**config)).to(device, dtype).eval()
+        with torch.device(device):  # 1.2 B numbers take half a minute on a CPU
+            return LlamaForCausalLM._from_config(LlamaConfig(**config), dtype=dtype).eval()
 
     plain = efftune.apply(fresh(), "mezo")
     variants = {"two forward passes": two_forwards(plain.model)}
@@ -63,15 +64,15 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     return run(name, variants, device=device, dtype=dtype, repeats=repeats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
-    rows = [row for name in args.dtypes.split(",") for row in rows_for(args.device, getattr(torch, name), args.repeats)]
-    save(rows, f"bench/results/mezo-{args.device}.json")
-    print_table(rows)
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--dtypes", default="bfloat16,float32")
+    made.add_argument("--repeats", type=int, default=9)
+    args = parsed(made, argv)
+    jobs = [
+        Job(name, partial(rows_for, args.device, getattr(torch, name), args.repeats)) for name in args.dtypes.split(",")
+    ]
+    measure(args, "mezo", jobs)
 
 
 if __name__ == "__main__":
