@@ -69,6 +69,8 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
     targets = torch.randint(v, (m,), device=device)
     stored, scales = int8_quantize(w.float(), 64)
 
+    both, acts = (False, True), ("silu", "gelu", "gelu_tanh")
+
     def loss(trains_head: bool) -> None:
         taken = head if trains_head else head.detach()
         linear_cross_entropy(hidden, taken, targets).backward()
@@ -86,12 +88,12 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "pack_act": lambda: [pack_act(x, bits, 64, s) for bits in (8, 4) for s in (seed, None)],
         "unpack_act": lambda: [unpack_act(codes[:, : -(-k * bits // 8)].contiguous(), stats, bits, 64, k, dtype)
                                for bits in (8, 4)],
-        "rms_norm": lambda: [rms_norm(x, weight, weight if c else None, 1e-6, 0.0, c) for c in (False, True)],
+        "rms_norm": lambda: [rms_norm(x, weight, weight if c else None, 1e-6, 0.0, c) for c in both],
         "rms_norm_apply": lambda: rms_norm_apply(x, weight, None, mean, rstd),
-        "rms_norm_backward": lambda: [rms_norm_backward(dy, x, weight, mean, rstd, 0.0, True, c) for c in (False, True)],
-        "glu": lambda: [glu(x, dy, a) for a in ("silu", "gelu", "gelu_tanh")],
-        "glu_backward": lambda: [glu_backward(dy, x, dy, a) for a in ("silu", "gelu", "gelu_tanh")],
-        "rotary": lambda: [rotary(q, cos, sin, transposed) for transposed in (False, True)],
+        "rms_norm_backward": lambda: [rms_norm_backward(dy, x, weight, mean, rstd, 0.0, True, c) for c in both],
+        "glu": lambda: [glu(x, dy, a) for a in acts],
+        "glu_backward": lambda: [glu_backward(dy, x, dy, a) for a in acts],
+        "rotary": lambda: [rotary(q, cos, sin, transposed) for transposed in both],
         "int8_dequantize": lambda: int8_dequantize(stored, scales, 64, dtype),
         "lowrank_linear": lambda: lowrank_linear(x, w, h, b, None),
         "row_norms": lambda: row_norms(x),

@@ -11,6 +11,7 @@ weights, gradients, the optimizer's state, and what forward and backward need.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -80,6 +81,11 @@ def stepping(optimizer, forward_backward: Callable[[], object]) -> Callable[[], 
     return call
 
 
+@functools.cache
+def size(kind: str) -> int:
+    return sum(p.numel() for p in llama("meta", torch.bfloat16, CONFIGS[kind]).parameters())
+
+
 def held_bytes(model: nn.Module, optimizer) -> int:
     """Bytes of weights, buffers, gradients and optimizer state between two steps, each storage once."""
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -94,8 +100,7 @@ def rows_for(variant: str, args) -> list[dict]:
     config = CONFIGS[kind(device)]
     ids = torch.randint(config["vocab_size"], (args.rows, args.tokens), device=device)
     model, optimizer, step = prepared(variant, device, dtype, {"input_ids": ids, "labels": ids})
-    size = sum(p.numel() for p in llama("meta", dtype, config).parameters())
-    title = f"Llama {size / 1e6:.0f} M bfloat16 {args.rows}x{args.tokens} {kind(device)}"
+    title = f"Llama {size(kind(device)) / 1e6:.0f} M bfloat16 {args.rows}x{args.tokens} {kind(device)}"
     (row,) = run(title, {variant: step}, device=device, dtype=dtype, repeats=args.repeats)
     if "skipped" not in row:
         row["speedup"] = None  # not interleaved
@@ -120,10 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--tokens", type=int, help="of a row [2048; on a CPU 128]")
     options.add_argument("--repeats", type=int, default=5)
     args = parsed(options, argv)
-    args.rows, args.tokens = (
-        args.rows or (2 if args.device == "cpu" else 4),
-        args.tokens or (128 if args.device == "cpu" else 2048),
-    )
+    rows, tokens = (2, 128) if args.device == "cpu" else (4, 2048)
+    args.rows, args.tokens = args.rows or rows, args.tokens or tokens
     chosen = [v for v in (*PEERS, *RECIPES) if not args.only or v in args.only]
     names = {v: f"{v} {args.rows}x{args.tokens}" for v in chosen}
     measure(args, "llama", [Job(names[v], partial(rows_for, v, args)) for v in chosen], show)
