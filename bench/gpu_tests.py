@@ -22,8 +22,8 @@ from xml.etree import ElementTree
 
 from bench.harness import ROOT, Job, kind, measure, parsed, parser
 
-LINE = re.compile(r"^(?:\[gw\d+\] (?:\[ *\d+%\] )?)?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S.*?)\s*$")
-PLAIN = re.compile(r"^(tests/\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S.*?)\s*$")
+PLAIN = re.compile(r"^([^\s\[]\S*::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 
 
 def outcomes(text: str) -> dict[str, str]:

@@ -40,8 +40,8 @@ def steps_of(asked: list[str]) -> list[list[str]]:
 
 
 def share(left: float, remaining: int) -> float:
-    """Seconds that the first of `remaining` steps may take: all for the last, and at least what a step needs."""
-    return min(left, max(LEAST, 2 * left / (remaining + 1)))
+    """Seconds that the first of `remaining` steps may take: all for the last, else enough is left for the others."""
+    return max(LEAST, min(2 * left / (remaining + 1), left - (LEAST + 3) * (remaining - 1)))
 
 
 def in_process(command: list[str], seconds: float, log: Path) -> int | None:
@@ -107,7 +107,7 @@ def main() -> None:
             continue
         say(f"{title}: begun, {left:.0f} s left")
         began, log = time.monotonic(), logs / f"{'-'.join(step).replace('---', '-')}.txt"
-        status = run(step, args, share(left, len(steps) - at), log)
+        status = run(step, args, min(left, share(left, len(steps) - at)), log)
         ended = "cut off" if status is None else f"exit {status}"
         say(f"{title}: {ended} after {time.monotonic() - began:.0f} s")
         print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]), flush=True)

@@ -170,16 +170,19 @@ def table(name: str) -> str:
     return "\n".join([*lines, "", f"{made}, {environment['date'][:10]}, commit {commit}."])
 
 
+def filled(text: str) -> str:
+    return re.sub(
+        r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
 def main() -> None:
     for file in FILES:
         path = ROOT / file
-        text = re.sub(
-            r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
-            lambda match: f"{match[1]}{table(match[2])}\n{match[3]}",
-            path.read_text(),
-            flags=re.DOTALL,
-        )
-        path.write_text(text)
+        path.write_text(filled(path.read_text()))
 
 
 if __name__ == "__main__":
