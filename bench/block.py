@@ -1,6 +1,6 @@
 """Blocks of a Llama, forward + backward through transformers' own classes: what backward keeps, and what a step costs.
 
-python -m bench.block [--device cpu|cuda] [--dtype bfloat16|float32] [--only NAME ...] [--lora]
+python -m bench.block [--device cpu|cuda] [--dry] [--dtype bfloat16|float32] [--only NAME ...] [--lora]
 
 d 1024, f 2816, 16 heads, 4 key-value heads on a CPU; the shape of a 1B Llama at 2048 tokens on a GPU. Saved bytes are
 per token and layer in units of d bytes, counted by the meter as the difference of two depths.
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import efftune
-from bench.harness import print_table, run, save
+from bench.harness import Job, kind, measure, parsed, parser, print_table, run
 from efftune.memory import meter
 
 FULL = {
@@ -37,7 +37,7 @@ def llama(device: str, dtype: torch.dtype, layers: int) -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, num_hidden_layers=layers, max_position_embeddings=2048, use_cache=False, **SHAPES[device]
+        vocab_size=256, num_hidden_layers=layers, max_position_embeddings=2048, use_cache=False, **SHAPES[kind(device)]
     )
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=dtype).train()
@@ -67,16 +67,20 @@ def step(model: nn.Module, ids: torch.Tensor):
     return call
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--only", nargs="+")
-    parser.add_argument("--lora", action="store_true")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    made.add_argument("--only", nargs="+")
+    made.add_argument("--lora", action="store_true")
+    made.add_argument("--repeats", type=int, default=9)
+    args = parsed(made, argv)
+    name = f"{'lora' if args.lora else 'full'} {args.dtype}"
+    measure(args, f"block-{name.replace(' ', '-')}", [Job(name, lambda: rows_for(name, args))], show)
+
+
+def rows_for(title: str, args: argparse.Namespace) -> list[dict]:
     dtype = getattr(torch, args.dtype)
-    rows, tokens, layers = SIZES[args.device]
+    rows, tokens, layers = SIZES[kind(args.device)]
     ids = torch.randint(0, 256, (rows, tokens), device=args.device)
     recipes = LORA if args.lora else FULL
     chosen = {name: recipe for name, recipe in recipes.items() if not args.only or name in args.only}
@@ -85,7 +89,7 @@ def main() -> None:
         jobs["recompute"] = (next(iter(recipes.values())), True)
 
     kept = {}
-    for name, (recipe, recompute) in jobs.items():
+    for name, (recipe, recompute) in ({} if args.dry else jobs).items():
         totals = []
         for depth in (1, 2):
             model = prepared(recipe, args.lora, args.device, dtype, depth, recompute)
@@ -99,23 +103,26 @@ def main() -> None:
                 if recompute
                 else meter.saved_for_backward(model, forward).total
             )
-        kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[args.device]["hidden_size"])
+        kept[name] = (totals[1] - totals[0]) / (rows * tokens * SHAPES[kind(args.device)]["hidden_size"])
 
     models = {
         name: prepared(recipe, args.lora, args.device, dtype, layers, again) for name, (recipe, again) in jobs.items()
     }
-    if args.device == "cuda" and not args.only:
+    if args.device != "cpu" and not args.only:
         models["torch.compile"] = torch.compile(prepared(None, args.lora, args.device, dtype, layers))
     variants = {name: step(model, ids) for name, model in models.items()}
-    name = f"{'lora' if args.lora else 'full'} {args.dtype} {rows}x{tokens}, {layers} layers"
-    found = run(name, variants, device=args.device, dtype=dtype, repeats=args.repeats)
+    title = f"{title} {rows}x{tokens}, {layers} layers"
+    found = run(title, variants, device=args.device, dtype=dtype, repeats=args.repeats)
     for row in found:
         row["saved_d"] = kept.get(row["variant"])
-        row["tokens_per_s"] = rows * tokens / row["median_s"]
-    save(found, f"bench/results/block-{'lora' if args.lora else 'full'}-{args.dtype}-{args.device}.json")
-    print_table(found)
-    for row in found:
-        if row["saved_d"] is not None:
+        row["tokens_per_s"] = None if "skipped" in row else rows * tokens / row["median_s"]
+    return found
+
+
+def show(rows: list[dict]) -> None:
+    print_table(rows)
+    for row in rows:
+        if row.get("saved_d") is not None and row["tokens_per_s"]:
             per_layer = f"{row['saved_d']:6.2f} d per token and layer"
             print(f"{row['variant']:16} keeps {per_layer}, {row['tokens_per_s']:,.0f} tokens/s")
 

@@ -5,13 +5,12 @@ python -m bench.glu [--device cpu|cuda] [--rows M] [--columns F]
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import on_backends, print_table, run, save
+from bench.harness import Job, measure, on_backends, parsed, parser, run
 from efftune.ops._available import dtype_name
 from efftune.ops.glu import glu, glu_backward, glu_op
 
@@ -48,22 +47,21 @@ def rows_for(device: str, dtype: torch.dtype, m: int, f: int, activation: str) -
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--columns", type=int)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--rows", type=int)
+    made.add_argument("--columns", type=int)
+    args = parsed(made, argv)
     m, f = (
         args.rows or (4096 if args.device == "cpu" else 16384),
         args.columns or (2816 if args.device == "cpu" else 8192),
     )
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for activation in TORCH:
-            rows += rows_for(args.device, dtype, m, f, activation)
-    save(rows, f"bench/results/glu-{args.device}.json")
-    print_table(rows)
+    jobs = [
+        Job(f"{activation} {dtype_name(dtype)} {m} x {f}", partial(rows_for, args.device, dtype, m, f, activation))
+        for dtype in (torch.float32, torch.bfloat16)
+        for activation in TORCH
+    ]
+    measure(args, "glu", jobs)
 
 
 if __name__ == "__main__":

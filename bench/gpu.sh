@@ -1,37 +1,80 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, with the packages that are installed and no network: builds csrc with nvcc in place, runs the
-# tests marked gpu, runs the benchmarks, and prints their tables last.
+# What needs a GPU, in four stages of less than ten minutes each: GPU machines are often borrowed for minutes, bare at the
+# start, without a network, and with a folder $OUT of which a few files survive.
 #
-#   bench/gpu.sh                 all of it
-#   bench/gpu.sh tests           the build and the tests
-#   bench/gpu.sh block rms_norm  the build and these benchmarks, where a machine is lent for ten minutes at a time
-set -euo pipefail
-cd "$(dirname "$0")/.."
-mkdir -p bench/results
+#   bench/gpu.sh 1            the build, ceilings, all tests marked gpu, compute-sanitizer
+#   bench/gpu.sh 2            what decides the order of backends
+#   bench/gpu.sh 3            the other kernels, and each kernel once under ncu
+#   bench/gpu.sh 4            blocks, steps and a model of 1 B parameters
+#   bench/gpu.sh rotary ...   these benchmarks
+#   bench/gpu.sh 2 --dry      all but the launches, on a machine without a GPU
+#   bench/gpu.sh pack [PYTHON]  beforehand: what saves time there, in kit/ (the extensions for that Python, wheels, COMMIT)
+#
+# Results lie in bench/results (a dry run: a scratch folder) and, at every exit, in $OUT/gpu-STAGE.tgz. What was finished at
+# the same commit on the same device is not measured again. Variables: OUT, LIMIT (seconds, 540), RESULTS, PYTHON, TESTS.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
 
-python3 -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-python3 setup.py --quiet build_ext --inplace
-python3 -c "import efftune._cpu, efftune._cuda, efftune.triton_kernels"
+pack() { # PYTHON
+    set -e
+    local python=${1:-python3.12} build
+    build=$(mktemp -d)
+    mkdir -p kit/wheels
+    "$python" -m venv "$build/venv"
+    "$build/venv/bin/python" -m pip install --quiet setuptools pybind11
+    "$build/venv/bin/python" setup.py --quiet build_ext --build-temp "$build/temp" --build-lib kit
+    # Pure Python, and compared with where they are installed; their dependencies are torch and Triton.
+    "$build/venv/bin/python" -m pip download --quiet --no-deps --only-binary=:all: -d kit/wheels liger-kernel cut-cross-entropy ||
+        echo "No wheels: linear_cross_entropy is measured without Liger and cut-cross-entropy."
+    echo "$(git rev-parse HEAD)$([ -z "$(git status --porcelain -- ':!bench/results')" ] || echo +)" > kit/COMMIT
+    rm -r "$build"
+    du -sh kit
+    find kit -type f
+}
 
-status=0
-if [ $# -eq 0 ] || [ "$1" = tests ]; then
-    timeout 400 python3 -m pytest -q -m gpu -p no:cacheprovider || status=$?
-    # A benchmark of wrong results is worth nothing.
-    if [ "$status" -ne 0 ]; then
-        echo "The GPU tests failed: no benchmarks." >&2
-        exit "$status"
-    fi
-    if [ $# -gt 0 ]; then exit 0; fi
+asked=() dry=()
+for word in "$@"; do
+    if [ "$word" = --dry ]; then dry=(--dry); else asked+=("$word"); fi
+done
+[ ${#asked[@]} -gt 0 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2; }
+if [ "${asked[0]}" = pack ]; then pack "${asked[@]:1}"; exit; fi
+
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-540}
+if [ ${#dry[@]} -gt 0 ]; then RESULTS=${RESULTS:-$(mktemp -d)}; else RESULTS=${RESULTS:-$root/bench/results}; fi
+OUT=${OUT:-$RESULTS}
+mkdir -p "$RESULTS/logs" "$OUT"
+
+child=
+finish() {
+    if [ -n "$child" ]; then kill "$child" 2> /dev/null && wait "$child"; fi
+    (cd "$RESULTS" && tar -czf "$OUT/gpu-$(IFS=-; echo "${asked[*]}").tgz" logs $(ls -- *-cuda.json 2> /dev/null))
+    echo "Results: $OUT/gpu-$(IFS=-; echo "${asked[*]}").tgz"
+}
+trap finish EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+
+# Compiled kernels stay in the tree between two calls on one machine.
+export TRITON_CACHE_DIR=$root/.triton TORCHINDUCTOR_CACHE_DIR=$root/.triton/inductor
+export PYTHONUNBUFFERED=1 PYTHONPATH=$root:$root/kit/site OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# Nothing is installed: a link stands for what pyproject.toml maps, and wheels go into a folder of their own.
+[ -e efftune/triton_kernels ] || ln -s ../triton_kernels efftune/triton_kernels
+if ls kit/wheels/*.whl > /dev/null 2>&1 && [ ! -e kit/site ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --target kit/site kit/wheels/*.whl
 fi
 
-run() { timeout 200 python3 -m "bench.$1" --device cuda "${@:2}" > "bench/results/$1${2:+$2}-cuda.txt" || status=$?; }
+built() { "$PYTHON" -c "import efftune._cpu, efftune._cuda" 2> /dev/null; }
+if [ ${#dry[@]} -eq 0 ]; then
+    built || cp kit/efftune/*.so efftune/ 2> /dev/null
+    built || timeout 240 "$PYTHON" setup.py --quiet build_ext --inplace > "$RESULTS/logs/build.txt" 2>&1
+    built || echo "The extensions are not built (logs/build.txt): what needs them is left out."
+fi
 
-names=("$@")
-# perturb and the like first: what is cheap should not wait for what is not.
-if [ $# -eq 0 ]; then names=(perturb mezo lowrank_linear pack_act rms_norm glu rotary rows_grad linear_cross_entropy vcas block); fi
-for name in "${names[@]}"; do
-    run "$name"
-    if [ "$name" = block ]; then run block --lora; fi
-done
-tail -n +1 bench/results/*-cuda.txt
+"$PYTHON" -m bench.stage "${asked[@]}" --results "$RESULTS" --seconds "$((LIMIT - SECONDS))" \
+    --tests "${TESTS:-tests}" "${dry[@]}" &
+child=$!
+wait "$child"
+status=$?
+child=
 exit "$status"

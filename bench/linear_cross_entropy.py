@@ -6,14 +6,14 @@ python -m bench.linear_cross_entropy [--device cpu|cuda] [--small] [--repeats N]
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import print_table, run, save
+from bench.harness import Job, measure, parsed, parser, run
 from efftune.ops._available import dtype_name
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -45,9 +45,9 @@ def losses(device: str) -> dict[str, Loss]:
     found: dict[str, Loss] = {"naive": naive, "efftune": linear_cross_entropy}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13 on
         found["torch chunked"] = torch_chunked
-    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+    if device != "cpu" and importlib.util.find_spec("liger_kernel"):
         found["Liger, float32 sums"] = liger()
-    if device == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+    if device != "cpu" and importlib.util.find_spec("cut_cross_entropy"):
         found["cut-cross-entropy"] = cut()
         found["cut-cross-entropy, unfiltered"] = cut(filter_eps=None)
     return found
@@ -78,23 +78,29 @@ def rows_for(
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--small", action="store_true", help="V 32k, K 1024, 1024 tokens, for slow processors")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
-    parser.add_argument("--first", action="store_true", help="the first job only: bfloat16, a head that trains")
-    parser.add_argument("--repeats", type=int, help="of each variant (default 3 on a CPU, 10 on a GPU)")
-    arguments = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--small", action="store_true", help="V 32k, K 1024, 1024 tokens, for slow processors")
+    made.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
+    made.add_argument("--first", action="store_true", help="the first job only: bfloat16, a head that trains")
+    made.add_argument("--repeats", type=int, help="of each variant (default 3 on a CPU, 10 on a GPU)")
+    arguments = parsed(made, argv)
     device, repeats = arguments.device, arguments.repeats or (3 if arguments.device == "cpu" else 10)
     shape = (1024, 1024, 32768) if arguments.small else (4096, 2048, 131072)
-    jobs = [(torch.bfloat16, *shape, True), (torch.bfloat16, *shape, False), (torch.float32, *shape, True)]
+    shapes = [(torch.bfloat16, *shape, True), (torch.bfloat16, *shape, False), (torch.float32, *shape, True)]
     if device != "cpu" and not arguments.small:
-        jobs += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
-    jobs = jobs[:1] if arguments.first else jobs
-    rows = [row for job in jobs for row in rows_for(device, *job, repeats, arguments.only)]
-    save(rows, f"bench/results/linear_cross_entropy-{device}{'-small' if arguments.small else ''}.json")
-    print_table(rows)
+        shapes += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
+    shapes = shapes[:1] if arguments.first else shapes
+    jobs = [
+        Job(
+            f"{dtype_name(dtype)} M {m} K {k} V {v} {trains}",
+            partial(rows_for, device, dtype, m, k, v, trains, repeats, arguments.only),
+            # weight and its gradient; the naive head holds logits in their dtype, in float32, and their gradients
+            memory=2 * v * k * dtype.itemsize + 12 * m * v,
+        )
+        for dtype, m, k, v, trains in shapes
+    ]
+    measure(arguments, f"linear_cross_entropy{'-small' if arguments.small else ''}", jobs)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ python -m bench.lowrank_linear [--device cpu|cuda]
 
 from __future__ import annotations
 
-import argparse
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.harness import on_backend, print_table, run, save
+from bench.harness import DRY, Job, kind, measure, on_backend, parsed, parser, run
 from efftune import Linear
 from efftune.linear import LoRA
 from efftune.ops._available import dtype_name
@@ -44,8 +44,8 @@ def with_peft(linear: nn.Linear, float32_adapters: bool) -> nn.Module:
 
 
 def ways(device: str, *args) -> list[str]:
-    """Backends that take these arguments of lowrank_linear on the device."""
-    return [b.name for b in OP.backends if device in b.devices and b.why_not(*args) is None]
+    """Backends that take these arguments of lowrank_linear on the device; in a dry run all that a GPU has."""
+    return [b.name for b in OP.backends if kind(device) in b.devices and (device == DRY or b.why_not(*args) is None)]
 
 
 def product_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int) -> list[dict]:
@@ -94,10 +94,9 @@ def layer_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats:
     return run(name, variants, device=device, dtype=dtype, flops=4 * m * n * k, repeats=repeats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
+def main(argv: list[str] | None = None) -> None:
+    args = parsed(parser(__doc__), argv)
+    device = args.device
     if device == "cpu":
         shapes = [(torch.bfloat16, 2048, 1024, 1024, 41), (torch.float32, 2048, 1024, 1024, 15)]
         shapes += [(torch.float32, 4, 16, 16, 31)]  # all overhead
@@ -106,9 +105,12 @@ def main() -> None:
             (torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096), (8192, 11008, 4096))
         ]
         shapes += [(torch.float32, 2048, 4096, 4096, 10), (torch.bfloat16, 16, 64, 64, 31)]
-    rows = [row for dtype, *rest in shapes for f in (product_rows, layer_rows) for row in f(device, dtype, *rest)]
-    save(rows, f"bench/results/lowrank_linear-{device}.json")
-    print_table(rows)
+    jobs = [
+        Job(f"{what.__name__} {dtype_name(dtype)} {rest}", partial(what, device, dtype, *rest))
+        for dtype, *rest in shapes
+        for what in (product_rows, layer_rows)
+    ]
+    measure(args, "lowrank_linear", jobs)
 
 
 if __name__ == "__main__":

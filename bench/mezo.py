@@ -8,27 +8,21 @@ of 1 B parameters on 2048 tokens.
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 
 import efftune
-from bench.harness import print_table, run, save
-from efftune.train.default_job import MODEL
+from bench.harness import Job, kind, measure, parsed, parser, run
+from bench.llama import CONFIGS, llama
 from efftune.train.task import causal_lm_loss
 
-LARGE = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-}  # fmt: skip
 RECIPES = ("mezo", "mezo(dist='rademacher')", "sparsemezo", "mezo(momentum=0.9)", "lora(r=16) + mezo")
 
 
 def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape, config = ((8, 256), MODEL) if device == "cpu" else ((1, 2048), LARGE)
-    ids = torch.randint(config["vocab_size"], shape, device=device)
+    shape = (8, 256) if device == "cpu" else (1, 2048)
+    ids = torch.randint(CONFIGS[kind(device)]["vocab_size"], shape, device=device)
     batch = {"input_ids": ids, "labels": ids}
 
     def two_forwards(model):
@@ -46,14 +40,10 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
 
         return call
 
-    def fresh():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**config)).to(device, dtype).eval()
-
-    plain = efftune.apply(fresh(), "mezo")
+    plain = efftune.apply(llama(device, dtype).eval(), "mezo")
     variants = {"two forward passes": two_forwards(plain.model)}
     for recipe in RECIPES:
-        tuner = efftune.apply(fresh(), recipe)
+        tuner = efftune.apply(llama(device, dtype).eval(), recipe)
         if "lora" in recipe:
             variants["two forward passes, lora(r=16)"] = two_forwards(tuner.model)
         variants[recipe] = step(tuner, tuner.optimizer(lr=1e-7))
@@ -63,15 +53,15 @@ def rows_for(device: str, dtype: torch.dtype, repeats: int) -> list[dict]:
     return run(name, variants, device=device, dtype=dtype, repeats=repeats)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
-    rows = [row for name in args.dtypes.split(",") for row in rows_for(args.device, getattr(torch, name), args.repeats)]
-    save(rows, f"bench/results/mezo-{args.device}.json")
-    print_table(rows)
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--dtypes", default="bfloat16,float32")
+    made.add_argument("--repeats", type=int, default=9)
+    args = parsed(made, argv)
+    jobs = [
+        Job(name, partial(rows_for, args.device, getattr(torch, name), args.repeats)) for name in args.dtypes.split(",")
+    ]
+    measure(args, "mezo", jobs)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ python -m bench.pack_act [--device cpu|cuda] [--elements N]
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 
-from bench.harness import on_backends, print_table, run, save
+from bench.harness import Job, measure, on_backends, parsed, parser, run
 from efftune.ops._available import dtype_name
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.pack_act import pack_act, pack_op, unpack_act
@@ -58,16 +58,18 @@ def rows_for(device: str, dtype: torch.dtype, bits: int, n: int) -> list[dict]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--elements", type=int)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--elements", type=int)
+    args = parsed(made, argv)
     n = args.elements or ((8 if args.device == "cpu" else 128) << 20)
     dtypes = (torch.bfloat16,) if args.device == "cpu" else (torch.bfloat16, torch.float32)
-    rows = [row for dtype in dtypes for bits in (8, 4) for row in rows_for(args.device, dtype, bits, n)]
-    save(rows, f"bench/results/pack_act-{args.device}.json")
-    print_table(rows)
+    jobs = [
+        Job(f"{dtype_name(dtype)} {bits} {n}", partial(rows_for, args.device, dtype, bits, n))
+        for dtype in dtypes
+        for bits in (8, 4)
+    ]
+    measure(args, "pack_act", jobs)
 
 
 if __name__ == "__main__":

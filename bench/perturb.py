@@ -10,12 +10,11 @@ GPU kernels draw into registers, and there is no such row.
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
 
-from bench.harness import on_backends, print_table, run, save
+from bench.harness import Job, measure, on_backends, parsed, parser, run
 from efftune import perturb_
 from efftune.ops._available import dtype_name, extension
 from efftune.ops.perturb import perturb_op
@@ -25,7 +24,7 @@ SEEDS = list(range(64))
 
 def rows_for(device: str, dtype: torch.dtype, n: int) -> list[dict]:
     w, other = torch.zeros(n, dtype=dtype, device=device), torch.zeros(n, dtype=dtype, device=device)
-    buffer, generator = torch.empty_like(w), torch.Generator(device)
+    buffer, generator = torch.empty_like(w), torch.Generator("cpu" if device == "meta" else device)
 
     def torch_eager(new_buffer):
         generator.manual_seed(1)
@@ -73,23 +72,25 @@ def rows_for_seeds(device: str, dtype: torch.dtype, n: int, dist: str) -> list[d
     return run(job, variants, device=device, bytes=2 * w.nbytes, repeats=9)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--elements", type=int)
-    parser.add_argument("--seeds", action="store_true")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--elements", type=int)
+    made.add_argument("--seeds", action="store_true")
+    args = parsed(made, argv)
     dtypes = (torch.float32, torch.bfloat16)
-    if not args.seeds:
-        n = args.elements or ((64 if args.device == "cpu" else 256) << 20)
-        rows = [row for dtype in dtypes for row in rows_for(args.device, dtype, n)]
-        save(rows, f"bench/results/perturb-{args.device}.json")
-        print_table(rows)
-    n = args.elements or ((4 if args.device == "cpu" else 256) << 20)
-    jobs = [(dtype, dist) for dtype in dtypes for dist in ("normal", "rademacher")]
-    rows = [row for dtype, dist in jobs for row in rows_for_seeds(args.device, dtype, n, dist)]
-    save(rows, f"bench/results/perturb-seeds-{args.device}.json")
-    print_table(rows)
+    n = args.elements or ((64 if args.device == "cpu" else 256) << 20)
+    few = args.elements or ((4 if args.device == "cpu" else 256) << 20)
+    jobs = [Job(f"{dtype_name(dtype)} {n}", partial(rows_for, args.device, dtype, n)) for dtype in dtypes]
+    seeds = [
+        Job(f"{dtype_name(dtype)} {few} {dist}", partial(rows_for_seeds, args.device, dtype, few, dist))
+        for dtype in dtypes
+        for dist in ("normal", "rademacher")
+    ]
+    try:
+        if not args.seeds:
+            measure(args, "perturb", jobs)
+    finally:
+        measure(args, "perturb-seeds", seeds)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ python -m bench.rms_norm [--device cpu|cuda] [--rows M] [--columns K]
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from bench.harness import on_backends, print_table, run, save
+from bench.harness import Job, measure, on_backends, parsed, parser, run
 from efftune.ops._available import dtype_name
 from efftune.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_op
 
@@ -61,22 +60,21 @@ def rows_for(device: str, dtype: torch.dtype, m: int, k: int, center: bool) -> l
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int)
-    parser.add_argument("--columns", type=int)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--rows", type=int)
+    made.add_argument("--columns", type=int)
+    args = parsed(made, argv)
     m, k = (
         args.rows or (4096 if args.device == "cpu" else 16384),
         args.columns or (1024 if args.device == "cpu" else 4096),
     )
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for center in (False, True):
-            rows += rows_for(args.device, dtype, m, k, center)
-    save(rows, f"bench/results/rms_norm-{args.device}.json")
-    print_table(rows)
+    jobs = [
+        Job(f"{norm} norm {dtype_name(dtype)} {m} x {k}", partial(rows_for, args.device, dtype, m, k, norm == "layer"))
+        for dtype in (torch.float32, torch.bfloat16)
+        for norm in ("rms", "layer")
+    ]
+    measure(args, "rms_norm", jobs)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ and where it is written over q. Writes no file.
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bench.harness import print_table, run, save
+from bench.harness import Job, kind, measure, parsed, parser, print_table, run
 from efftune.nn.rotary import rotary
 from efftune.ops._available import dtype_name
 from efftune.ops.rotary import rotary as rotate
@@ -42,14 +42,14 @@ def ours(q, k, cos, sin):
 
 def operands(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """q, k, cos, sin."""
-    b, t, heads, kv_heads, d = SHAPES[device]
+    b, t, heads, kv_heads, d = SHAPES[kind(device)]
     q, k = (torch.randn(b, t, h, d, device=device).to(dtype).transpose(1, 2) for h in (heads, kv_heads))
     angle = torch.outer(torch.arange(t), 10000.0 ** -torch.linspace(0, 1, d // 2)).repeat(1, 2)[None].to(device)
     return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def name_of(device: str, dtype: torch.dtype) -> str:
-    b, t, heads, kv_heads, d = SHAPES[device]
+    b, t, heads, kv_heads, d = SHAPES[kind(device)]
     return f"{dtype_name(dtype)} {b}x{t}, {heads} and {kv_heads} heads of {d} {device}"
 
 
@@ -87,16 +87,13 @@ def in_place(device: str, dtype: torch.dtype) -> list[dict]:
     return run(f"{name_of(device, dtype)}, backward of q", variants, device=device)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--in-place", action="store_true")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--in-place", action="store_true")
+    args = parsed(made, argv)
     if args.in_place:
         return print_table([row for dtype in DTYPES for row in in_place(args.device, dtype)])
-    rows = [row for dtype in DTYPES for row in rows_for(args.device, dtype)]
-    save(rows, f"bench/results/rotary-{args.device}.json")
-    print_table(rows)
+    measure(args, "rotary", [Job(dtype_name(dtype), partial(rows_for, args.device, dtype)) for dtype in DTYPES])
 
 
 if __name__ == "__main__":

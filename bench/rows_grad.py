@@ -5,12 +5,12 @@ python -m bench.rows_grad [--device cpu|cuda] [--ratio 0.3] [--tokens M] [--widt
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 import torch
 from torch import nn
 
-from bench.harness import on_backend, on_backends, print_table, run, save
+from bench.harness import Job, measure, on_backend, on_backends, parsed, parser, run
 from efftune import Linear
 from efftune.linear.keep.sampled import Sampled
 from efftune.ops._available import dtype_name
@@ -90,25 +90,26 @@ def layer_rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, ratio: f
     return run(name, variants, device=device, flops=flops, dtype=dtype, baseline="exact", repeats=9)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--width", type=int)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--ratio", type=float, default=0.3)
+    made.add_argument("--tokens", type=int)
+    made.add_argument("--width", type=int)
+    args = parsed(made, argv)
     m, width = (
         args.tokens or (4096 if args.device == "cpu" else 8192),
         args.width or (1024 if args.device == "cpu" else 4096),
     )
-    rows = []
+    jobs = []
     for dtype in (torch.bfloat16, torch.float32):
-        for n in (width, 16):  # a whole gradient, and that of a LoRA matrix
-            rows += gradient_rows(args.device, dtype, m, n, width, args.ratio)
-        rows += sampling_rows(args.device, dtype, m, width, args.ratio)
-        rows += layer_rows(args.device, dtype, m, width, width, args.ratio)
-    save(rows, f"bench/results/rows_grad-{args.device}.json")
-    print_table(rows)
+        parts = {
+            f"gradient of {n} x {width}": partial(gradient_rows, args.device, dtype, m, n, width, args.ratio)
+            for n in (width, 16)  # a whole gradient, and that of a LoRA matrix
+        }
+        parts["sampling"] = partial(sampling_rows, args.device, dtype, m, width, args.ratio)
+        parts["layer"] = partial(layer_rows, args.device, dtype, m, width, width, args.ratio)
+        jobs += [Job(f"{dtype_name(dtype)} {m} {args.ratio} {part}", rows) for part, rows in parts.items()]
+    measure(args, "rows_grad", jobs)
 
 
 if __name__ == "__main__":

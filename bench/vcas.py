@@ -8,14 +8,14 @@ The control is the same recompute with all samples (ratio 1), which is checkpoin
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.harness import print_table, run, save
+from bench.harness import Job, measure, parsed, parser, run
 from efftune.nn.subbatch import install
 from efftune.ops._available import dtype_name
 
@@ -84,6 +84,8 @@ def rows_for(name: str, made, device: str, dtype: torch.dtype, repeats: int) -> 
 
 def realised(rows: list[dict]) -> list[tuple[str, float, float]]:
     """(block, ratio, time saved ÷ arithmetic saved) against the ratio-1 control: the median over paired repeats."""
+    if any("skipped" in row for row in rows):
+        return []
     (control,) = (r["samples_s"] for r in rows if r["variant"].endswith("all samples)"))
     found = []
     for row in rows:
@@ -95,22 +97,26 @@ def realised(rows: list[dict]) -> list[tuple[str, float, float]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--repeats", type=int, default=15)
+    made.add_argument("--dtypes", default="float32,bfloat16")
+    args = parsed(made, argv)
     torch.manual_seed(0)
-    made = {"BERT-base 16x128": bert, "BERT-base 16x128, dropout 0.1": lambda: bert(0.1), "Llama d1024 8x256": llama}
-    rows = []
-    for dtype in [getattr(torch, name) for name in args.dtypes.split(",")]:
-        for name, make in made.items():
-            rows += rows_for(name, make(), args.device, dtype, args.repeats)
-            for title, ratio, value in realised(rows[-5:]):
-                print(f"{title:42}  samples x {ratio:<5} time saved / arithmetic saved {value:5.2f}", flush=True)
-    save(rows, f"bench/results/vcas-{args.device}.json")
-    print_table(rows)
+    blocks = {"BERT-base 16x128": bert, "BERT-base 16x128, dropout 0.1": lambda: bert(0.1), "Llama d1024 8x256": llama}
+
+    def job(name: str, dtype: torch.dtype) -> list[dict]:
+        rows = rows_for(name, blocks[name](), args.device, dtype, args.repeats)
+        for title, ratio, value in realised(rows):
+            print(f"{title:42}  samples x {ratio:<5} time saved / arithmetic saved {value:5.2f}", flush=True)
+        return rows
+
+    jobs = [
+        Job(f"{name} {dtype}", partial(job, name, getattr(torch, dtype)))
+        for dtype in args.dtypes.split(",")
+        for name in blocks
+    ]
+    measure(args, "vcas", jobs)
 
 
 if __name__ == "__main__":
