@@ -4,6 +4,7 @@ their elements are consecutive in contiguous x."""
 import torch
 import triton
 import triton.language as tl
+
 from efftune.triton_kernels import philox
 
 ELEMENTS = 1024  # of one program

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from efftune.triton_kernels import philox
 
 TILE = 1024

@@ -41,6 +41,8 @@ class Dense(Base):
         return product(x, self._matrix(w, x.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
+        if low_rank is None and add is None:
+            return torch.mm(dy, self._matrix(w, dy.dtype))  # what `product` comes to, without two transposes on the way
         if low_rank is not None:
             low_rank = (low_rank[0], low_rank[1].t())
         return product(dy, self._matrix(w, dy.dtype).t(), low_rank, None, add)
