@@ -16,8 +16,8 @@ from efftune.ops.rotary import rotary as rotate
 
 
 class _Rotary(torch.autograd.Function):
-    """Of several tensors at once: a model turns q and k with one cos and sin, and a Function costs as much on the host as
-    what it calls."""
+    """Of several tensors at once: a model turns q and k with one cos and sin, and a Function costs as much on the host
+    as what it calls."""
 
     @staticmethod
     def forward(ctx, cos, sin, *xs):
