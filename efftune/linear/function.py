@@ -16,38 +16,40 @@ from efftune.ops._op import forced_backend, use_backend
 class LinearFunction(torch.autograd.Function):
     # Tensors come flat: one inside a tuple argument would lose its gradient.
     @staticmethod
-    def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, num_w: int, source, seed, x, bias, *tensors):
+    def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, source, seed, x, bias, *tensors):
         base, delta, keep = axes
-        w, p = tensors[:num_w], tensors[num_w:]
-        y, saved = delta.forward(base, keep, as_matrix(x), bias, w, p, seed, need, source)
-        saved, ctx.structure = flatten(saved)
-        ctx.source = None if source is None else weakref.ref(source)
+        num_w, shape = len(need.w), x.shape
+        matrix = len(shape) == 2
+        rows = x if matrix else as_matrix(x)
+        y, saved = delta.forward(base, keep, rows, bias, tensors[:num_w], tensors[num_w:], seed, need, source)
+        saved, structure = flatten(saved)
+        source = None if source is None else weakref.ref(source)
         ctx.save_for_backward(seed, *tensors, *saved)
-        ctx.backend = None if torch.compiler.is_compiling() else forced_backend()
-        ctx.axes, ctx.need, ctx.num_w, ctx.num_tensors, ctx.shape = axes, need, num_w, len(tensors), x.shape
-        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[-1]))
+        backend = None if torch.compiler.is_compiling() else forced_backend()
+        # One attribute: each costs as much as the others together.
+        ctx.call = axes, need, len(tensors), structure, source, backend, None if matrix else shape
+        return y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("efftune.Linear")
-        base, delta, keep = ctx.axes
-        source = None if ctx.source is None else ctx.source()
+        (base, delta, keep), need, num_tensors, structure, source, backend, shape = ctx.call
+        source = None if source is None else source()
         if source is not None:
             source.kept.clear()  # what reads the same tensor in another forward pass draws anew
-        seed, *rest = ctx.saved_tensors
-        w, p, saved = rest[: ctx.num_w], rest[ctx.num_w : ctx.num_tensors], tuple(rest[ctx.num_tensors :])
-        saved = unflatten(saved, ctx.structure)
+        tensors = ctx.saved_tensors
+        after_w, after_p = 1 + len(need.w), 1 + num_tensors  # behind the seed
+        w, p, saved = tensors[1:after_w], tensors[after_w:after_p], unflatten(tensors[after_p:], structure)
         # One copy of an expanded dy here instead of one in each of the products below.
-        dy = as_matrix(dy).contiguous()
-        arguments = base, keep, dy, tuple(w), tuple(p), saved, seed, ctx.need
-        if ctx.backend is None:
-            dx, dws, dps = delta.backward(*arguments)
+        dy = (dy if shape is None else as_matrix(dy)).contiguous()
+        if backend is None:
+            dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
         else:
-            with use_backend(ctx.backend):
-                dx, dws, dps = delta.backward(*arguments)
-        if dx is not None and len(ctx.shape) != 2:
-            dx = dx.view(ctx.shape)
-        return None, None, None, None, None, dx, dy.sum(0) if ctx.need.bias else None, *dws, *dps
+            with use_backend(backend):
+                dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
+        if dx is not None and shape is not None:
+            dx = dx.view(shape)
+        return None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -22,25 +22,25 @@ class _Glu(torch.autograd.Function):
     def forward(ctx, keep: Keep, activation: str, seed, made: list, gate, up):
         rows = [as_matrix(t) for t in (gate, up) if t is not None]
         y = activate(rows[0], rows[1] if up is not None else None, activation)
-        held = tuple(keep.hold(t.detach(), seed, stream) for stream, t in enumerate(rows))
+        held = tuple([keep.hold(t.detach(), seed, stream) for stream, t in enumerate(rows)])
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
         handle = Handle(partial(_again, activation), held)
         made.append(handle)
-        ctx.once = handle.once
-        saved, ctx.structure = flatten(held)
+        saved, structure = flatten(held)
         ctx.save_for_backward(*saved)
-        ctx.activation = activation
+        ctx.call = handle.once, structure, activation
         return reshaped(y, gate.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("An activation of efftune.nn")
-        ctx.once.drop()
-        gate, *up = (load(part) for part in unflatten(ctx.saved_tensors, ctx.structure))
-        dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, ctx.activation)
-        return None, None, None, None, dgate.view(dy.shape), dup.view(dy.shape) if up else None
+        once, structure, activation = ctx.call
+        once.drop()
+        gate, *up = [load(part) for part in unflatten(ctx.saved_tensors, structure)]
+        dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, activation)
+        return None, None, None, None, reshaped(dgate, dy.shape), reshaped(dup, dy.shape) if up else None
 
 
 def _again(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:

@@ -20,35 +20,38 @@ from efftune.ops.rms_norm import rms_norm_apply, rms_norm_backward
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, keep: Keep, eps: float, offset: float, center: bool, seed, made: list, x, weight, bias):
-        rows = as_matrix(x)
+    def forward(ctx, keep: Keep, settings: tuple[float, float, bool], seed, made: list, x, weight, bias):
+        rows, (eps, offset, center) = as_matrix(x), settings
         y, mean, rstd = normalize(rows, weight, bias, eps, offset, center)
         held = keep.hold(rows.detach(), seed)
         if isinstance(held, Handle):
             held.keep()
         statistics = (rstd, mean) if center else (rstd,)
-        parameters = tuple(p.detach() for p in (weight, bias) if p is not None)
+        parameters = tuple([p.detach() for p in (weight, bias) if p is not None])
         again = partial(_again, offset, center, weight is not None)
         handle = Handle(again, (held, *statistics), parameters)
         made.append(handle)
-        ctx.once = handle.once
-        saved, ctx.structure = flatten((held, mean, rstd, *(() if weight is None else (weight,))))
+        saved, structure = flatten((held, mean, rstd) if weight is None else (held, mean, rstd, weight))
         ctx.save_for_backward(*saved)
-        ctx.offset, ctx.has_bias = offset, bias is not None
-        ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        ctx.call = handle.once, structure, offset, None if bias is None else bias.dtype
         return reshaped(y, x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("A norm of efftune.nn")
-        ctx.once.drop()
-        held, mean, rstd, *weight = unflatten(ctx.saved_tensors, ctx.structure)
-        _, need_weight, need_bias = ctx.needs_input_grad[6:]
-        x, weight = load(held), weight[0] if weight else None
-        dx, dw, db = rms_norm_backward(as_matrix(dy), x, weight, mean, rstd, ctx.offset, need_weight, need_bias)
-        dw = dw.to(ctx.dtypes[0]) if need_weight else None
-        db = db.to(ctx.dtypes[1]) if need_bias else None
-        return None, None, None, None, None, None, dx.view(dy.shape), dw, db
+        once, structure, offset, bias_dtype = ctx.call
+        once.drop()
+        held, mean, rstd, *rest = unflatten(ctx.saved_tensors, structure)
+        _, need_weight, need_bias = ctx.needs_input_grad[4:]
+        x, weight = load(held), rest[0] if rest else None
+        dx, dw, db = rms_norm_backward(as_matrix(dy), x, weight, mean, rstd, offset, need_weight, need_bias)
+        dw = _cast(dw, weight.dtype) if need_weight else None
+        db = _cast(db, bias_dtype) if need_bias else None
+        return None, None, None, None, reshaped(dx, dy.shape), dw, db
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _again(offset: float, center: bool, has_weight: bool, x: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
@@ -60,12 +63,14 @@ def _again(offset: float, center: bool, has_weight: bool, x: Tensor, rstd: Tenso
 
 def _norm(x, weight, bias, eps, offset, center, keep) -> Tensor:
     keep = Exact() if keep is None else keep
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not needed:  # nothing is kept of x for this layer, so that a handle would not be free
+    trains = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    if not (
+        torch.is_grad_enabled() and (x.requires_grad or trains)
+    ):  # nothing is kept of x for this layer, so that a handle would not be free
         return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(x.shape)
     seed = draw_seed() if keep.random else None
     made: list[Handle] = []
-    y = _Norm.apply(keep, eps, offset, center, seed, made, x, weight, bias)
+    y = _Norm.apply(keep, (eps, offset, center), seed, made, x, weight, bias)
     return attach(y, made[0], x.shape[-1])
 
 
@@ -113,9 +118,10 @@ class RMSNorm(nn.Module):
         self.eps, self.offset, self.keep = eps, offset, keep or Exact()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not None and self.offset == 0 and self.weight.dtype != x.dtype:
-            x = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # as weight · x̂ does in transformers
-        return rms_norm(x, self.weight, self.eps, self.offset, self.keep)
+        weight = self.weight
+        if weight is not None and self.offset == 0 and weight.dtype != x.dtype:
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))  # as weight · x̂ does in transformers
+        return rms_norm(x, weight, self.eps, self.offset, self.keep)
 
     def extra_repr(self) -> str:
         size = None if self.weight is None else tuple(self.weight.shape)

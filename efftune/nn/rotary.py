@@ -16,15 +16,20 @@ from efftune.ops.rotary import rotary as rotate
 
 
 class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+    """Of several tensors at once: a model turns q and k with one cos and sin, and a Function costs as much on the host
+    as what it calls."""
 
     @staticmethod
-    def backward(ctx, dy):
+    def forward(ctx, cos, sin, *xs):
+        ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
+        return tuple([rotate(x, cos, sin) for x in xs])
+
+    @staticmethod
+    def backward(ctx, *dys):
         refuse_second_derivative("rotary")
-        return rotate(dy, *ctx.saved_tensors, transposed=True), None, None
+        cos, sin = ctx.saved_tensors
+        return None, None, *[None if dy is None else rotate(dy, cos, sin, transposed=True) for dy in dys]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -44,7 +49,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return composition(x, cos.unsqueeze(1), sin.unsqueeze(1)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rotate(x, cos, sin)
-    return _Rotary.apply(x, cos, sin)
+    return _Rotary.apply(cos, sin, x)[0]
+
+
+def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` of q and of k, outside torch.compile."""
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+    return _Rotary.apply(cos, sin, q, k)
 
 
 # A modeling file of transformers calls the function below by its global name, and gives it nothing of the model. So a
@@ -92,7 +104,7 @@ def _switch(original: Callable) -> Callable:
         if not torch.compiler.is_compiling() and len(args) == 4 and not kwargs and is_marked(args[2]):
             q, k, cos, sin = args
             if _fits(q, k, cos, sin, narrow):
-                return rotary(q, cos, sin), rotary(k, cos, sin)
+                return rotary_pair(q, k, cos, sin)
         return original(*args, **kwargs)
 
     setattr(switch, _MARK, True)
@@ -108,9 +120,11 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, narrow: bool) -> bool:
     b, _, t, d = q.shape
     if d % 2 or cos.shape not in ((b, t, d), (1, t, d)) or (k.shape[0], *k.shape[2:]) != (b, t, d):
         return False
+    if cos.dtype == q.dtype:
+        return True
     device = q.device.type  # under autocast torch gives float32, which the product behind it rounds to q's dtype
     cast = torch.is_autocast_enabled(device) and q.dtype == torch.get_autocast_dtype(device)
-    return cos.dtype == q.dtype or ((cast or narrow) and cos.dtype == torch.float32)
+    return (cast or narrow) and cos.dtype == torch.float32
 
 
 @torch.no_grad()

@@ -28,23 +28,32 @@ def extension(name: str) -> Any:
     return _load(name)[0]
 
 
-def cpp_why_not(*tensors: torch.Tensor) -> str | None:
-    if any(t.device.type != "cpu" for t in tensors):
-        return "the C++ kernels run on the CPU"
+# Asked at every call, of small tensors too: loops and properties, since a generator costs as much as a small kernel and
+# `device.type` four times `is_cpu`.
+
+
+def cpp_why_not(*tensors: torch.Tensor, contiguous: bool = True) -> str | None:
+    for t in tensors:
+        if not t.is_cpu:
+            return "the C++ kernels run on the CPU"
     if extension("_cpu") is None:
         return f"the C++ extension {_load('_cpu')[1]}; install a C++17 compiler and reinstall efftune"
-    if any(not t.is_contiguous() for t in tensors):
-        return "the C++ kernels take contiguous tensors"
+    if contiguous:
+        for t in tensors:
+            if not t.is_contiguous():
+                return "the C++ kernels take contiguous tensors"
     return None
 
 
 def cuda_why_not(*tensors: torch.Tensor) -> str | None:
-    if any(t.device.type != "cuda" for t in tensors):
-        return "the CUDA C++ kernels run on an NVIDIA GPU"
+    for t in tensors:
+        if not t.is_cuda:
+            return "the CUDA C++ kernels run on an NVIDIA GPU"
     if extension("_cuda") is None:
         return f"the CUDA extension {_load('_cuda')[1]}; put nvcc on the PATH and reinstall efftune"
-    if any(not t.is_contiguous() for t in tensors):
-        return "the CUDA C++ kernels take contiguous tensors"
+    for t in tensors:
+        if not t.is_contiguous():
+            return "the CUDA C++ kernels take contiguous tensors"
     return None
 
 
@@ -64,13 +73,16 @@ def triton_why_not(*tensors: torch.Tensor) -> str | None:
         return "triton is not installed"
     if (reason := versions.why_not("triton")) is not None:
         return reason
-    if any(t.device.type == "cpu" for t in tensors) and not interpreted():
-        return (
-            "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
-        )
+    for t in tensors:
+        if t.is_cpu and not interpreted():
+            return (
+                "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the "
+                "CPU"
+            )
     return None
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """As compiled kernels are told it: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SQRT_2_PI = math.sqrt(2 / math.pi)
 
 
@@ -48,7 +48,7 @@ def composition(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def _check(gate: Tensor, up: Tensor | None, activation: str) -> None:
     if activation not in _CURVES:
         raise ValueError(f"glu takes the activations {', '.join(ACTIVATIONS)}, not {activation!r}.")
-    if gate.ndim != 2 or gate.dtype not in (*_STORED, torch.float64):
+    if gate.ndim != 2 or gate.dtype not in _FLOATS:
         raise ValueError(f"glu takes gate (M, F), float64 | 32 | 16 or bfloat16, not {gate.dtype} {tuple(gate.shape)}.")
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):
         raise ValueError(
@@ -99,25 +99,28 @@ glu_backward_op = Op(
 
 
 def _rows_contiguous(t: Tensor) -> bool:
-    return t.ndim > 0 and (t.stride(-1) == 1 or t.shape[-1] <= 1)
+    return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
 
 
 def _tensors(*args) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
 
 
-def _why_not(*args) -> str | None:
-    if not all(_rows_contiguous(t) for t in _tensors(*args)):
-        return "the kernels take rows whose elements are adjacent"
-    return "float64 is computed by the reference" if args[0].dtype == torch.float64 else None
+def _why_not(tensors: list[Tensor]) -> str | None:
+    for t in tensors:
+        if not _rows_contiguous(t):
+            return "the kernels take rows whose elements are adjacent"
+    return "float64 is computed by the reference" if tensors[0].dtype == torch.float64 else None
 
 
 def _cpp_why_not(*args):
-    return _why_not(*args) or cpp_why_not(*(t[:0] for t in _tensors(*args)))  # rows may be apart
+    tensors = _tensors(*args)
+    return _why_not(tensors) or cpp_why_not(*tensors, contiguous=False)  # rows may be apart
 
 
 def _triton_why_not(*args):
-    return triton_why_not(*_tensors(*args)) or _why_not(*args)
+    tensors = _tensors(*args)
+    return triton_why_not(*tensors) or _why_not(tensors)
 
 
 def _run_cpp(dy, gate, up, activation, y, dgate, dup):

@@ -105,8 +105,19 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
     Raises: RuntimeError on shapes that do not fit, or if a forced backend refuses.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu or forced_backend() is not None:
-        return OP(x, w, h, b, bias)
+    return _torch(x, w, h, b, bias) if _plain(x) else OP(x, w, h, b, bias)
+
+
+def lowrank_linear_t(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
+    """dx = dy·W + dh·A, the twin: `lowrank_linear(dy, w.t(), dh, a.t())`, of which the four transposes cost as much on
+    the host as a small product.
+
+    Args: dy (M, N), w (N, K), dh (M, R), a (R, K).   Returns: (M, K). Numerics and errors as there.
+    """
+    return torch.mm(dy, w).addmm_(dh, a) if _plain(dy) else OP(dy, w.t(), dh, a.t(), None)
+
+
+def _plain(x: Tensor) -> bool:
     # On the CPU torch's own products are the backend, and they need no operator around them: two dispatches through
     # Python are 5 µs, a twelfth of a small layer's forward and backward.
-    return _torch(x, w, h, b, bias)
+    return x.is_cpu and not torch.compiler.is_compiling() and forced_backend() is None

@@ -138,7 +138,7 @@ def _rows_why_not(x: Tensor) -> str | None:
 
 
 def _pack_cpp_why_not(x, *_):
-    return _rows_why_not(x) or cpp_why_not(x[:0]) or _dtype_why_not(x.dtype)  # an empty slice is contiguous
+    return _rows_why_not(x) or cpp_why_not(x, contiguous=False) or _dtype_why_not(x.dtype)
 
 
 def _unpack_cpp_why_not(codes, stats, bits, group, cols, dtype):

@@ -9,6 +9,7 @@ from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_wh
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (*_STORED, torch.float64)
 MAX_TRITON_COLUMNS = 16384  # one program holds a row
 
 
@@ -20,7 +21,8 @@ def _gain(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
     """offset + weight, the factor of each column; 1 without a weight."""
     if weight is None:
         return torch.ones(x.shape[1], dtype=_wide(x), device=x.device)
-    return weight.to(_wide(x)) + offset if offset else weight.to(_wide(x))
+    wide = weight if weight.dtype == _wide(x) else weight.to(_wide(x))
+    return wide + offset if offset else wide
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
-    if x.ndim != 2 or x.dtype not in (*_STORED, torch.float64):
+    if x.ndim != 2 or x.dtype not in _FLOATS:
         raise ValueError(f"rms_norm takes x (M, K), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
     if x.shape[1] == 0:
         raise ValueError("rms_norm needs at least one column: a row of no elements has no mean.")
@@ -38,7 +40,7 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None
             continue
         if t.shape != x.shape[1:]:
             raise ValueError(f"rms_norm needs a {name} ({x.shape[1]},) for x {tuple(x.shape)}, not {tuple(t.shape)}.")
-        if t.dtype not in (*_STORED, torch.float64) or t.dtype == torch.float64 != x.dtype:
+        if t.dtype not in _FLOATS or t.dtype == torch.float64 != x.dtype:
             raise ValueError(f"rms_norm takes a floating-point {name}, float64 only with x, not {t.dtype}.")
 
 
@@ -137,12 +139,13 @@ def _tensors(*args) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
 
 
-def _dtype_why_not(*args) -> str | None:
-    return "float64 is computed by the reference" if torch.float64 in [t.dtype for t in _tensors(*args)] else None
+def _dtype_why_not(tensors: list[Tensor]) -> str | None:
+    return "float64 is computed by the reference" if torch.float64 in [t.dtype for t in tensors] else None
 
 
 def _cpp_why_not(*args):
-    return cpp_why_not(*_tensors(*args)) or _dtype_why_not(*args)
+    tensors = _tensors(*args)
+    return cpp_why_not(*tensors) or _dtype_why_not(tensors)
 
 
 def _triton_why_not(*args):
@@ -151,7 +154,7 @@ def _triton_why_not(*args):
         return "the Triton kernel takes contiguous tensors"
     if tensors[0].shape[1] > MAX_TRITON_COLUMNS:
         return f"{tensors[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    return triton_why_not(*tensors) or _dtype_why_not(*args)
+    return triton_why_not(*tensors) or _dtype_why_not(tensors)
 
 
 def _pointer(t: Tensor | None) -> int:
@@ -160,7 +163,7 @@ def _pointer(t: Tensor | None) -> int:
 
 def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     gain, bias = _gain(x, weight, offset), None if bias is None else bias.float()
-    pointers = (_pointer(t) for t in (x, y, gain, bias, mean, rstd))
+    pointers = [_pointer(t) for t in (x, y, gain, bias, mean, rstd)]
     extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
@@ -182,7 +185,7 @@ def _apply_cpp(x, weight, bias, mean, rstd, offset):
 def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)
-    pointers = (_pointer(t) for t in (dy, x, gain, mean, rstd, *outputs))
+    pointers = [_pointer(t) for t in (dy, x, gain, mean, rstd, *outputs)]
     extension("_cpu").norm_backward(*pointers, *x.shape, dtype_name(x.dtype), torch.get_num_threads())
     return outputs
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def composition(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
@@ -22,7 +22,7 @@ def composition(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    if x.ndim != 4 or x.dtype not in (*_STORED, torch.float64):
+    if x.ndim != 4 or x.dtype not in _FLOATS:
         raise ValueError(f"rotary takes x (B, H, T, D), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
     b, _, t, d = x.shape
     if d % 2:
@@ -53,17 +53,17 @@ rotary_op = Op("rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Ten
 
 
 def _rows_contiguous(t: Tensor) -> bool:
-    return t.ndim > 0 and (t.stride(-1) == 1 or t.shape[-1] <= 1)
+    return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
 
 
 def _why_not(x, cos, sin, transposed) -> str | None:
-    if not all(_rows_contiguous(t) for t in (x, cos, sin)):
+    if not (_rows_contiguous(x) and _rows_contiguous(cos) and _rows_contiguous(sin)):
         return "the kernels take rows whose elements are adjacent"
     return "float64 is computed by the reference" if x.dtype == torch.float64 else None
 
 
 def _cpp_why_not(x, cos, sin, transposed):
-    return _why_not(x, cos, sin, transposed) or cpp_why_not(*(t[:0] for t in (x, cos, sin)))  # rows may be apart
+    return _why_not(x, cos, sin, transposed) or cpp_why_not(x, cos, sin, contiguous=False)  # rows may be apart
 
 
 def _triton_why_not(x, cos, sin, transposed):

@@ -53,7 +53,7 @@ def _why_not(g, idx, weight, rows):
 
 
 def _cpp_why_not(g, idx, weight, rows):
-    return cpp_why_not(g[:0], idx, weight) or _why_not(g, idx, weight, rows)
+    return cpp_why_not(g, idx, weight, contiguous=False) or _why_not(g, idx, weight, rows)
 
 
 def _triton_why_not(g, idx, weight, rows):

@@ -44,8 +44,7 @@ def _rows_why_not(x: Tensor) -> str | None:
 
 
 def _norms_cpp_why_not(x):
-    # x[:0]: for device and build; row strides are taken as they are
-    return cpp_why_not(x[:0]) or _rows_why_not(x)
+    return cpp_why_not(x, contiguous=False) or _rows_why_not(x)
 
 
 def _norms_triton_why_not(x):

@@ -11,7 +11,7 @@ import efftune
 from efftune.memory import meter
 from efftune.nn import rotary as module
 from efftune.nn.blocks import Blocks, _install_rotary
-from efftune.nn.rotary import _computes, register, rotary
+from efftune.nn.rotary import _computes, register, rotary, rotary_pair
 from tests.budget import assert_within_budget
 from tests.nn.families import DECODER, DECODERS, LAYERS, batch, gradients, loss, model
 from tests.ops.test_rotary import hf, operands
@@ -24,14 +24,14 @@ def modeling(family):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts what goes through `rotary`."""
+    """Counts what goes through `rotary_pair`."""
     seen = []
 
-    def counted(x, cos, sin):
-        seen.append(x.shape)
-        return rotary(x, cos, sin)
+    def counted(q, k, cos, sin):
+        seen.extend([q.shape, k.shape])
+        return rotary_pair(q, k, cos, sin)
 
-    monkeypatch.setattr(module, "rotary", counted)
+    monkeypatch.setattr(module, "rotary_pair", counted)
     return seen
 
 

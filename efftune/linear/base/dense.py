@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.linear.contracts import Base, Tensors
-from efftune.ops.lowrank_linear import lowrank_linear
+from efftune.ops.lowrank_linear import lowrank_linear, lowrank_linear_t
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Dense(Base):
         return product(x, self._matrix(w, x.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
-        if low_rank is not None:
-            low_rank = (low_rank[0], low_rank[1].t())
-        return product(dy, self._matrix(w, dy.dtype).t(), low_rank, None, add)
+        return product_with(self._matrix(w, dy.dtype), dy, low_rank, add)
 
     def rows(self, w, a, b, dtype):
         return (w[0][:, a:b].t() if self.transposed else w[0][a:b]).to(dtype)
@@ -55,6 +53,14 @@ class Dense(Base):
         """(N, K)."""
         weight = w[0] if w[0].dtype == dtype else w[0].to(dtype)  # under autocast
         return weight.t() if self.transposed else weight
+
+
+def product_with(weight: Tensor, dy: Tensor, low_rank, add: Tensor | None) -> Tensor:
+    """dy·weight with the optional terms of `Base.linear_t`."""
+    if low_rank is not None:
+        dx = lowrank_linear_t(dy, weight, *low_rank)
+        return dx if add is None else dx.add_(add)
+    return torch.mm(dy, weight) if add is None else add.addmm_(dy, weight)
 
 
 def product(x: Tensor, weight: Tensor, low_rank, bias: Tensor | None, add: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.linear.base.dense import product
+from efftune.linear.base.dense import product, product_with
 from efftune.linear.contracts import Base, Tensors
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 
@@ -47,9 +47,7 @@ class Int8(Base):
         return product(x, self._unpacked(w, x.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
-        if low_rank is not None:
-            low_rank = (low_rank[0], low_rank[1].t())
-        return product(dy, self._unpacked(w, dy.dtype).t(), low_rank, None, add)
+        return product_with(self._unpacked(w, dy.dtype), dy, low_rank, add)
 
     def rows(self, w, a, b, dtype):
         return self._unpacked((w[0][a:b], w[1][a:b]), dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from efftune.linear.contracts import Keep
@@ -32,4 +33,4 @@ def product_t(g: Tensor, z: Tensor) -> Tensor:
     # For few columns (a LoRA rank) gᵀ is laid out first: on the CPU the product then runs at its full rate, and the
     # copy is small, M·S elements.
     g_t = g.t()
-    return (g_t.contiguous() if 8 * g.shape[1] <= z.shape[1] else g_t) @ z
+    return torch.mm(g_t.contiguous() if 8 * g.shape[1] <= z.shape[1] else g_t, z)
