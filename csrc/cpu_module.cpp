@@ -49,6 +49,15 @@ void bind_dropout(uintptr_t x, uintptr_t out, int64_t count, const std::string& 
     dropout(args, threads);
 }
 
+void bind_relu(uintptr_t x, uintptr_t y, uintptr_t bits, int64_t count, const std::string& dtype, bool backward,
+               int threads) {
+    check(count >= 0 && threads > 0, "relu takes a count of at least 0 and at least one thread.");
+    const ReluArgs args{pointer<const void>(x), pointer<void>(y), pointer<uint8_t>(bits), count,
+                        dtype_from(dtype),      backward};
+    py::gil_scoped_release release;
+    relu(args, threads);
+}
+
 void bind_int8(uintptr_t codes, uintptr_t scales, uintptr_t out, int64_t rows, int64_t cols, int64_t group,
                const std::string& scale_dtype, const std::string& dtype, int threads) {
     check(rows >= 0 && cols >= 0 && group > 0 && threads > 0,
@@ -307,6 +316,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("draw", &bind_draw);
     m.def("dropout", &bind_dropout);
     m.def("int8_dequantize", &bind_int8);
+    m.def("relu", &bind_relu);
     m.def("pack_act", &bind_pack_act);
     m.def("unpack_act", &bind_unpack_act);
     m.def("norm", &bind_norm);

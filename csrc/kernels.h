@@ -113,6 +113,17 @@ struct GluArgs {
 
 void glu(const GluArgs& args, int threads);
 
+struct ReluArgs {
+    const void* x;  // dy in backward
+    void* y;        // dx in backward
+    uint8_t* bits;
+    int64_t count;
+    Dtype dtype;
+    bool backward;
+};
+
+void relu(const ReluArgs& args, int threads);
+
 struct RotaryArgs {
     const void *x, *cos, *sin;
     void* out;

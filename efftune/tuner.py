@@ -25,6 +25,7 @@ from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks, install
 from efftune.recipe import format_recipe, parse
 from efftune.versions import require_for
+from efftune.wrappers import compile_in_place, inside, refuse_wrapped
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
 
@@ -35,10 +36,14 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
 
     Args:
+        model: any nn.Module with linear layers. What torch.compile has wrapped (the model itself, or its blocks) is
+            taken out of its wrapper and compiled in place, as `nn.Module.compile` does, so that names are those of the
+            plain model; `Tuner.model` is the model without its wrapper.
         blocks: also swap norms, gated MLPs, activations and attention (sdpa or eager) for those of efftune.nn, whose
             outputs backward makes again instead of keeping them, and the rotary embedding for one pass: less memory,
             the same gradients up to rounding.
-    Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied.
+    Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied, and for a
+        model that is wrapped for several devices, is a torch.jit module, or has weights that accelerate offloads.
     """
     require_for(model)
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
@@ -52,14 +57,16 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     if not any(m.trains for m in methods):
         methods.insert(0, FullFineTuning())
     keep = block_keep(methods)
+    refuse_wrapped(model)
     # First on a skeleton without data: what refuses does so before the model is touched, and no dense weight has to be
     # kept for an undo while its layer is being quantised.
-    for target in (skeleton(model), model):
+    for make in (skeleton, compile_in_place):
+        target = make(model)
         freeze(target)
         for method in methods:
             method.prepare(target)
         check_tied(target)
-    return Tuner(model, methods, install_blocks(model, keep) if blocks else Blocks())
+    return Tuner(target, methods, install_blocks(target, keep) if blocks else Blocks())
 
 
 def block_keep(methods: list[Method]) -> Keep | None:
@@ -99,20 +106,25 @@ def check_tied(model: nn.Module) -> None:
 
 
 def skeleton(model: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are on the meta device; what is shared stays shared."""
+    """A copy of the module tree whose parameters and buffers are on the meta device; what is shared stays shared, and
+    what torch.compile has wrapped stands there as itself."""
     made = {} if made is None else made
     if id(model) in made:
         return made[id(model)]
+    if (compiled := inside(model)) is not None:
+        return skeleton(compiled, made)
     # Shallow, module by module: models hold locks and other things that no deep copy takes.
-    # Not by copy.copy, which parametrized modules refuse.
+    # Not by copy.copy, which parametrized modules refuse; into the dictionary, since a module's own __setattr__ may
+    # write somewhere else.
     twin = made[id(model)] = object.__new__(type(model))
-    twin.__dict__ = dict(vars(model))
+    own = vars(twin)
+    own.update(vars(model))
     for name, value in vars(model).items():
         if isinstance(value, OrderedDict):  # hooks: those that a method adds to the skeleton are not the model's
-            setattr(twin, name, value.copy())
-    twin._parameters = {name: _meta(p, made) for name, p in model._parameters.items()}
-    twin._buffers = {name: _meta(b, made) for name, b in model._buffers.items()}
-    twin._modules = {name: None if m is None else skeleton(m, made) for name, m in model._modules.items()}
+            own[name] = value.copy()
+    own["_parameters"] = {name: _meta(p, made) for name, p in model._parameters.items()}
+    own["_buffers"] = {name: _meta(b, made) for name, b in model._buffers.items()}
+    own["_modules"] = {name: None if m is None else skeleton(m, made) for name, m in model._modules.items()}
     return twin
 
 
@@ -139,6 +151,7 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     else:
         methods = peft.read_methods(path, model)
     tuner = apply(model, methods)
+    model = tuner.model  # not its wrapper
     if peft.adapters(model):
         peft.load_adapter(model, path)
         statistics = tuner._statistics()
@@ -290,7 +303,7 @@ class Tuner:
         for layer in [m for m in self.model.modules() if isinstance(m, Linear)]:
             plain = make(layer)
             for parent, child in where[id(layer)]:
-                setattr(parent, child, plain)
+                parent._modules[child] = plain
         return self.model
 
     def save(self, path: str | Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
+from efftune.hooks import watched
 from efftune.linear import Exact, Full, Linear
 from efftune.linear.contracts import Keep, brief
 from efftune.linear.module import is_conv1d
@@ -184,7 +185,7 @@ def swap(model: nn.Module, names: Iterable[str], **axes) -> None:
         layer = model.get_submodule(
             name
         )  # held no longer than this turn: the old weight may be the memory that is short
-        if delta is not None and trained_by(layer) not in (None, delta):
+        if delta is not None and not watched(layer) and trained_by(layer) not in (None, delta):
             raise EfftuneError(
                 f"{name} is already trained as {trained_by(layer)}, so {delta} cannot be added; "
                 "give the two methods different target_modules."
@@ -194,7 +195,7 @@ def swap(model: nn.Module, names: Iterable[str], **axes) -> None:
         except ValueError as error:
             raise EfftuneError(f"{name}: {error}") from None
         for parent, child in where[id(layer)]:
-            setattr(parent, child, new)
+            parent._modules[child] = new  # not by setattr, which a module may have made its own
 
 
 def keep_in_layers(method: Method, model: nn.Module, target_modules: str | Iterable[str], keep: Keep) -> list[str]:

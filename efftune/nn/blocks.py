@@ -9,20 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from efftune.hooks import watched
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.nn import attention, eager_attention, rotary
+from efftune.nn import attention, eager_attention, probe, rotary
 from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
+from efftune.wrappers import is_compiled
 
 OURS = (RMSNorm, LayerNorm, GatedMLP, Activation)
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -66,6 +67,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     transformers model through `attention` (sdpa) or `eager_attention` and its rotary embedding through `rotary`.
     Parameters are shared and keep their names."""
     done = Blocks()
+    twins: dict[nn.Module, nn.Module | None] = {}  # a module that stands in two places stays one
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is None or watched(child):
@@ -73,7 +75,9 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
             if type(child) in OURS:
                 child.keep = cast(Any, keep or child.keep)  # of an earlier recipe, or the model's own
                 continue
-            new = twin(child, keep or Exact())
+            if child not in twins:
+                twins[child] = twin(child, keep or Exact())
+            new = twins[child]
             if new is not None:
                 parent._modules[name] = new.train(child.training)
                 done.swaps.append((parent, name, child, new))
@@ -85,12 +89,10 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
 def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
     """The module of efftune.nn that computes what `module` does, over the same parameters; None if there is none."""
     kind = type(module)
-    if any(p.is_meta for p in module.parameters()):
+    if any(p.is_meta for p in module.parameters()) or is_compiled(module):
         return None
-    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+    if kind is nn.LayerNorm and len(cast(nn.LayerNorm, module).normalized_shape) == 1:
         return LayerNorm(module.weight, module.bias, module.eps, keep)
-    if type(module) is nn.RMSNorm and len(module.normalized_shape) == 1 and module.eps is not None:
-        return RMSNorm(module.weight, module.eps, 0.0, keep)
     if kind.__name__.endswith("RMSNorm"):
         return _rms_norm(module, keep)
     if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
@@ -106,13 +108,14 @@ def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
 def _rms_norm(module: nn.Module, keep: Keep) -> nn.Module | None:
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(module.parameters())) != 1:
+    alone = len(module._parameters) == 1 and not module._modules and not module._buffers and probe.takes_one(module)
+    if weight is None or weight.ndim != 1 or not isinstance(eps, float) or not alone:
         return None
-    x = _probe((4, weight.shape[0]), weight)
+    old, width = probe.stand_in(module), len(weight)
     for offset in (0.0, 1.0):
-        new = RMSNorm(weight, eps, offset, keep)
-        if _same(module, new, x):
-            return new
+        new = RMSNorm(cast(nn.Parameter, old.weight), eps, offset)
+        if probe.same(old, new, width):
+            return RMSNorm(weight, eps, offset, keep, probe.promotes(old, width))
     return None
 
 
@@ -122,49 +125,22 @@ def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
     activation = recognise(cast(Callable[[Tensor], Tensor], act)) if callable(act) else None
     if activation is None or not all(hasattr(part, "in_features") for part in parts):
         return None
-    gate, up, down = parts
-    new = GatedMLP(gate, up, down, activation, keep)
-    weight = next(module.parameters())
-    return new if _same(module, new, _probe((2, gate.in_features), weight)) else None
+    if module._parameters or module._buffers or not probe.takes_one(module):
+        return None
+    small = probe.linear(16, 8), probe.linear(16, 8), probe.linear(8, 16)
+    old = probe.stand_in(module, **dict(zip(GATED, small, strict=True)))
+    return GatedMLP(*parts, activation, keep) if probe.same(old, GatedMLP(*small, activation), 8) else None
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which `glu` knows the element-wise function `act`, or None."""
-    if isinstance(act, _DropoutNd):
-        return None
-    # Far out, too: some are clipped there.
-    x = torch.cat([torch.linspace(-8, 8, 1025), torch.tensor([12.0, 30.0, 1e2, 1e3, -12.0, -30.0, -1e2, -1e3])])
-    try:
-        with torch.random.fork_rng(devices=[]):
-            y = act(x)
-    except Exception:  # whatever it is, it is not an activation
-        return None
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        return None
-    fits = (name for name in ACTIVATIONS if torch.allclose(y, composition(x, None, name), rtol=1e-5, atol=2e-6))
-    return next(fits, None)
-
-
-def _probe(shape: tuple[int, int], like: Tensor) -> Tensor:
-    dtype = like.dtype if like.is_floating_point() else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator).to(like.device, dtype)
-
-
-def _same(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
-    training = old.training
-    try:
-        expected = old.eval()(x)
-    except Exception:  # it wants other arguments, so it is something else
-        return False
-    finally:
-        old.train(training)
-    actual = new.eval()(x)
-    new.train(training)
-    if not isinstance(expected, Tensor) or expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return False
-    error = (actual.double() - expected.double()).norm()
-    return bool(error <= 4 * torch.finfo(x.dtype).eps * expected.double().norm())
+    if isinstance(act, nn.Module):
+        if act._modules or act._parameters or act._buffers or watched(act) or not probe.takes_one(act):
+            return None
+        act = probe.stand_in(act)
+    return next(
+        (name for name in ACTIVATIONS if probe.same_function(act, partial(composition, up=None, activation=name))), None
+    )
 
 
 def _install_attention(model: nn.Module, keep: Keep | None, done: Blocks) -> None:

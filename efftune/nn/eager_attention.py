@@ -4,6 +4,7 @@ kept once, in 16 bits or as codes, and nothing is kept of masks, dropout or repe
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.handle import Handle, flatten, load, reshaped, unflatten
 from efftune.linear.keep.sampled import Sampled
+from efftune.nn import probe
 from efftune.nn.attention import KEEP, as_heads, as_rows
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.dropout import dropout as drop_out
@@ -175,29 +177,45 @@ def own_function(module: nn.Module) -> Callable | None:
 
 @torch.no_grad()
 def _same(function: Any, module: nn.Module) -> bool:
-    groups, training, device = getattr(module, "num_key_value_groups", 1), module.training, torch.device("cpu")
-    for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        device = device if own.is_meta else own.device
+    """Whether it is, for weights of the module's own that are random, in training and evaluation mode, for scores so
+    large that a cap shows, in float32 and bfloat16, with dropout in training and without."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    module = probe.stand_in(module, **module._modules)
     g = torch.Generator().manual_seed(0)
     q, k, v, mask = (
-        torch.randn(shape, generator=g).mul_(size).to(device)
+        torch.randn(shape, generator=g, device="cpu").mul_(size)
         for shape, size in (((2, 2 * groups, 5, 8), 3), ((2, 2, 6, 8), 3), ((2, 2, 6, 8), 1), ((2, 1, 5, 6), 5))
     )
-    call = partial(function, module, q, k, v, scaling=0.5)
-    try:
-        module.training = True
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = [call(attention_mask=m, dropout=0.0) for m in (mask, None)]
-            out, dropped = call(attention_mask=mask, dropout=0.5)
-    except Exception:  # it wants other arguments, so it is something else
-        return False
-    finally:
+    kinds = [(1.0, torch.float32), (20.0, torch.float32), (1.0, torch.bfloat16)]
+    for (scale, dtype), training in itertools.product(kinds, (True, False)):
         module.training = training
-    expected = [eager_attention(q, k, v, m, scale=0.5) for m in (mask, None)]
-    wide = v.repeat_interleave(groups, 1)
-    pairs = [(found[i][j], expected[i][j]) for i in (0, 1) for j in (0, 1)]
-    pairs += [(dropped, torch.where(dropped == 0, 0.0, 2 * found[0][1])), (out, (dropped @ wide).transpose(1, 2))]
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
+        given = [t.to(dtype) for t in (q * scale, k * scale, v)]
+        call = partial(function, module, *given, scaling=0.5)
+        masks = (mask.to(dtype), None)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                before = torch.get_rng_state()
+                found = [call(attention_mask=m, dropout=0.0) for m in masks]
+                if not training:
+                    found += [call(attention_mask=masks[0], dropout=0.5)]
+                if not torch.equal(before, torch.get_rng_state()):
+                    return False
+                out, dropped = call(attention_mask=masks[0], dropout=0.5)
+        except Exception:  # it wants other arguments, so it is something else
+            return False
+        expected = [eager_attention(*given, m, scale=0.5) for m in (*masks, masks[0])]
+        pairs = [pair for got, right in zip(found, expected, strict=False) for pair in zip(got, right, strict=True)]
+        if training and dtype == torch.float32:
+            wide = v.repeat_interleave(groups, 1)
+            pairs += [
+                (dropped, torch.where(dropped == 0, 0.0, 2 * found[0][1])),
+                (out, (dropped @ wide).transpose(1, 2)),
+            ]
+            if not (dropped == 0).any():
+                return False
+        if not all(probe.near(a, b, 16.0) for a, b in pairs):
+            return False
+    return True
 
 
 def modules(model: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,9 @@ from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unfla
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import composition, glu_backward
 from efftune.ops.glu import glu as activate
+from efftune.ops.relu import relu, relu_backward
+
+CLIPPED = ("relu", "relu2")  # zero below zero, with a kink or a bend there
 
 
 class _Glu(torch.autograd.Function):
@@ -22,25 +25,47 @@ class _Glu(torch.autograd.Function):
     def forward(ctx, keep: Keep, activation: str, seed, made: list, gate, up):
         rows = [as_matrix(t) for t in (gate, up) if t is not None]
         y = activate(rows[0], rows[1] if up is not None else None, activation)
+        bits = ()
+        if keep.random and activation in CLIPPED:
+            # E[relu(x̃)] is not relu(x) near 0, and 1[x̃ > 0] is not 1[x > 0]; codes of relu(x) have the right mean,
+            # zeros stay zeros, and half of the range needs no codes.
+            clipped, *bits = relu(rows[0]) if activation == "relu" else (rows[0].relu(),)
+            rows[0] = clipped
         held = tuple([keep.hold(t.detach(), seed, stream) for stream, t in enumerate(rows)])
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
         handle = Handle(partial(_again, activation), held)
         made.append(handle)
-        saved, structure = flatten(held)
+        saved, structure = flatten((*held, *bits))
         ctx.save_for_backward(*saved)
-        ctx.call = handle.once, structure, activation
+        ctx.call = handle.once, structure, activation, len(held)
         return reshaped(y, gate.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("An activation of efftune.nn")
-        once, structure, activation = ctx.call
+        once, structure, activation, parts = ctx.call
         once.drop()
-        gate, *up = [load(part) for part in unflatten(ctx.saved_tensors, structure)]
-        dgate, dup = glu_backward(as_matrix(dy), gate, up[0] if up else None, activation)
+        saved, rows = unflatten(ctx.saved_tensors, structure), as_matrix(dy)
+        gate, *up = [load(part) for part in saved[:parts]]
+        dgate, dup = glu_backward(rows, gate, up[0] if up else None, activation)
+        if bits := saved[parts:]:
+            dgate = relu_backward(rows * up[0], bits[0])
         return None, None, None, None, reshaped(dgate, dy.shape), reshaped(dup, dy.shape) if up else None
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y, bits = relu(x)
+        ctx.save_for_backward(bits)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_second_derivative("An activation of efftune.nn")
+        return relu_backward(dy, *ctx.saved_tensors)
 
 
 def _again(activation: str, gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -57,7 +82,12 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
     Returns: (..., F), dtype of gate. Linear layers of efftune that read it keep no input of their own.
     Numerics: float32 inside, rounded once (transformers rounds act(gate), too). With a quantised keep the gradients are
         those at the inputs that were kept.
-    Saved for backward: keep(gate) and keep(up).
+        What is a bias there, and what not, given dy: silu and gelu are curved, so that act'(g̃) and act(g̃) are off
+        by second order in the rounding error. relu and relu2 keep relu(gate), whose codes have the mean relu(gate):
+        relu(gate) · up is unbiased with its gradients; of relu2, dgate is, and y and dup are off by the variance of a
+        code. relu alone is exact.
+    Saved for backward: keep(gate) and keep(up); with a quantised keep an eighth of a byte an element besides for relu
+        with `up`. For relu alone, whatever the keep, only that eighth: the layer that reads y keeps y.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     if torch.compiler.is_compiling():
@@ -65,6 +95,8 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
     needed = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
     if not needed:  # nothing is kept for this layer, so that a handle would not be free
         return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(gate.shape)
+    if activation == "relu" and up is None:
+        return _Relu.apply(gate)
     keep = Exact() if keep is None else keep
     made: list[Handle] = []
     y = _Glu.apply(keep, activation, draw_seed() if keep.random else None, made, gate, up)

@@ -108,19 +108,28 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` as a module with the parameter `weight` (K,)."""
+    """`rms_norm` as a module with the parameter `weight` (K,). `promotes`: a weight of a wider dtype than x makes the
+    result as wide, as a product weight · x̂ does; otherwise it has x's dtype. None: where offset is 0."""
 
     weight: nn.Parameter | None
 
-    def __init__(self, weight: nn.Parameter | None, eps: float = 1e-6, offset: float = 0.0, keep: Keep | None = None):
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        keep: Keep | None = None,
+        promotes: bool | None = None,
+    ):
         super().__init__()
         self.register_parameter("weight", weight)
         self.eps, self.offset, self.keep = eps, offset, keep or Exact()
+        self.promotes = offset == 0 if promotes is None else promotes
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight is not None and self.offset == 0 and weight.dtype != x.dtype:
-            x = x.to(torch.promote_types(x.dtype, weight.dtype))  # as weight · x̂ does in transformers
+        if weight is not None and self.promotes and weight.dtype != x.dtype:
+            x = x.to(torch.promote_types(x.dtype, weight.dtype))
         return rms_norm(x, weight, self.eps, self.offset, self.keep)
 
     def extra_repr(self) -> str:

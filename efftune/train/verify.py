@@ -11,11 +11,14 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.linear import Linear
+from efftune.linear.contracts import Keep
 from efftune.memory import meter
+from efftune.methods._base import drawing_keeps
 from efftune.nn.subbatch import Recompute
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import directions, processes, rundir, state
@@ -87,7 +90,9 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
 
 
 def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> list[Fidelity]:
-    """`data`: batches on the device; the first is the one that is drawn from, all give SGD's noise."""
+    """`data`: batches on the device; the first is the one that is drawn from, all give SGD's noise. A row for each
+    parameter, and one for each kind of module that keeps codes for a derivative that is not linear in them: of all
+    gradients, with everything else exact."""
     where = coordinates(tuner)
 
     def chosen(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,6 +109,14 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
         exact = [chosen(gradients(tuner, task, batch)) for batch in data]
     draws = [drawn(turn) for turn in range(seeds)]
     least = negligible(exact[0])
+    truth, others, rows = concatenated(exact[0]), torch.stack([concatenated(g) for g in exact]), []
+    for kind, places in nonlinear_keeps(tuner.model).items():
+        with tuner.exactly():
+            for module, name, keep in places:
+                vars(module)[name] = keep
+            only = [concatenated(chosen(gradients(tuner, task, data[0]))) for _ in range(seeds)]
+        errors = torch.stack(only) - truth
+        rows.append(fidelity(f"all, by keeps of {kind} alone", errors, truth, others, 0, least * len(truth)))
     kept = meter.saved_for_backward(tuner.model, lambda: task.loss(tuner.model, data[0])).by_module
     return [
         fidelity(
@@ -115,7 +128,21 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
             least * len(exact[0][name]),
         )
         for name in where
-    ]
+    ] + rows
+
+
+def concatenated(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat(list(gradients.values()))
+
+
+def nonlinear_keeps(model: nn.Module) -> dict[str, list[tuple[nn.Module, str, Keep]]]:
+    """Kind of module -> what draws in modules whose backward is not linear in what was kept, where it may be biased."""
+    found: dict[str, list[tuple[nn.Module, str, Keep]]] = {}
+    for module, name, keep in drawing_keeps(model):
+        if not isinstance(module, Linear) and keep.restores:
+            kind = " ".join([type(module).__name__, *filter(None, [getattr(module, "activation", None)])])
+            found.setdefault(kind, []).append((module, name, keep))
+    return found
 
 
 def plain(value: Any) -> Any:

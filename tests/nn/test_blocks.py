@@ -282,6 +282,184 @@ def test_a_model_that_looks_at_its_config_sees_sdpa():
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+class Mlp(nn.Module):
+    def __init__(self, act=torch.nn.functional.silu):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act_fn = act
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DropsInTraining(Mlp):
+    p = 0.01
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), self.p, self.training)
+
+
+class DropsNothing(DropsInTraining):
+    p = 0.0
+
+
+class ScalesInEvaluation(Mlp):
+    def forward(self, x):
+        return super().forward(x) * (1 if self.training else 0.5)
+
+
+class Clamps(Mlp):
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=1e3), self.up_proj(x)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class HasAScale(Mlp):
+    """A parameter of its own that does nothing yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class TakesMore(Mlp):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class Detaches(Mlp):
+    """The same numbers, and another gradient."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).detach())
+
+
+class Negated(Mlp):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Norm(nn.Module):
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.full((8,), weight)), 1e-6
+
+    def forward(self, x):
+        return self.weight * self.normal(x)
+
+    def normal(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class GoodRMSNorm(Norm):
+    pass
+
+
+class SquaredRMSNorm(Norm):
+    def forward(self, x):
+        return self.weight.square() * self.normal(x)
+
+
+class EpsOutsideRMSNorm(Norm):
+    def normal(self, x):
+        return x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+class ExponentialRMSNorm(Norm):
+    def __init__(self):
+        super().__init__(0.0)
+
+    def forward(self, x):
+        return self.weight.exp() * self.normal(x)
+
+
+class DroppingRMSNorm(Norm):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+class GatedRMSNorm(Norm):
+    def forward(self, x, gate=None):
+        return super().forward(x if gate is None else x * gate)
+
+
+class NoisyRelu(nn.Module):
+    def forward(self, x):
+        return torch.relu(x + torch.randn_like(x) if self.training else x)
+
+
+class CappedRelu(nn.Module):
+    def forward(self, x):
+        return x.clamp(0, 1e5)
+
+
+class StraightThrough(nn.Module):
+    def forward(self, x):
+        return x + (torch.relu(x) - x).detach()
+
+
+class LearnedSilu(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("module", "swapped"),
+    [
+        (Mlp, True), (DropsNothing, True), (DropsInTraining, False), (ScalesInEvaluation, False), (Clamps, False),
+        (HasAScale, False), (TakesMore, False), (Detaches, False), (Negated, False),
+        (lambda: Mlp(LearnedSilu()), False), (lambda: Mlp(nn.SiLU(inplace=True)), False),
+        (GoodRMSNorm, True), (SquaredRMSNorm, False), (EpsOutsideRMSNorm, False), (ExponentialRMSNorm, False),
+        (DroppingRMSNorm, False), (GatedRMSNorm, False),
+        (nn.ReLU, True), (lambda: nn.ReLU(inplace=True), False), (nn.RReLU, False), (NoisyRelu, False),
+        (CappedRelu, False), (StraightThrough, False),
+    ],
+)  # fmt: skip
+def test_only_the_same_function_is_swapped(module, swapped, training):
+    """Whatever the mode in which the recipe is applied, and however little the fresh weights show."""
+    torch.manual_seed(0)
+    made = module().train(training)
+    for p in (p for n, p in made.named_parameters() if n.startswith(("gate", "up", "down"))):
+        nn.init.zeros_(p)  # every candidate gives the same
+    before = torch.get_rng_state()
+    net = nn.Sequential(made)
+    install(net, Quantized(8))
+    assert (net[0] is not made) == swapped and torch.equal(before, torch.get_rng_state())
+    assert made.training == training and all(m.training == training for m in made.modules())
+
+
+def test_what_is_hooked_inside_or_compiled_is_left_alone():
+    hooked = Mlp(nn.SiLU())
+    hooked.act_fn.register_forward_hook(lambda *_: None)
+    compiled = Mlp(nn.SiLU())
+    compiled.compile(backend="eager")
+    net = nn.Sequential(hooked, compiled)
+    install(net)
+    assert net[0] is hooked and net[1] is compiled
+
+
+@pytest.mark.parametrize("promotes", [False, True])
+def test_a_narrow_input_of_a_norm_with_wide_weights_gives_the_models_dtype(promotes):
+    class OneRMSNorm(Norm):
+        def forward(self, x):
+            y = self.weight * self.normal(x.float()).to(x.dtype)
+            return y if promotes else y.to(x.dtype)
+
+    net, x = nn.Sequential(OneRMSNorm()), torch.randn(3, 8).bfloat16()
+    expected = net(x)
+    install(net)
+    assert isinstance(net[0], RMSNorm) and net(x).dtype == expected.dtype
+    torch.testing.assert_close(net(x), expected, rtol=2**-7, atol=0)
+
+
 def test_a_gated_mlp_with_something_more_is_left_alone():
     class Mlp(nn.Module):
         def __init__(self):

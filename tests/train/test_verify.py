@@ -60,6 +60,8 @@ def test_verify_passes_what_is_unbiased(job, recipe, tmp_path, capsys):
     results = verify({**job, "recipe": recipe, "out": str(tmp_path)}, seeds=12, batches=3, max_bias=0.05)
     assert any(r.error > 0.001 for r in results)
     assert "has a bias that is both significant" in capsys.readouterr().out
+    kinds = {r.name for r in results if r.name.startswith("all, by keeps of")}
+    assert len(kinds) == (3 if "mesa" in recipe else 0)  # norms, gated MLPs, attention
     saved = json.loads((tmp_path / "verify.json").read_text())
     assert len(saved["parameters"]) == len(results) and saved["seeds"] == 12
 
