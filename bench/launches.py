@@ -32,6 +32,7 @@ from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 from efftune.ops.lowrank_linear import lowrank_linear
 from efftune.ops.pack_act import pack_act, unpack_act
+from efftune.ops.relu import relu, relu_backward
 from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
 from efftune.ops.rotary import rotary
 from efftune.ops.rows_grad import rows_grad
@@ -62,6 +63,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
     wide = torch.ones(taken, device=device)
     mean, rstd = torch.zeros(m, device=device), torch.ones(m, device=device)
     groups = -(-k // 64)
+    bits = torch.zeros((m * k + 7) // 8, dtype=torch.uint8, device=device)
     codes, stats = torch.zeros(m, k, dtype=torch.uint8, device=device), made(m, groups, 2)
     q, cos, sin = made(2, 4, m, 64), made(1, m, 64), made(1, m, 64)
     h, b = made(m, 16), made(n, 16)
@@ -93,6 +95,8 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "rms_norm_backward": lambda: [rms_norm_backward(dy, x, weight, mean, rstd, 0.0, True, c) for c in both],
         "glu": lambda: [glu(x, dy, a) for a in acts],
         "glu_backward": lambda: [glu_backward(dy, x, dy, a) for a in acts],
+        "relu": lambda: relu(x),
+        "relu_backward": lambda: relu_backward(dy, bits),
         "rotary": lambda: [rotary(q, cos, sin, transposed) for transposed in both],
         "int8_dequantize": lambda: int8_dequantize(stored, scales, 64, dtype),
         "lowrank_linear": lambda: lowrank_linear(x, w, h, b, None),

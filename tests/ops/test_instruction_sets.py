@@ -15,6 +15,7 @@ from efftune.ops.glu import glu, glu_backward
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.pack_act import pack_act, unpack_act
 from efftune.ops.perturb import perturb
+from efftune.ops.relu import relu, relu_backward
 from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
 from efftune.ops.rotary import rotary
 from efftune.ops.rows_grad import rows_grad
@@ -56,6 +57,11 @@ def gated(dtype):
         yield from glu_backward(dy, gate, up, activation)
 
 
+def clipped(dtype):
+    y, bits = relu(normal(5001, dtype=dtype))
+    yield from (y, bits, relu_backward(normal(5001, dtype=dtype, seed=1), bits))
+
+
 def rotated(dtype):
     angle = normal(1, 13, 34)
     yield from (rotary(normal(2, 3, 13, 34, dtype=dtype), angle.cos(), angle.sin(), t) for t in (False, True))
@@ -92,6 +98,7 @@ KERNELS = {
     "pack_act unpack_act": packed,
     "norm norm_backward": norms,
     "glu": gated,
+    "relu": clipped,
     "rotary": rotated,
     "row_norms select_rows gather_rows scale_rows": rows,
     "linear_cross_entropy": losses,
