@@ -72,7 +72,7 @@ def rows_for(
     variants = {label: step(loss) for label, loss in losses(device).items() if only is None or label in only}
     products = 3 if trains else 2
     rows = run(name, variants, device=device, dtype=dtype, flops=2 * products * m * k * v, repeats=repeats)
-    times = {row["variant"]: row["median_s"] for row in rows}
+    times = {row["variant"]: row["median_s"] for row in rows if "median_s" in row}
     if {"naive", "efftune"} <= times.keys():
         print(f"{name}: efftune takes {times['efftune'] / times['naive']:.2f} x the naive head's time")
     return rows

@@ -96,8 +96,8 @@ def main() -> None:
 
     def say(line: str) -> None:
         lines.append(line)
-        print(line, flush=True)
         (logs / f"steps-{'-'.join(args.asked)}.txt").write_text("\n".join(lines) + "\n")
+        print(line, flush=True)  # last: who reads it may end this process
 
     for at, step in enumerate(steps):
         title, left = " ".join(step), end - time.monotonic()

@@ -119,7 +119,7 @@ def test_a_classification_head_is_trained_and_saved(tmp_path):
 
 
 def test_a_nested_classification_head(tmp_path):
-    from tests.methods.test_contract import classifier
+    from tests.methods.test_apply import classifier
 
     ids = torch.randint(2, 50, (2, 7))
     tuner = efftune.apply(classifier("Roberta"), "lora(r=2, target_modules='query|value')")
