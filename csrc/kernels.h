@@ -189,7 +189,7 @@ struct LinearCrossEntropyArgs {
     float* z;                // (rows, cols): logits of the columns first..first + cols, replaced by their gradient
     const float* bias;       // (cols) or nullptr
     const int64_t* targets;  // (rows), inside the vocabulary or ignore_index
-    float* norm;             // (2, rows): max and log Σ exp(y - max), written with the loss, else read
+    float* norm;             // (2, rows): max and 1 / Σ exp(y - max), written with the loss, else read
     float* loss;             // (rows) or nullptr; only for whole rows
     const float* dy;         // (rows), factors of the gradient, or nullptr
     int64_t rows, cols, first, vocabulary, ignore_index;

@@ -91,21 +91,21 @@ static inline void row_loss(const LinearCrossEntropyArgs& c, const float* z, int
     const double eps = c.smoothing, log_sum = std::log(sum), at_target = y[0] * scale;
     const double uniform = eps == 0.0 ? 0.0 : eps * (total / static_cast<double>(c.cols));
     c.norm[row] = most;
-    c.norm[c.rows + row] = static_cast<float>(log_sum);
+    c.norm[c.rows + row] = static_cast<float>(1.0 / sum);
     c.loss[row] = static_cast<float>(most + log_sum - (1.0 - eps) * at_target - uniform);
 }
 
 static inline void row_gradient(const LinearCrossEntropyArgs& c, float* z, int64_t row) {
     alignas(64) float u[kSpan];
     const float scale = c.softcap != 0.0f ? c.softcap : 1.0f, capped = c.softcap != 0.0f ? 1.0f : 0.0f;
-    const float most = c.norm[row], log_sum = c.norm[c.rows + row], dy = c.dy ? c.dy[row] : 1.0f;
+    const float most = c.norm[row], factor = c.norm[c.rows + row], dy = c.dy ? c.dy[row] : 1.0f;
     const float uniform = c.smoothing / static_cast<float>(c.vocabulary);
     const int64_t target = c.targets[row] - c.first;
     const bool here = target >= 0 && target < c.cols;
     float at_target = 0.0f;
     if (here) {
         load_logits(c, z, target, 1, u);
-        const float p = exponential(scale * u[0] - most - log_sum);
+        const float p = exponential(scale * u[0] - most) * factor;
         at_target = (p - uniform - (1.0f - c.smoothing)) * (1.0f - capped * u[0] * u[0]) * dy;
     }
     for (int64_t at = 0; at < c.cols; at += kSpan) {
@@ -113,7 +113,7 @@ static inline void row_gradient(const LinearCrossEntropyArgs& c, float* z, int64
         load_logits(c, z, at, count, u);
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
-            const float p = exponential(scale * u[j] - most - log_sum);
+            const float p = exponential(scale * u[j] - most) * factor;
             z[at + j] = (p - uniform) * (1.0f - capped * u[j] * u[j]) * dy;
         }
     }

@@ -64,18 +64,18 @@ def linear_cross_entropy_kernel(
             sums = sums * tl.exp(mosts - finite) + tl.exp(y - finite)
             mosts = now
         most = tl.max(mosts, 0)
-        log_sum = tl.log(tl.sum(sums * tl.exp(mosts - most), 0))
+        total = tl.sum(sums * tl.exp(mosts - most), 0)
         # most and the logit of a confident token cancel first.
-        loss = log_sum + (most - at_target) + smoothing * (at_target - tl.sum(totals, 0) / vocabulary)
+        loss = tl.log(total) + (most - at_target) + smoothing * (at_target - tl.sum(totals, 0) / vocabulary)
         # A target outside the vocabulary has no logit: NaN says so, where a clamp would train on another token.
-        log_sum = tl.where(valid, log_sum, float("nan"))
+        factor = tl.where(valid, 1.0 / total, float("nan"))
         loss = tl.where(valid, loss, float("nan"))
         tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
         tl.store(norm_ptr + row, tl.where(ignored, 0.0, most))
-        tl.store(norm_ptr + rows + row, tl.where(ignored, 0.0, log_sum))
+        tl.store(norm_ptr + rows + row, tl.where(ignored, 0.0, factor))
     else:
         most = tl.load(norm_ptr + row)
-        log_sum = tl.load(norm_ptr + rows + row)
+        factor = tl.load(norm_ptr + rows + row)
     if GRADIENT:
         uniform = smoothing / vocabulary
         dy = 1.0
@@ -85,7 +85,7 @@ def linear_cross_entropy_kernel(
             offs = start + tl.arange(0, BLOCK)
             mask = offs < cols
             u = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP)
-            dz = tl.exp(scale * u - most - log_sum) - uniform
+            dz = tl.exp(scale * u - most) * factor - uniform
             dz -= tl.where(first + offs == target, 1.0 - smoothing, 0.0)
             if HAS_CAP:
                 dz *= 1.0 - u * u  # from the tanh itself: precise where the cap saturates

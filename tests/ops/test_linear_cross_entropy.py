@@ -141,6 +141,17 @@ def test_tiles_of_logits_and_their_gradient():
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_a_few_tokens_are_summed_as_precisely_as_many(tokens):
+    """A large term among small ones, as at the target: added to it one by one, each small one is rounded."""
+    g = torch.Generator().manual_seed(0)
+    dz, weight = 1e-3 * torch.randn(32, 32003, generator=g), torch.randn(32003, 24, generator=g)
+    dz[:, 11000] -= 0.9
+    oracle, many = dz.double() @ weight.double(), dz @ weight
+    got = module._times(dz[:tokens], weight, torch.float32, torch.float32)
+    assert_within_budget(got, oracle[:tokens], many[:tokens])
+
+
 # ---- products: one result, whatever the processor
 
 
