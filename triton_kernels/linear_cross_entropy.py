@@ -21,11 +21,12 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """tanh((z + bias) / softcap), or z + bias without a cap, in float32."""
-    y = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+def load_logits(z_ptr, bias_ptr, offs, there, inside, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """tanh((z + bias) / softcap), or z + bias without a cap, in float32. Where z is there, but not inside of the
+    logits, the result is of no use."""
+    y = tl.load(z_ptr + offs, mask=there, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs, mask=mask, other=0.0)
+        y += tl.load(bias_ptr + offs, mask=inside, other=0.0)
     if HAS_CAP:
         y = tanh(y / softcap)
     return y
@@ -34,13 +35,15 @@ def load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS: tl.constexpr, HA
 @triton.jit(do_not_specialize=["softcap", "smoothing", "first", "ignore_index"])
 def linear_cross_entropy_kernel(
     z_ptr, bias_ptr, targets_ptr, norm_ptr, loss_ptr, dy_ptr, dz_ptr,
-    cols, vocabulary, first: tl.int64, ignore_index: tl.int64, softcap: tl.float32, smoothing: tl.float32,
+    cols, stride, vocabulary, first: tl.int64, ignore_index: tl.int64, softcap: tl.float32, smoothing: tl.float32,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_DY: tl.constexpr,
     LOSS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    z_ptr += row * cols
-    dz_ptr += row * cols
+    # Whole rows are read and written, up to where the next one starts: 16 divides `stride`, but not every `cols`, by
+    # whose mask elements would be loaded one by one.
+    z_ptr += row * stride
+    dz_ptr += row * stride
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     scale = 1.0
@@ -52,13 +55,13 @@ def linear_cross_entropy_kernel(
         sums = tl.zeros((BLOCK,), tl.float32)
         totals = tl.zeros((BLOCK,), tl.float32)
         valid = (target >= 0) & (target < vocabulary)
-        at_target = load_logits(z_ptr, bias_ptr, target, valid, softcap, HAS_BIAS, HAS_CAP) * scale
+        at_target = load_logits(z_ptr, bias_ptr, target, valid, valid, softcap, HAS_BIAS, HAS_CAP) * scale
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            mask = offs < cols
-            y = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP) * scale
-            totals += tl.where(mask, y, 0.0)
-            y = tl.where(mask, y, float("-inf"))
+            inside = offs < cols
+            y = load_logits(z_ptr, bias_ptr, offs, offs < stride, inside, softcap, HAS_BIAS, HAS_CAP) * scale
+            totals += tl.where(inside, y, 0.0)
+            y = tl.where(inside, y, float("-inf"))
             now = tl.maximum(mosts, y)
             finite = tl.where(now == float("-inf"), 0.0, now)  # nothing yet: -inf - -inf would be NaN
             sums = sums * tl.exp(mosts - finite) + tl.exp(y - finite)
@@ -83,28 +86,29 @@ def linear_cross_entropy_kernel(
             dy = tl.load(dy_ptr + row)
         for start in range(0, cols, BLOCK):
             offs = start + tl.arange(0, BLOCK)
-            mask = offs < cols
-            u = load_logits(z_ptr, bias_ptr, offs, mask, softcap, HAS_BIAS, HAS_CAP)
+            there = offs < stride
+            u = load_logits(z_ptr, bias_ptr, offs, there, offs < cols, softcap, HAS_BIAS, HAS_CAP)
             dz = tl.exp(scale * u - most) * factor - uniform
             dz -= tl.where(first + offs == target, 1.0 - smoothing, 0.0)
             if HAS_CAP:
                 dz *= 1.0 - u * u  # from the tanh itself: precise where the cap saturates
             dz = tl.where(ignored, 0.0, dz * dy)
-            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=there)
 
 
 def linear_cross_entropy(
     z: Tensor, bias: Tensor | None, targets: Tensor, norm: Tensor, loss: Tensor | None, dy: Tensor | None,
     dz: Tensor | None, first: int, vocabulary: int, ignore_index: int, softcap: float, smoothing: float,
 ) -> None:  # fmt: skip
-    """z, dz (rows, cols), dz may be z; bias (cols), norm (2, rows), loss, dy (rows) f32; targets int64; contiguous."""
+    """z, dz (rows, cols), dz may be z; bias (cols), norm (2, rows), loss, dy (rows) f32; targets int64; contiguous, but
+    rows of z and dz may be further apart, where the memory between belongs to them."""
     rows, cols = z.shape
     if rows == 0:
         return
     block = min(4096, max(16, triton.next_power_of_2(cols)))
     linear_cross_entropy_kernel[(rows,)](
         z, z if bias is None else bias, targets, norm, norm if loss is None else loss, norm if dy is None else dy,
-        z if dz is None else dz, cols, vocabulary, first, ignore_index, softcap, smoothing,
+        z if dz is None else dz, cols, z.stride(0), vocabulary, first, ignore_index, softcap, smoothing,
         HAS_BIAS=bias is not None, HAS_CAP=softcap != 0, HAS_DY=dy is not None, LOSS=loss is not None,
         GRADIENT=dz is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip
@@ -113,14 +117,14 @@ def linear_cross_entropy(
 def _case(z: str, dz: str, loss: bool, gradient: bool, extras: bool) -> dict:
     pointers = dict(z_ptr=z, bias_ptr="fp32", targets_ptr="i64", norm_ptr="fp32", loss_ptr="fp32", dy_ptr="fp32")
     types = {name: f"*{dtype}" for name, dtype in (pointers | {"dz_ptr": dz}).items()}
-    types |= {"cols": "i32", "vocabulary": "i32", "first": "i64", "ignore_index": "i64"}
+    types |= {"cols": "i32", "stride": "i32", "vocabulary": "i32", "first": "i64", "ignore_index": "i64"}
     types |= {"softcap": "fp32", "smoothing": "fp32"}
     flags = dict(HAS_BIAS=extras, HAS_CAP=extras, HAS_DY=not loss, LOSS=loss, GRADIENT=gradient, BLOCK=4096)
     return {
         "kernel": linear_cross_entropy_kernel,
         "types": types,
         "constants": flags,
-        "aligned": {"cols", "vocabulary"},
+        "aligned": {"stride"},
         "options": {"num_warps": 8},
     }
 

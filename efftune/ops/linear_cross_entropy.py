@@ -184,11 +184,25 @@ def _operands(tile: Callable, hidden: Tensor, weight: Tensor) -> tuple[torch.dty
     return hidden.dtype, weight.to(hidden.dtype)
 
 
-def _tiles(hidden: Tensor, elements: int, gradient: bool = True) -> tuple[Tensor, Tensor]:
-    """Memory for the logits of a tile, and for their gradient: on a GPU that is rounded to the dtype of hidden."""
-    z = hidden.new_empty(elements, dtype=_tile_dtype(hidden.device, hidden.dtype))
+def _stride(cols: int, device: torch.device) -> int:
+    """From row to row of a tile: on a GPU a multiple of 16 elements, since products and vectors of loads need rows at
+    multiples of 16 bytes, and a vocabulary of 50257 would have one in eight there."""
+    return -(-cols // 16) * 16 if device.type == "cuda" else cols
+
+
+def _tiles(hidden: Tensor, rows: int, cols: int, gradient: bool = True) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    """Memory for at most so many logits, and for their gradient: on a GPU that is rounded to the dtype of hidden. What
+    it gives are the tiles for a number of rows and columns."""
+    z = hidden.new_empty(rows * _stride(cols, hidden.device), dtype=_tile_dtype(hidden.device, hidden.dtype))
     apart = gradient and hidden.is_cuda and z.dtype != hidden.dtype
-    return z, torch.empty_like(z, dtype=hidden.dtype) if apart else z
+    dz = torch.empty_like(z, dtype=hidden.dtype) if apart else z
+
+    def tile(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+        stride = _stride(cols, hidden.device)
+        z_here, dz_here = (t[: rows * stride].view(rows, stride)[:, :cols] for t in (z, dz))
+        return z_here, dz_here
+
+    return tile
 
 
 def _tokens(m: int, vocabulary: int, device: torch.device) -> int:
@@ -217,10 +231,10 @@ def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, sm
         product, weight = _operands(tile, hidden, weight)
         bias = None if bias is None else bias.to(loss.dtype).contiguous()
         step = _tokens(m, vocabulary, hidden.device)
-        tiles = _tiles(hidden, min(step, m) * vocabulary, need_dx)
+        tiles = _tiles(hidden, min(step, m), vocabulary, need_dx)
         for a in range(0, m, step):
             b = min(a + step, m)
-            z, dz = (t[: (b - a) * vocabulary].view(b - a, vocabulary) for t in tiles)
+            z, dz = tiles(b - a, vocabulary)
             _logits(hidden[a:b].to(product), weight, hidden.dtype, z)
             here = norm.new_empty(2, b - a)
             rows = targets[a:b], here, loss[a:b], None
@@ -246,10 +260,10 @@ def _run_backward(
         product, weight = _operands(tile, hidden, weight)
         x = hidden.to(product)
         step = _columns(m, vocabulary)
-        tiles = _tiles(hidden, m * step)
+        tiles = _tiles(hidden, m, step)
         for a in range(0, vocabulary, step):
             b = min(a + step, vocabulary)
-            z, dz = (t[: m * (b - a)].view(m, b - a) for t in tiles)
+            z, dz = tiles(m, b - a)
             _logits(x, weight[a:b], hidden.dtype, z)
             bias_here = None if bias is None else bias[a:b].to(norm.dtype).contiguous()
             rows = targets, norm, None, dy

@@ -88,6 +88,28 @@ def test_settings_within_budget(small_tiles, backend, dtype, label_smoothing, so
     check(backend, dtype, made, targets, dy, softcap=softcap, label_smoothing=label_smoothing)
 
 
+@pytest.mark.parametrize("label_smoothing, softcap", [(0.0, None), (0.1, 1.5)])
+@pytest.mark.parametrize("vocabulary", [1301, 1312])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_of_logits_as_far_apart_as_on_a_gpu(
+    monkeypatch, small_tiles, backend, vocabulary, label_smoothing, softcap
+):
+    """What lies between two rows, NaN here, is neither a logit nor a gradient."""
+    gpu = torch.device("cuda")
+    assert [module._stride(n, gpu) for n in (1, 16, 50257)] == [16, 16, 50272]
+    stride = module._stride
+    monkeypatch.setattr(module, "_stride", lambda cols, device: stride(cols, gpu) + 16)
+    new_empty = torch.Tensor.new_empty
+
+    def filled(*args, **kwargs):
+        made = new_empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    made, targets, dy = operands((7, 24, vocabulary), torch.float32)
+    check(backend, torch.float32, made, targets, dy, softcap=softcap, label_smoothing=label_smoothing)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_hidden_is_rounded_twice(dtype):
     made, targets, _ = operands((37, 24, 1301), dtype)
