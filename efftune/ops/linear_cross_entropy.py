@@ -161,7 +161,7 @@ def _sum_in_parts(dz: Tensor, w: Tensor) -> Tensor:
     """dz · w. MKL sums a product of less than 4 rows (of 8 on some processors) term by term, which over 32,000 columns
     errs 14 times as much as its blocks do: where there are few rows, parts of the sum are added at the end."""
     rows, parts = dz.shape[0], dz.shape[1] // PART
-    if dz.is_cuda or rows >= 16 or parts < 2:
+    if dz.is_cuda or dz.dtype in _LOW or rows >= 16 or parts < 2:
         return dz @ w
     end = parts * PART
     products = torch.bmm(dz[:, :end].unflatten(1, (parts, PART)).transpose(0, 1), w[:end].unflatten(0, (parts, PART)))
@@ -184,6 +184,11 @@ def _operands(tile: Callable, hidden: Tensor, weight: Tensor) -> tuple[torch.dty
     return hidden.dtype, weight.to(hidden.dtype)
 
 
+def _rounds_gradient(device: torch.device) -> bool:
+    """Whether the gradient of logits is rounded to the dtype of hidden, for products of 16 bits on both sides."""
+    return device.type == "cuda"
+
+
 def _stride(cols: int, device: torch.device) -> int:
     """From row to row of a tile: on a GPU a multiple of 16 elements, since products and vectors of loads need rows at
     multiples of 16 bytes, and a vocabulary of 50257 would have one in eight there."""
@@ -191,10 +196,10 @@ def _stride(cols: int, device: torch.device) -> int:
 
 
 def _tiles(hidden: Tensor, rows: int, cols: int, gradient: bool = True) -> Callable[[int, int], tuple[Tensor, Tensor]]:
-    """Memory for at most so many logits, and for their gradient: on a GPU that is rounded to the dtype of hidden. What
-    it gives are the tiles for a number of rows and columns."""
+    """Memory for at most so many logits, and for their gradient. What it gives are the tiles for a number of rows and
+    columns."""
     z = hidden.new_empty(rows * _stride(cols, hidden.device), dtype=_tile_dtype(hidden.device, hidden.dtype))
-    apart = gradient and hidden.is_cuda and z.dtype != hidden.dtype
+    apart = gradient and _rounds_gradient(hidden.device) and z.dtype != hidden.dtype
     dz = torch.empty_like(z, dtype=hidden.dtype) if apart else z
 
     def tile(rows: int, cols: int) -> tuple[Tensor, Tensor]:

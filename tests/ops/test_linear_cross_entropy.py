@@ -43,8 +43,11 @@ def operands(shape, dtype, bias=True, seed=0):
     return made, targets, (torch.randint(-3, 4, (m,), generator=g).exp2() * (torch.rand(m, generator=g) - 0.5).sign())
 
 
-def naive(hidden, weight, bias, targets, softcap=None, label_smoothing=0.0):
-    z = F.linear(hidden, weight, bias)
+def naive(hidden, weight, bias, targets, **settings):
+    return losses(F.linear(hidden, weight, bias), targets, **settings)
+
+
+def losses(z, targets, softcap=None, label_smoothing=0.0):
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return F.cross_entropy(z, targets, label_smoothing=label_smoothing, reduction="none")
 
@@ -59,6 +62,16 @@ def run(function, dtype, made, targets, dy, **settings):
     loss = function(*leaves, targets, **settings)
     loss.backward(dy.to(loss.dtype))
     return [loss.detach(), *(t.grad for t in leaves if t is not None)]
+
+
+def with_rounded_gradient(dtype, made, targets, dy, **settings):
+    """run(naive, torch.float64), but the gradient of the logits is rounded to dtype, once, before its products."""
+    hidden, weight, bias = (t.double() for t in made)
+    z = F.linear(hidden, weight, bias).requires_grad_()
+    loss = losses(z, targets, **settings)
+    dz = torch.autograd.grad(loss.sum(), z)[0]
+    without, dz = (d.to(dtype).double() for d in (dz, dz * dy.double()[:, None]))
+    return [loss.detach(), (without @ weight) * dy.double()[:, None], dz.t() @ hidden, dz.sum(0)]
 
 
 def check(backend, dtype, made, targets, dy, **settings):
@@ -86,6 +99,24 @@ def test_within_budget(backend, dtype, shape):
 def test_settings_within_budget(small_tiles, backend, dtype, label_smoothing, softcap):
     made, targets, dy = operands((37 if backend != "triton" else 7, 24, 1301), dtype)
     check(backend, dtype, made, targets, dy, softcap=softcap, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5, 20.0])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (37, 24, 1301)])
+def test_the_gradient_of_logits_is_rounded_once_on_a_gpu(monkeypatch, small_tiles, shape, label_smoothing, softcap):
+    """What a GPU computes, by the reference: bfloat16 operands, float32 logits, their gradient in bfloat16."""
+    monkeypatch.setattr(module, "_widened", lambda *args: False)
+    monkeypatch.setattr(module, "_rounds_gradient", lambda device: True)
+    made, targets, dy = operands(shape, torch.bfloat16)
+    settings = dict(softcap=softcap, label_smoothing=label_smoothing)
+    with use_backend("reference"):
+        results = run(ours, torch.bfloat16, made, targets, dy, **settings)
+    exact, single = (run(naive, w, made, targets, dy, **settings) for w in (torch.float64, torch.float32))
+    rounded = with_rounded_gradient(torch.bfloat16, made, targets, dy, **settings)
+    assert torch.equal(rounded[0], exact[0])
+    for result, oracle, float32, other in zip(results, exact, single, rounded, strict=True):
+        assert_within_budget(result, oracle, float32, other)
 
 
 @pytest.mark.parametrize("label_smoothing, softcap", [(0.0, None), (0.1, 1.5)])
@@ -500,5 +531,6 @@ def test_on_a_gpu(shape, dtype):
             results = run(ours, dtype, on_gpu, targets.cuda(), dy.cuda(), softcap=20.0, label_smoothing=0.1)
         settings = dict(softcap=20.0, label_smoothing=0.1)
         exact, single = (run(naive, w, made, targets, dy, **settings) for w in (torch.float64, torch.float32))
-        for result, oracle, float32 in zip(results, exact, single, strict=True):
-            assert_within_budget(result.cpu(), oracle, float32)
+        rounded = with_rounded_gradient(dtype, made, targets, dy, **settings)
+        for result, oracle, float32, other in zip(results, exact, single, rounded, strict=True):
+            assert_within_budget(result.cpu(), oracle, float32, other if dtype != torch.float32 else None)
