@@ -224,6 +224,13 @@ def _columns(m: int, vocabulary: int) -> int:
     return min(vocabulary, max(256, 2**23 // max(m, 1)))
 
 
+def _blocks(total: int, step: int) -> list[tuple[int, int]]:
+    """[(a, b)]: blocks of at most `step`, of one size or one less. A last one of a single token would read the whole
+    weight for it, and libraries sum the products of few rows term by term."""
+    count = -(-total // step)
+    return [(i * total // count, (i + 1) * total // count) for i in range(count)]
+
+
 # ---- the two operators ----
 
 
@@ -237,8 +244,7 @@ def _run_forward(tile: Callable, hidden, weight, bias, targets, ignore_index, sm
         bias = None if bias is None else bias.to(loss.dtype).contiguous()
         step = _tokens(m, vocabulary, hidden.device)
         tiles = _tiles(hidden, min(step, m), vocabulary, need_dx)
-        for a in range(0, m, step):
-            b = min(a + step, m)
+        for a, b in _blocks(m, step):
             z, dz = tiles(b - a, vocabulary)
             _logits(hidden[a:b].to(product), weight, hidden.dtype, z)
             here = norm.new_empty(2, b - a)
@@ -266,8 +272,7 @@ def _run_backward(
         x = hidden.to(product)
         step = _columns(m, vocabulary)
         tiles = _tiles(hidden, m, step)
-        for a in range(0, vocabulary, step):
-            b = min(a + step, vocabulary)
+        for a, b in _blocks(vocabulary, step):
             z, dz = tiles(m, b - a)
             _logits(x, weight[a:b], hidden.dtype, z)
             bias_here = None if bias is None else bias[a:b].to(norm.dtype).contiguous()

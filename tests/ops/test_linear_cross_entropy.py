@@ -26,7 +26,7 @@ def _interpreted(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles of tokens, of the vocabulary, and of widened weights, each with a ragged last one."""
+    """Several tiles of tokens, of the vocabulary, and of widened weights, none of them all of one size."""
     monkeypatch.setattr(module, "_tokens", lambda m, vocabulary, device: 5)
     monkeypatch.setattr(module, "_columns", lambda m, vocabulary: min(vocabulary, 300))
     monkeypatch.setattr(module, "BLOCK", 24 * 500)
@@ -192,6 +192,15 @@ def test_tiles_of_logits_and_their_gradient():
         results.append((loss, norm, out))
     for oracle, result in zip(*results, strict=True):
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
+
+
+def test_blocks_differ_by_one():
+    for total, step in ((0, 5), (1, 5), (5, 5), (6, 5), (37, 5), (4000, 192), (257, 256)):
+        blocks = module._blocks(total, step)
+        sizes = [b - a for a, b in blocks]
+        assert [i for a, b in blocks for i in range(a, b)] == list(range(total))
+        assert len(blocks) == -(-total // step) and max(sizes, default=0) <= step
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7])
