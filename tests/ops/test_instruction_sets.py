@@ -103,7 +103,7 @@ KERNELS = {
     "row_norms select_rows gather_rows scale_rows": rows,
     "linear_cross_entropy": losses,
 }
-# draw: numbers that perturb adds. bf16_product has units, not levels: tests/ops/test_linear_cross_entropy.py.
+# draw: numbers that perturb adds. bf16_product has units, not levels: tests/ops/test_bf16_product.py.
 OTHERS = {"draw", "bf16_product", "bf16_unit", "limit_isa"}
 
 
