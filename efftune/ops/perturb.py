@@ -114,7 +114,7 @@ def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
     if len(seeds) < 2:
         return torch.empty(0, dtype=torch.int64, device=w.device)
     pinned = w.device.type != "cpu"
-    return torch.tensor(seeds, dtype=torch.int64, pin_memory=pinned).to(w.device, non_blocking=True)
+    return torch.tensor(seeds, dtype=torch.int64, device="cpu", pin_memory=pinned).to(w.device, non_blocking=True)
 
 
 @perturb_op.backend("triton", "cuda", why_not=_triton_why_not)

@@ -124,7 +124,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
         self.seen: Tensor | None = None
         self.directions = 0  # so far, of which these:
-        self.skipped = self.flat = torch.zeros((), dtype=torch.int64)
+        self.skipped = self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
@@ -174,7 +174,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
         """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
-        a = torch.as_tensor(a, dtype=torch.float64)
+        a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64, device="cpu")
         if seed in self.pending:
             a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
         self.pending[seed] = a, frozenset(used)
@@ -218,7 +218,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 c = (found * -group["lr"]).float()
                 c = torch.where(c.isfinite(), c, 0.0)
                 directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
-                decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32)
+                decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32, device="cpu")
                 decay = decay.item()  # as the log has it
                 used = frozenset().union(*(used for _, _, used in directions))
                 for seed, scalar, ids in (
@@ -347,7 +347,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             if seed == DECAY:
                 groups[index] = directions, scalar, used
             else:
-                groups[index] = [*directions, (seed, torch.tensor(scalar, dtype=torch.float32), used)], decay, decayed
+                c = torch.tensor(scalar, dtype=torch.float32, device="cpu")
+                groups[index] = [*directions, (seed, c, used)], decay, decayed
         return groups
 
     def state_dict(self) -> dict[str, Any]:
