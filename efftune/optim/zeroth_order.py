@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from efftune.errors import EfftuneError
-from efftune.ops.perturb import perturb, perturb_
+from efftune.ops.perturb import perturb, perturb_, perturb_many_
 from efftune.optim.seed_log import DECAY, SeedLog, checksum
 
 UPDATES = ("stochastic", "exact", "log")
@@ -261,6 +261,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         now = frozenset().union(*(ids for _, _, ids in directions))  # what is frozen today rests, whatever came before
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         sums: dict[tuple, Sum] = {}
+        together: dict[tuple, list[tuple[Tensor, int, float | None]]] = defaultdict(list)  # what one call updates
         for name, p in self.named(self.param_groups[index]):
             mine = tuple(i for i, (*_, ids) in enumerate(every) if id(p) in ids and id(p) in now)
             decays = decay != 1 and id(p) in used
@@ -285,10 +286,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self.sums[name] = sums[id(old), key]
                 self.unwritten.add(name)
             else:
-                perturb_(
-                    p, made[key] * self.unscaled(name), seed=seeds, stream=stream_of(name), dist=self.dist,
-                    rounding=self.rounding, threshold=threshold,
-                )  # fmt: skip
+                alike = key, self.unscaled(name), p.dtype, p.is_contiguous()
+                together[alike].append((p, stream_of(name), threshold))
+        for (key, unscaled, *_), rows in together.items():
+            tensors, streams, thresholds = zip(*rows, strict=True)
+            perturb_many_(
+                tensors, made[key] * unscaled, seed=[every[i][0] for i in key[0]], streams=streams, dist=self.dist,
+                rounding=self.rounding, thresholds=thresholds,
+            )  # fmt: skip
 
     def unscaled(self, name: str) -> float:
         """u of a parameter."""
