@@ -32,6 +32,7 @@ from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
 from efftune.ops.lowrank_linear import lowrank_linear
 from efftune.ops.pack_act import pack_act, unpack_act
+from efftune.ops.perturb import perturb_many_
 from efftune.ops.relu import relu, relu_backward
 from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
 from efftune.ops.rotary import rotary
@@ -71,6 +72,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
     targets = torch.randint(v, (m,), device=device)
     stored, scales = int8_quantize(w.float(), 64)
 
+    one = torch.full((), 1e-3, device=device)
     both, acts = (False, True), ("silu", "gelu", "gelu_tanh")
 
     def loss(trains_head: bool) -> None:
@@ -84,8 +86,15 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
             perturb_(x, torch.ones(3, device=device), seed=[1, 2, 3], stream=1, dist=dist)
         perturb_(x, 1e-3, seed=1, stream=1, threshold=1.0)
 
+    def perturbed_together() -> None:
+        parts, streams = [x, made(9), made(1, k)[:, 1:]], [1, 2, 3]  # aligned and not
+        for dist in ("normal", "rademacher"):
+            perturb_many_(parts, one, seed=1, streams=streams, dist=dist, rounding="stochastic")
+            perturb_many_(parts, torch.ones(3, device=device), seed=[1, 2, 3], streams=streams, dist=dist)
+
     return {
         "perturb": perturbed,
+        "perturb_many_": perturbed_together,
         "dropout": lambda: dropout(x, 0.1, seed, 1),
         "pack_act": lambda: [pack_act(x, bits, 64, s) for bits in (8, 4) for s in (seed, None)],
         "unpack_act": lambda: [unpack_act(codes[:, : -(-k * bits // 8)].contiguous(), stats, bits, 64, k, dtype)

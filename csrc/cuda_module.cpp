@@ -1,4 +1,8 @@
 // The Python face of the CUDA kernels. The stream is torch's current one, as an integer; the caller sets the device.
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "bind.h"
 
 namespace py = pybind11;
@@ -27,6 +31,30 @@ void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& 
     if (error != nullptr) throw std::runtime_error(std::string("perturb did not start: ") + error);
 }
 
+void bind_perturb_many(const std::vector<uintptr_t>& w, const std::vector<int64_t>& counts,
+                       const std::vector<uint32_t>& streams, const std::vector<float>& thresholds,
+                       const std::string& dtype, uintptr_t a, uintptr_t seeds, uint64_t seed, int64_t draws, bool sign,
+                       bool stochastic, uintptr_t cuda_stream) {
+    check(counts.size() == w.size() && streams.size() == w.size() && thresholds.size() == w.size() && draws >= 0,
+          "perturb_many takes a count, a stream and a threshold for each tensor.");
+    std::vector<PerturbTensor> tensors;
+    for (size_t i = 0; i < w.size(); ++i) {
+        check(counts[i] >= 0, "perturb_many takes counts of at least 0.");
+        tensors.push_back({pointer<void>(w[i]), counts[i], streams[i], thresholds[i]});
+    }
+    PerturbArgs args{};
+    args.dtype = dtype_from(dtype);
+    args.a = pointer<const float>(a);
+    args.seeds = pointer<const uint64_t>(seeds);
+    args.seed = seed;
+    args.draws = draws;
+    args.sign = sign;
+    args.stochastic = stochastic;
+    const char* error =
+        perturb_many_cuda(args, tensors.data(), static_cast<int64_t>(tensors.size()), pointer<void>(cuda_stream));
+    if (error != nullptr) throw std::runtime_error(std::string("perturb_many did not start: ") + error);
+}
+
 void bind_select_rows(uintptr_t scores, int64_t rows, int64_t kept, uint64_t seed, uint32_t stream, int sampler,
                       uintptr_t idx, uintptr_t weight, uintptr_t fallback, uintptr_t cuda_stream) {
     check(rows >= 0 && (rows <= kMaxCudaRows || rows <= kept) && kept > 0 && sampler == 0,
@@ -49,5 +77,6 @@ void bind_select_rows(uintptr_t scores, int64_t rows, int64_t kept, uint64_t see
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "efftune's CUDA kernels; call them through efftune.ops.";
     m.def("perturb", &bind_perturb);
+    m.def("perturb_many", &bind_perturb_many);
     m.def("select_rows", &bind_select_rows);
 }

@@ -30,6 +30,16 @@ void perturb(const PerturbArgs& args, int threads);
 float draw(const PerturbArgs& args, int threads);                 // the numbers alone, for bench/perturb.py
 const char* perturb_cuda(const PerturbArgs& args, void* stream);  // nullptr, or what CUDA says
 
+struct PerturbTensor {
+    void* w;  // in place
+    int64_t count;
+    uint32_t stream;
+    float threshold;
+};
+
+// What differs between the tensors, and the rest in `args`, whose offset is 0.
+const char* perturb_many_cuda(const PerturbArgs& args, const PerturbTensor* tensors, int64_t count, void* stream);
+
 struct DropoutArgs {
     const void* x;
     void* out;

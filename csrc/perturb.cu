@@ -53,85 +53,165 @@ __device__ void draw(float (&z)[kEach], uint32_t stream, uint64_t seed, uint64_t
     }
 }
 
-// kSingle, one seed: without a loop in whose favour the compiler keeps constants in registers, twice as many threads
-// run at once. The arithmetic is the same.
+template <class T>
+struct alignas(sizeof(T) * kEach < 16 ? sizeof(T) * kEach : 16) Pack {
+    T at[kEach];
+};
+
+// The eight elements whose offsets begin at `offset`. kSingle, one seed: without a loop in whose favour the compiler
+// keeps constants in registers, twice as many threads run at once. The arithmetic is the same.
 template <class T, bool kSigns, bool kStochastic, bool kSingle>
-__global__ void perturb_kernel(PerturbArgs p, bool aligned) {
-    struct alignas(sizeof(T) * kEach < 16 ? sizeof(T) * kEach : 16) Pack {
-        T at[kEach];
-    };
+__device__ void perturb_pack(const PerturbArgs& p, bool aligned, uint64_t offset) {
     const T* w = static_cast<const T*>(p.w);
     T* out = static_cast<T*>(p.out);
-    const uint64_t first = p.offset / kEach;
-    const int64_t packs = static_cast<int64_t>((p.offset + p.count - 1) / kEach - first + 1);
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    for (int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
-        const uint64_t offset = (first + pack) * kEach;
-        const int64_t i = static_cast<int64_t>(offset - p.offset);
-        const bool whole = aligned && i >= 0 && i + kEach <= p.count;
-        Pack x = {};
-        if (whole) {
-            x = *reinterpret_cast<const Pack*>(w + i);
-        } else {
-#pragma unroll
-            for (int j = 0; j < kEach; ++j) {
-                if (i + j >= 0 && i + j < p.count) x.at[j] = w[i + j];
-            }
-        }
-        float y[kEach], z[kEach];
-#pragma unroll
-        for (int j = 0; j < kEach; ++j) y[j] = load(x.at[j]);
-        const int64_t draws = kSingle ? 1 : p.draws;
-#pragma unroll 1
-        for (int64_t k = 0; k < draws; ++k) {
-            draw<kSigns>(z, p.stream, kSingle ? p.seed : p.seeds[k], offset);
-            const float a = p.a[k];
-#pragma unroll
-            for (int j = 0; j < kEach; ++j) y[j] = __fmaf_rn(a, z[j], y[j]);
-        }
-        uint32_t bits[4] = {};
-        if (kStochastic) {
-            const Words r = philox(p.seed, offset >> 3, p.stream, kRounding);
-            bits[0] = r.w0, bits[1] = r.w1, bits[2] = r.w2, bits[3] = r.w3;
-        }
+    const int64_t i = static_cast<int64_t>(offset - p.offset);
+    const bool whole = aligned && i >= 0 && i + kEach <= p.count;
+    Pack<T> x = {};
+    if (whole) {
+        x = *reinterpret_cast<const Pack<T>*>(w + i);
+    } else {
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
-            const uint32_t random = (bits[j >> 1] >> (16 * (j & 1))) & 0xFFFFu;
-            if (fabsf(load(x.at[j])) <= p.threshold) x.at[j] = store<T>(y[j], random, kStochastic);
+            if (i + j >= 0 && i + j < p.count) x.at[j] = w[i + j];
         }
-        if (whole) {
-            *reinterpret_cast<Pack*>(out + i) = x;
-        } else {
+    }
+    float y[kEach], z[kEach];
 #pragma unroll
-            for (int j = 0; j < kEach; ++j) {
-                if (i + j >= 0 && i + j < p.count) out[i + j] = x.at[j];
-            }
+    for (int j = 0; j < kEach; ++j) y[j] = load(x.at[j]);
+    const int64_t draws = kSingle ? 1 : p.draws;
+#pragma unroll 1
+    for (int64_t k = 0; k < draws; ++k) {
+        draw<kSigns>(z, p.stream, kSingle ? p.seed : p.seeds[k], offset);
+        const float a = p.a[k];
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) y[j] = __fmaf_rn(a, z[j], y[j]);
+    }
+    uint32_t bits[4] = {};
+    if (kStochastic) {
+        const Words r = philox(p.seed, offset >> 3, p.stream, kRounding);
+        bits[0] = r.w0, bits[1] = r.w1, bits[2] = r.w2, bits[3] = r.w3;
+    }
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+        const uint32_t random = (bits[j >> 1] >> (16 * (j & 1))) & 0xFFFFu;
+        if (fabsf(load(x.at[j])) <= p.threshold) x.at[j] = store<T>(y[j], random, kStochastic);
+    }
+    if (whole) {
+        *reinterpret_cast<Pack<T>*>(out + i) = x;
+    } else {
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) {
+            if (i + j >= 0 && i + j < p.count) out[i + j] = x.at[j];
         }
     }
 }
 
-template <class T>
-cudaError_t launch(const PerturbArgs& args, cudaStream_t stream) {
-    constexpr int kThreads = 256;
-    // As many blocks as keep the processors busy, each with a loop over packs: what a thread computes before its loop
-    // is then paid for once and not for every eight elements. Four times what fits at once, so that none waits long.
+template <class T, bool kSigns, bool kStochastic, bool kSingle>
+__global__ void perturb_kernel(PerturbArgs p, bool aligned) {
+    const uint64_t first = p.offset / kEach;
+    const int64_t packs = static_cast<int64_t>((p.offset + p.count - 1) / kEach - first + 1);
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; pack < packs; pack += stride) {
+        perturb_pack<T, kSigns, kStochastic, kSingle>(p, aligned, (first + pack) * kEach);
+    }
+}
+
+// A kernel's arguments take 4 KB: the table travels with the launch, and is no copy of its own.
+constexpr int kTensors = 64, kThreads = 256;
+
+struct Table {
+    void* w[kTensors];
+    int64_t count[kTensors];
+    int64_t behind[kTensors];  // chunks of this tensor and of those before it
+    uint32_t stream[kTensors];
+    float threshold[kTensors];
+    bool aligned[kTensors];
+};
+
+// Chunks are what a block does at a time, kEach elements a thread, and lie within one tensor.
+template <class T, bool kSigns, bool kStochastic, bool kSingle>
+__global__ void perturb_many_kernel(Table table, PerturbArgs p, int64_t chunks) {
+    int at = 0;
+    for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+        while (table.behind[at] <= chunk) ++at;  // chunks only rise
+        const int64_t within = chunk - (at == 0 ? 0 : table.behind[at - 1]);
+        const int64_t offset = (within * blockDim.x + threadIdx.x) * kEach;
+        p.w = p.out = table.w[at];
+        p.count = table.count[at];
+        p.stream = table.stream[at];
+        p.threshold = table.threshold[at];
+        if (offset < p.count) perturb_pack<T, kSigns, kStochastic, kSingle>(p, table.aligned[at], offset);
+    }
+}
+
+// As many blocks as keep the processors busy, each with a loop: what a thread computes before it is then paid for once
+// and not for every eight elements. Four times what fits at once, so that none waits long.
+cudaError_t grid_for(int64_t blocks, int* grid) {
     int device = 0, processors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    const int64_t most = 32 * int64_t{processors};
+    *grid = static_cast<int>(blocks < most ? blocks : most);
+    return error;
+}
+
+// use(sign, stochastic, single), each as a type.
+template <class Use>
+auto with_options(bool sign, bool stochastic, bool single, const Use& use) {
+    const auto last = [&](auto s, auto r) {
+        return single ? use(s, r, std::true_type{}) : use(s, r, std::false_type{});
+    };
+    const auto both = [&](auto s) { return stochastic ? last(s, std::true_type{}) : last(s, std::false_type{}); };
+    return sign ? both(std::true_type{}) : both(std::false_type{});
+}
+
+template <class T>
+cudaError_t launch(const PerturbArgs& args, cudaStream_t stream) {
+    int grid = 0;
+    const cudaError_t error = grid_for((args.count / kEach + kThreads + 1) / kThreads, &grid);
     if (error != cudaSuccess) return error;
-    const int64_t blocks = (args.count / kEach + kThreads + 1) / kThreads, most = 32 * int64_t{processors};
-    const int grid = static_cast<int>(blocks < most ? blocks : most);
     const auto skew = static_cast<int64_t>(args.offset % kEach) * static_cast<int64_t>(sizeof(T));
     const auto misaligned = [&](const void* p) { return (reinterpret_cast<uintptr_t>(p) - skew) % 16 != 0; };
     const bool aligned = !misaligned(args.w) && !misaligned(args.out);
-    const bool stochastic = args.stochastic && args.draws > 0;
-    const auto pick = [&](auto one) {
-        constexpr bool kOne = decltype(one)::value;
-        return args.sign ? (stochastic ? perturb_kernel<T, true, true, kOne> : perturb_kernel<T, true, false, kOne>)
-                         : (stochastic ? perturb_kernel<T, false, true, kOne> : perturb_kernel<T, false, false, kOne>);
-    };
-    const auto kernel = args.draws == 1 ? pick(std::true_type{}) : pick(std::false_type{});
+    const auto kernel = with_options(
+        args.sign, args.stochastic && args.draws > 0, args.draws == 1, [](auto sign, auto stochastic, auto single) {
+            return perturb_kernel<T, decltype(sign)::value, decltype(stochastic)::value, decltype(single)::value>;
+        });
     return launch_kernel(kernel, grid, kThreads, 0, stream, args, aligned);
+}
+
+template <class T>
+cudaError_t launch_many(const PerturbArgs& args, const PerturbTensor* tensors, int64_t count, cudaStream_t stream) {
+    const auto kernel = with_options(
+        args.sign, args.stochastic && args.draws > 0, args.draws == 1, [](auto sign, auto stochastic, auto single) {
+            return perturb_many_kernel<T, decltype(sign)::value, decltype(stochastic)::value, decltype(single)::value>;
+        });
+    for (int64_t first = 0; first < count; first += kTensors) {
+        Table table = {};
+        int64_t chunks = 0;
+        for (int64_t i = 0; i < kTensors && first + i < count; ++i) {
+            const PerturbTensor& t = tensors[first + i];
+            chunks += (t.count + kEach * kThreads - 1) / (kEach * kThreads);
+            table.w[i] = t.w, table.count[i] = t.count, table.behind[i] = chunks;
+            table.stream[i] = t.stream, table.threshold[i] = t.threshold;
+            table.aligned[i] = reinterpret_cast<uintptr_t>(t.w) % 16 == 0;
+        }
+        int grid = 0;
+        cudaError_t error = grid_for(chunks, &grid);
+        if (error == cudaSuccess && chunks > 0) {
+            error = launch_kernel(kernel, grid, kThreads, 0, stream, table, args, chunks);
+        }
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
+template <class Launch>
+const char* by_dtype(Dtype dtype, const Launch& launch) {
+    const cudaError_t error = dtype == Dtype::kFloat32    ? launch(float{})
+                              : dtype == Dtype::kBFloat16 ? launch(__nv_bfloat16{})
+                                                          : launch(__half{});
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
@@ -139,10 +219,12 @@ cudaError_t launch(const PerturbArgs& args, cudaStream_t stream) {
 const char* perturb_cuda(const PerturbArgs& args, void* stream) {
     if (args.count <= 0) return nullptr;
     const auto s = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = args.dtype == Dtype::kFloat32    ? launch<float>(args, s)
-                              : args.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(args, s)
-                                                               : launch<__half>(args, s);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return by_dtype(args.dtype, [&](auto one) { return launch<decltype(one)>(args, s); });
+}
+
+const char* perturb_many_cuda(const PerturbArgs& args, const PerturbTensor* tensors, int64_t count, void* stream) {
+    const auto s = static_cast<cudaStream_t>(stream);
+    return by_dtype(args.dtype, [&](auto one) { return launch_many<decltype(one)>(args, tensors, count, s); });
 }
 
 }  // namespace efftune

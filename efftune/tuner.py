@@ -20,14 +20,27 @@ from efftune.linear import Exact, Linear
 from efftune.linear.contracts import Keep
 from efftune.linear.module import is_conv1d
 from efftune.memory.meter import saved_for_backward
-from efftune.methods._base import Method, in_classifier, linear_layers, output_head, places, shared_parameters, swap
+from efftune.methods._base import (
+    Method,
+    drawing_keeps,
+    in_classifier,
+    linear_layers,
+    output_head,
+    places,
+    shared_parameters,
+    swap,
+)
 from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks, install
+from efftune.nn.subbatch import Recompute
+from efftune.ops.draw_seed import capturing
 from efftune.recipe import format_recipe, parse
 from efftune.versions import require_for
 from efftune.wrappers import compile_in_place, inside, refuse_wrapped
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
+# Hooks of a method that run on the CPU in every step. A CUDA graph has what they did in one of them.
+EVERY_STEP = "before_step", "before_backward", "backward", "after_backward", "after_step", "optimizer"
 
 
 def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True) -> Tuner:
@@ -252,9 +265,13 @@ class Tuner:
         """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does.
 
         Returns: the loss, detached.
+        Raises: EfftuneError while a CUDA graph is being captured, if the recipe draws or has work for the CPU in every
+            step: replays would repeat that of one step.
         """
         if not self.methods:
             raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
+        if capturing():
+            self._refuse_capture()
         for method in self.methods:
             method.before_backward(self.model, batch, loss_fn)
         method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
@@ -262,6 +279,20 @@ class Tuner:
         for method in self.methods:
             method.after_backward(self.model, batch)
         return loss
+
+    def _refuse_capture(self) -> None:
+        named = [m.name for m in self.methods if any(map(m.overrides, EVERY_STEP))]
+        layers = [m for m in self.model.modules() if isinstance(m, Linear)]
+        named += sorted({str(m.delta) for m in layers if m.delta.random})
+        if not named:  # what no method says of itself: layers made by hand, and blocks that look at torch's generators
+            keeps = [*(m.keep for m in layers), *(keep for _, _, keep in drawing_keeps(self.model))]
+            again = [f for m in self.model.modules() if isinstance(f := vars(m).get("forward"), Recompute)]
+            named = sorted({str(kind) for kind in (*(k for k in keeps if k.random), *again)})
+        if named:
+            raise EfftuneError(
+                f"a CUDA graph would repeat in every replay what {' and '.join(named)} drew or did on the CPU in this "
+                "step; capture a recipe without, or run this step without a graph."
+            )
 
     @contextmanager
     def exactly(self) -> Iterator[None]:

@@ -81,11 +81,98 @@ def perturb(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["tensors", "seed", "draws"])
+def perturb_many_kernel(
+    table_ptr,
+    tensors: tl.int32,
+    a_ptr,
+    seeds_ptr,
+    seed: tl.int64,
+    draws: tl.int32,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SIGN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SINGLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    low, high = tensors * 0, tensors - 1  # the last tensor whose first tile is not behind this one
+    while low < high:
+        middle = (low + high + 1) // 2
+        behind = tl.load(table_ptr + 5 * middle) > pid
+        high = tl.where(behind, middle - 1, high)
+        low = tl.where(behind, low, middle)
+    row = table_ptr + 5 * low
+    w_ptr = tl.load(row + 1).to(tl.pointer_type(DTYPE))
+    if ALIGNED:  # what a launch tells of an argument by itself
+        w_ptr = tl.multiple_of(w_ptr, 16)
+    stream = tl.load(row + 3).to(tl.int32)
+    threshold = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
+    tile = pid - tl.load(row)
+    i = tile * TILE + tl.arange(0, TILE)
+    mask = i < tl.load(row + 2)
+    if SINGLE:
+        z = draw(seed, tile, stream, SIGN, TILE)
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = tl.fma(tl.load(a_ptr), z, w.to(tl.float32))
+    else:
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = w.to(tl.float32)
+        for k in range(draws):
+            y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
+    if STOCHASTIC:
+        random = philox.rounding(seed, tile * (TILE // 8) + tl.arange(0, TILE // 8), stream)
+        y = philox.round_stochastic(y, tl.reshape(random, (TILE,)), DTYPE)
+    small = tl.abs(w.to(tl.float32)) <= threshold
+    tl.store(w_ptr + i, tl.where(small, y.to(DTYPE), w), mask=mask)
+
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def perturb_many_(
+    w: list[torch.Tensor],
+    a: torch.Tensor,
+    seeds: torch.Tensor,
+    seed: int,
+    streams: list[int],
+    sign: bool,
+    stochastic: bool,
+    thresholds: torch.Tensor,
+) -> None:
+    """w: contiguous, of one dtype, f32 | bf16 | f16, none empty. a, seeds, seed: as for `perturb`. thresholds: f32, on
+    the CPU."""
+    rows, tiles = [], 0
+    for tensor, stream, threshold in zip(w, streams, thresholds.view(torch.int32).tolist(), strict=True):
+        rows.append([tiles, tensor.data_ptr(), tensor.numel(), stream, threshold])
+        tiles += triton.cdiv(tensor.numel(), TILE)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=a.is_cuda).to(a.device, non_blocking=True)
+    stochastic = stochastic and a.numel() > 0 and w[0].dtype != torch.float32
+    perturb_many_kernel[(tiles,)](
+        table, len(w), a, seeds, seed, a.numel(), TYPES[w[0].dtype], all(row[1] % 16 == 0 for row in rows),
+        sign, stochastic, a.numel() == 1, TILE, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
 def _case(dtype: str, sign: bool, stochastic: bool, single: bool) -> dict:
     types = {"w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "count": "i64", "a_ptr": "*fp32", "seeds_ptr": "*i64"}
     types |= {"seed": "i64", "draws": "i32", "stream": "i32", "first_tile": "i64", "head": "i32", "threshold": "fp32"}
     constants = dict(SIGN=sign, STOCHASTIC=stochastic, SINGLE=single, TILE=TILE)
     return {"kernel": perturb_kernel, "types": types, "constants": constants}
+
+
+def _many(dtype, sign: bool, stochastic: bool, single: bool) -> dict:
+    types = {
+        "table_ptr": "*i64",
+        "tensors": "i32",
+        "a_ptr": "*fp32",
+        "seeds_ptr": "*i64",
+        "seed": "i64",
+        "draws": "i32",
+    }
+    constants = dict(DTYPE=dtype, ALIGNED=True, SIGN=sign, STOCHASTIC=stochastic, SINGLE=single, TILE=TILE)
+    return {"kernel": perturb_many_kernel, "types": types, "constants": constants}
 
 
 COMPILE_CASES = {
@@ -98,4 +185,10 @@ COMPILE_CASES = {
         "normal-f16-stochastic": ("fp16", False, True),
         "sign-bf16": ("bf16", True, False),
     }.items()
+}
+COMPILE_CASES |= {
+    "many-normal-f32": _many(tl.float32, False, False, True),
+    "many-normal-bf16-stochastic": _many(tl.bfloat16, False, True, True),
+    "many-normal-bf16-stochastic-seeds": _many(tl.bfloat16, False, True, False),
+    "many-sign-f16-stochastic": _many(tl.float16, True, True, True),
 }

@@ -11,11 +11,11 @@ from efftune.ops._op import Op
 
 def _reference(where: Tensor) -> Tensor:
     refuse_capture()
-    return torch.randint(0, 2**62, (), dtype=torch.int64)
+    return torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")
 
 
 def _fake(where: Tensor) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 # `where` is any CPU tensor: under torch.compile, checkpointing saves and restores the generator's state around a draw
@@ -23,10 +23,15 @@ def _fake(where: Tensor) -> Tensor:
 draw_seed_op = Op("draw_seed(Tensor where) -> Tensor", _reference, _fake, tags=(torch.Tag.nondeterministic_seeded,))
 
 
+def capturing() -> bool:
+    """Whether what the current stream does becomes a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture() -> None:
     """Raises EfftuneError while a CUDA graph is being captured: seeds are numbers of the CPU, and a captured kernel has
     its seed for good."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         raise EfftuneError(
             "a CUDA graph would repeat one draw in every replay, since seeds are drawn on the CPU; capture a recipe "
             "that draws nothing, or run this step without a graph."
@@ -41,4 +46,4 @@ def draw_seed() -> Tensor:
     the forward's result depends on it (LoRA's dropout); for a keep that draws see docs/adding-an-axis.md.
     Raises: EfftuneError while a CUDA graph is being captured.
     """
-    return draw_seed_op(torch.empty(0))
+    return draw_seed_op(torch.empty(0, device="cpu"))

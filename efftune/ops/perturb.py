@@ -114,7 +114,7 @@ def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
     if len(seeds) < 2:
         return torch.empty(0, dtype=torch.int64, device=w.device)
     pinned = w.device.type != "cpu"
-    return torch.tensor(seeds, dtype=torch.int64, pin_memory=pinned).to(w.device, non_blocking=True)
+    return torch.tensor(seeds, dtype=torch.int64, device="cpu", pin_memory=pinned).to(w.device, non_blocking=True)
 
 
 @perturb_op.backend("triton", "cuda", why_not=_triton_why_not)
@@ -138,6 +138,77 @@ def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
             len(seeds), stream, offset, signs, stochastic, threshold, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     _written(out)
+
+
+# In place, for all parameters of a model in a launch or a few: small tensors cost what they are, and not what a launch
+# costs. `a` comes first, since the first argument tells the device.
+perturb_many_op = Op(
+    "perturb_many_(Tensor a, Tensor(a!)[] w, SymInt[] seeds, SymInt[] streams, str dist, str rounding,"
+    " float[] thresholds) -> ()",
+    lambda a, w, *rest: _each(perturb_op._dispatch, a, w, *rest),
+    lambda a, w, *rest: _each(_check, a, w, *rest),
+)
+
+
+def _each(run, a, w, seeds, streams, dist, rounding, thresholds):
+    if not len(w) == len(streams) == len(thresholds):
+        raise ValueError(
+            f"perturb_many_ takes a stream and a threshold for each tensor, here {len(w)}, "
+            f"not {len(streams)} and {len(thresholds)}."
+        )
+    for t, stream, threshold in zip(w, streams, thresholds, strict=True):
+        run(t, t, a, seeds, stream, 0, dist, rounding, threshold)
+
+
+@perturb_many_op.backend("cpp", "cpu")
+def _cpp_many(a, w, *rest):
+    _each(perturb_op._dispatch, a, w, *rest)  # a call costs nothing beside its work; what C++ cannot is left alone
+
+
+def _each_why_not(why_not):
+    def answer(a, w, *_):  # then they go one by one, each to what takes it
+        if len({t.dtype for t in w}) > 1:
+            return "the kernels take tensors of one dtype"
+        return next((reason for t in w if (reason := why_not(t, t)) is not None), None)
+
+    return answer
+
+
+def _many(run):
+    """A backend that leaves out empty tensors."""
+
+    def launch(a, w, seeds, streams, dist, rounding, thresholds):
+        _each(_check, a, w, seeds, streams, dist, rounding, thresholds)
+        full = [i for i, t in enumerate(w) if t.numel()]
+        if full and seeds:
+            # as float32 numbers, which the thresholds are compared as
+            limits = torch.tensor([thresholds[i] for i in full], dtype=torch.float32, device="cpu")
+            draws = a.contiguous(), _seeds_beside(a, seeds), seeds
+            run([w[i] for i in full], *draws, [streams[i] for i in full], dist, rounding, limits)
+        for t in w:
+            _written(t)
+
+    return launch
+
+
+@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
+@_many
+def _triton_many(w, a, beside, seeds, streams, dist, rounding, limits):
+    from efftune.triton_kernels.perturb import perturb_many_
+
+    perturb_many_(w, a, beside, seeds[0], streams, dist == "rademacher", rounding == "stochastic", limits)
+
+
+@perturb_many_op.backend("cuda", "cuda", why_not=_each_why_not(_cuda_why_not))
+@_many
+def _cuda_many(w, a, beside, seeds, streams, dist, rounding, limits):
+    pointers, counts = [t.data_ptr() for t in w], [t.numel() for t in w]
+    with torch.cuda.device(a.device):
+        extension("_cuda").perturb_many(
+            pointers, counts, streams, limits.tolist(), dtype_name(w[0].dtype), a.data_ptr(), beside.data_ptr(),
+            seeds[0] % 2**64, len(seeds), dist == "rademacher", rounding == "stochastic",
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
 
 
 def _scalar(a: float, w: Tensor) -> Tensor:
@@ -211,3 +282,28 @@ def perturb_(
         w, a, seed=seed, stream=stream, offset=offset, dist=dist, rounding=rounding, threshold=threshold, out=w
     )  # fmt: skip
     return w
+
+
+def perturb_many_(
+    w: Sequence[Tensor],
+    a: Tensor,
+    *,
+    seed: int | Sequence[int],
+    streams: Sequence[int],
+    dist: str = "normal",
+    rounding: str = "nearest",
+    thresholds: Sequence[float | None] | None = None,
+) -> None:
+    """`perturb_` of each of `w` with its own stream and threshold, and the same a and seeds, in one call.
+
+    Args:
+        w: tensors of one device. On a GPU, contiguous ones of one dtype are one launch (Triton) or one for every 64
+            (CUDA C++); others go one by one.
+        a, seed, dist, rounding: as for `perturb`, the same for all.   streams, thresholds: one for each tensor.
+    Numerics: bit for bit those of `perturb_`, tensor by tensor, on the same backend.
+    Saved for backward: nothing.
+    Raises: ValueError, as `perturb`, and for another number of streams or thresholds than there are tensors.
+    """
+    tensors, seeds = [t.detach() for t in w], list(seed) if isinstance(seed, Sequence) else [seed]
+    limits = [math.inf if t is None else t for t in (thresholds or [None] * len(tensors))]
+    perturb_many_op(a.detach(), tensors, seeds, list(streams), dist, rounding, limits)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from efftune.errors import EfftuneError
-from efftune.ops.perturb import perturb, perturb_
+from efftune.ops.perturb import perturb, perturb_, perturb_many_
 from efftune.optim.seed_log import DECAY, SeedLog, checksum
 
 UPDATES = ("stochastic", "exact", "log")
@@ -124,7 +124,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
         self.seen: Tensor | None = None
         self.directions = 0  # so far, of which these:
-        self.skipped = self.flat = torch.zeros((), dtype=torch.int64)
+        self.skipped = self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
@@ -174,7 +174,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
     def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
         """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
-        a = torch.as_tensor(a, dtype=torch.float64)
+        a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64, device="cpu")
         if seed in self.pending:
             a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
         self.pending[seed] = a, frozenset(used)
@@ -218,7 +218,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 c = (found * -group["lr"]).float()
                 c = torch.where(c.isfinite(), c, 0.0)
                 directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
-                decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32)
+                decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32, device="cpu")
                 decay = decay.item()  # as the log has it
                 used = frozenset().union(*(used for _, _, used in directions))
                 for seed, scalar, ids in (
@@ -261,6 +261,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         now = frozenset().union(*(ids for _, _, ids in directions))  # what is frozen today rests, whatever came before
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         sums: dict[tuple, Sum] = {}
+        together: dict[tuple, list[tuple[Tensor, int, float | None]]] = defaultdict(list)  # what one call updates
         for name, p in self.named(self.param_groups[index]):
             mine = tuple(i for i, (*_, ids) in enumerate(every) if id(p) in ids and id(p) in now)
             decays = decay != 1 and id(p) in used
@@ -285,10 +286,14 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self.sums[name] = sums[id(old), key]
                 self.unwritten.add(name)
             else:
-                perturb_(
-                    p, made[key] * self.unscaled(name), seed=seeds, stream=stream_of(name), dist=self.dist,
-                    rounding=self.rounding, threshold=threshold,
-                )  # fmt: skip
+                alike = key, self.unscaled(name), p.dtype, p.is_contiguous()
+                together[alike].append((p, stream_of(name), threshold))
+        for (key, unscaled, *_), rows in together.items():
+            tensors, streams, thresholds = zip(*rows, strict=True)
+            perturb_many_(
+                tensors, made[key] * unscaled, seed=[every[i][0] for i in key[0]], streams=streams, dist=self.dist,
+                rounding=self.rounding, thresholds=thresholds,
+            )  # fmt: skip
 
     def unscaled(self, name: str) -> float:
         """u of a parameter."""
@@ -347,7 +352,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             if seed == DECAY:
                 groups[index] = directions, scalar, used
             else:
-                groups[index] = [*directions, (seed, torch.tensor(scalar, dtype=torch.float32), used)], decay, decayed
+                c = torch.tensor(scalar, dtype=torch.float32, device="cpu")
+                groups[index] = [*directions, (seed, c, used)], decay, decayed
         return groups
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from efftune.linear import Dense, Exact, Full, Int8, LoRA, NoDelta, Nothing, Sca
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.budget import assert_within_budget
+from tests.devices import devices
 from tests.methods.matrix import CONTRACTS, kinds
 from tests.saved import saved_bytes
 
@@ -101,18 +102,20 @@ def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
             make(base, delta, keep)
 
 
+@pytest.mark.parametrize("device", devices("cpu", "cuda"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
-def test_values_and_gradients_are_within_budget(base, delta, keep, dtype):
+def test_values_and_gradients_are_within_budget(base, delta, keep, dtype, device):
     layer = make(base, delta, keep, dtype=dtype).eval()  # without dropout
     x = torch.randn(3, M // 3, K).to(dtype)
     exact = oracle(layer, x, torch.float64)
     single = oracle(layer, x, torch.float32, rounded=lambda t: t.to(dtype).float())
-    for got, want, float32 in zip(actual(layer, x), exact, single, strict=True):
+    for got, want, float32 in zip(actual(layer.to(device), x.to(device)), exact, single, strict=True):
         if got is None:
             assert delta == LoRA(r=4, freeze_a=True)
         else:
-            assert_within_budget(got.to(dtype), want, float32)  # gradients of float32 adapters are rounded to x.dtype
+            got = got.to("cpu", dtype)  # gradients of float32 adapters are rounded to x.dtype
+            assert_within_budget(got, want, float32)
 
 
 @pytest.mark.parametrize("base, delta, keep", VALID, ids=str)

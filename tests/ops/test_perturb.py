@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from efftune import perturb, perturb_, use_backend
 from efftune.ops import philox
 from efftune.ops._available import extension
-from efftune.ops.perturb import perturb_op
+from efftune.ops.perturb import perturb_many_, perturb_many_op, perturb_op
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, cases, on, skip_truncation
 
@@ -400,3 +400,52 @@ def test_compiles_once_for_all_seeds_and_amounts(backend, kind, dynamic):
         total = step(w, a, seed)
         assert torch.equal(w, expected) and torch.allclose(total, expected.sum())
     assert counter.frame_count == (1 if dynamic else 2)  # torch takes a number for a constant until it has seen another
+
+
+# Many tensors in one call
+
+SIZES = [2601, 0, 1, 2048, 7, *[33] * 66]  # more than one table of 64
+
+
+@pytest.mark.parametrize("backend, dtype, dist, rounding, count", cases(BACKENDS, DTYPES, DISTS, ROUNDINGS, [0, 1, 3]))
+def test_many_tensors_are_many_calls(backend, dtype, dist, rounding, count):
+    """Bit for bit, in place, aligned or not, and nothing beside them is written."""
+    sizes = SIZES[:6] if backend == ("triton", "cpu") else SIZES
+    streams = [2**32 - 1 - 77 * i for i in range(len(sizes))]
+    thresholds = [None if i % 3 else 0.02 for i in range(len(sizes))]
+    a, key = amounts(count) if count else torch.zeros(0), dict(seed=SEEDS[:count], dist=dist, rounding=rounding)
+
+    def many(whole, a, where):
+        parts = [whole[at : at + n] for at, n in zip(where, sizes, strict=True)]
+        perturb_many_(parts, a, streams=streams, thresholds=thresholds, **key)
+        return whole
+
+    def one_by_one(whole, a, where):
+        for at, n, stream, threshold in zip(where, sizes, streams, thresholds, strict=True):
+            perturb_(whole[at : at + n], a, stream=stream, threshold=threshold, **key)
+        return whole
+
+    for skew in (0, 3):
+        where = [8 + skew + at for at in itertools.accumulate([0, *(n + 16 - n % 8 for n in sizes[:-1])])]
+        whole = weights(where[-1] + sizes[-1] + 8, dtype)
+        result = on(backend, many, whole.clone(), a, where)
+        assert torch.equal(result, on(backend, one_by_one, whole.clone(), a, where))
+        assert torch.equal(result, whole) == (count == 0)
+
+
+def test_many_tensors_of_several_kinds():
+    tensors = [torch.randn(5, 3), torch.randn(4).bfloat16(), torch.randn(6, 2).t(), torch.zeros(0)]
+    copies, a = [t.clone() for t in tensors], torch.tensor(0.5)
+    versions = [t._version for t in tensors]
+    perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, 4])
+    for t, copy, stream, version in zip(tensors, copies, [1, 2, 3, 4], versions, strict=True):
+        assert torch.equal(t, perturb(copy, a, seed=3, stream=stream)) and t._version > version
+    perturb_many_([], a, seed=3, streams=[])
+    with pytest.raises(ValueError, match="a stream and a threshold for each tensor, here 4, not 2"):
+        perturb_many_(tensors, a, seed=3, streams=[1, 2])
+    with pytest.raises(ValueError, match="a stream in "):
+        perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, -4])
+    torch.library.opcheck(
+        perturb_many_op.overload,
+        (a, [torch.randn(3), torch.randn(2, 2)], [3], [1, 2], "normal", "nearest", [1.0, 2.0]),
+    )

@@ -141,7 +141,9 @@ class ZerothOrder(Method):
 def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: int) -> tuple[Tensor, set[int]]:
     """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
     with perturbed(model, optimizer, eps, seed) as used:
-        loss = torch.as_tensor(loss_fn(model, batch))
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(loss, device="cpu")
     if loss.numel() != 1:
         raise EfftuneError(f"The loss function returns one number, not a tensor of shape {tuple(loss.shape)}.")
     return loss.detach().double().reshape(()), used
