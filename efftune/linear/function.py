@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,6 +51,22 @@ class LinearFunction(torch.autograd.Function):
         if dx is not None and shape is not None:
             dx = dx.view(shape)
         return None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable:
+    """function.apply without torch's Python around it, which looks for transforms of functorch and takes a third of the
+    call, 3 µs."""
+    below = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return below(*args)
+
+    return apply
+
+
+apply_linear = applied(LinearFunction)
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from efftune.linear.base.dense import Dense
 from efftune.linear.contracts import Base, Delta, Keep, Need, check
 from efftune.linear.delta.full import Full
 from efftune.linear.delta.none import NoDelta
-from efftune.linear.function import LinearFunction, as_matrix
+from efftune.linear.function import apply_linear, as_matrix
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
 from efftune.linear.scores import TokenScores
@@ -101,14 +101,14 @@ class Linear(nn.Module):
         return new.train(linear.training)
 
     def stored(self) -> tuple[Tensor, ...]:
-        return tuple([self._named(name) for name in self.base.names])
+        return self._tensors(self.base.names)
 
     def added(self) -> tuple[Tensor, ...]:
-        return tuple([self._named(name) for name in self.delta.names])
+        return self._tensors(self.delta.names)
 
-    def _named(self, name: str) -> Tensor:
-        tensor = self._parameters.get(name)  # a tenth of the time of nn.Module's __getattr__
-        return getattr(self, name) if tensor is None else tensor
+    def _tensors(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        parameters = self._parameters  # a tenth of the time of nn.Module's __getattr__
+        return tuple([parameters[name] if name in parameters else getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
         device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
@@ -152,7 +152,7 @@ class Linear(nn.Module):
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
-            return LinearFunction.apply((self.base, delta, self.keep), need, source, seed, x, bias, *w, *p)
+            return apply_linear((self.base, delta, self.keep), need, source, seed, x, bias, *w, *p)
         y, _ = delta.forward(self.base, self.keep, as_matrix(x), bias, w, p, seed, need, None)
         return y.view(*x.shape[:-1], y.shape[-1])
 

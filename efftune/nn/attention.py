@@ -16,48 +16,63 @@ from torch._subclasses.fake_tensor import is_fake
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
+from efftune.linear.function import applied
 from efftune.linear.handle import Handle, attach, flatten, load, unflatten
 from efftune.ops.draw_seed import draw_seed
 
 aten = torch.ops.aten
+# Where a kernel takes microseconds, choosing the overload at every call costs a third as much.
+_on_cpu = aten._scaled_dot_product_flash_attention_for_cpu.default
+_on_cpu_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keep: Keep, seed, settings: tuple, made: list, q, k, v, mask):
-        rows = [as_rows(t) for t in (q, k, v)]
-        # What is a view of q is laid out as rows already.
-        q, k, v = [t if r._is_view() else as_heads(r, t) for r, t in zip(rows, (q, k, v), strict=True)]
-        out, rest = _forward(q, k, v, mask, *settings)
-        held = [keep.hold(t.detach(), seed, stream) for stream, t in enumerate((*rows, as_rows(out)))]
-        for part in held:
-            if isinstance(part, Handle):
-                part.keep()
+        _, _, dropout, longest = settings
+        if type(keep) is Exact and not longest and q.stride(3) == k.stride(3) == v.stride(3) == 1:
+            # Kept as they are: the kernels read them where they lie.
+            out, rest = _forward(q, k, v, mask, *settings)
+            held, shapes = (q, k, v, as_rows(out).detach()), None
+        else:
+            rows = [as_rows(t) for t in (q, k, v)]
+            # What is a view of q is laid out as rows already.
+            q, k, v = [t if r._is_view() else as_heads(r, t) for r, t in zip(rows, (q, k, v), strict=True)]
+            out, rest = _forward(q, k, v, mask, *settings)
+            held = [keep.hold(t.detach(), seed, stream) for stream, t in enumerate((*rows, as_rows(out)))]
+            for part in held:
+                if isinstance(part, Handle):
+                    part.keep()
+            shapes = [t.shape for t in (q, k, v)]
         handle = held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],))
         made.append(handle)
-        ctx.once = handle.once
         # The weights exp(s - lse) of codes with the lse of the exact scores need not sum to 1, and grow without bound
         # where scores are large: 4-bit keeps had training end in infinities. So backward takes lse and output anew,
         # from what it has of q, k and v. (Dropout's mask is in what the kernel gave.)
-        ctx.again = isinstance(held[0], Handle) and not settings[2]
-        saved, ctx.structure = flatten((*held, *(() if ctx.again else rest)))
+        again = isinstance(held[0], Handle) and not dropout
+        saved, structure = flatten((*held, *(() if again else rest)))
         ctx.save_for_backward(mask, *saved)
-        ctx.settings, ctx.shapes = settings, [t.shape for t in (q, k, v, out)]
+        ctx.call = handle.once, again, structure, settings, shapes
         return out
 
     @staticmethod
     def backward(ctx, dout):
         refuse_second_derivative("attention")
-        ctx.once.drop()
+        once, again, structure, settings, shapes = ctx.call
+        once.drop()
         mask, *saved = ctx.saved_tensors
-        saved = unflatten(tuple(saved), ctx.structure)
-        q, k, v = (as_heads(load(part), shape) for part, shape in zip(saved[:3], ctx.shapes[:3], strict=True))
-        if ctx.again:
-            out, rest = _forward(q, k, v, mask, *ctx.settings)
+        q, k, v, out, *rest = unflatten(tuple(saved), structure)
+        if shapes is not None:
+            q, k, v = [as_heads(load(part), shape) for part, shape in zip((q, k, v), shapes, strict=True)]
+        if again:
+            out, rest = _forward(q, k, v, mask, *settings)
         else:
-            out, rest = as_heads(load(saved[3]), ctx.shapes[3]), saved[4:]
-        dq, dk, dv = _backward(dout, q, k, v, mask, out, rest, *ctx.settings)
+            out = as_heads(load(out), q)
+        dq, dk, dv = _backward(dout, q, k, v, mask, out, rest, *settings)
         return None, None, None, None, dq, dk, dv, None
+
+
+_apply = applied(_Attention)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -85,8 +100,8 @@ def _forward(q, k, v, mask, causal, scale, dropout, longest=0) -> tuple[Tensor, 
             *map(_tokens, (q, k, v)), mask, mask, longest, longest, dropout, True, False, scale=scale
         )
         return as_heads(out, q), (lse, rng, offset)
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    if q.is_cpu:
+        out, lse = _on_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out, (lse,)
     if mask is None:
         out, lse, cum_q, cum_k, _, _, rng, offset, _ = aten._scaled_dot_product_flash_attention(
@@ -110,10 +125,8 @@ def _backward(dout, q, k, v, mask, out, rest, causal, scale, dropout, longest=0)
         )  # fmt: skip
         dq, dk, dv = (as_heads(grad, like) for grad, like in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, rest[0], 0.0, causal, attn_mask=mask, scale=scale
-        )
+    if q.is_cpu:
+        return _on_cpu_backward(dout, q, k, v, out, rest[0], 0.0, causal, attn_mask=mask, scale=scale)
     if mask is None:
         lse, cum_q, cum_k, rng, offset = rest
         cum_q, cum_k = (None if t.numel() == 0 else t for t in (cum_q, cum_k))
@@ -222,7 +235,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
         return f"a mask is boolean or added to the scores, not {mask.dtype}"
     if mask is not None and mask.requires_grad:
         return "a mask that trains (a position bias) needs its own gradient"
-    if q.device.type == "cpu":
+    if q.is_cpu:
         return "the CPU's kernel has no dropout" if dropout else None
     if q.device.type != "cuda":
         return f"there is no kernel for {q.device.type}"
@@ -256,6 +269,11 @@ def attention(
     reason = why_not(q, k, v, mask, dropout)
     if reason is not None:
         raise ValueError(f"attention cannot run this ({reason}); use torch's scaled_dot_product_attention.")
+    return _attend(q, k, v, mask, causal, scale, dropout, keep)
+
+
+def _attend(q, k, v, mask, causal, scale, dropout, keep) -> Tensor:
+    """`attention` of arguments that `why_not` has nothing against."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = Exact() if keep is None else keep
     packed = documents(mask) if mask is not None and _maybe_packed(q, k, mask) else None
@@ -263,20 +281,21 @@ def attention(
         mask, longest = packed
     else:
         longest = 0
-        mask = None if mask is None else additive(mask, q.dtype, 8 if q.device.type == "cuda" else 1)
+        mask = None if mask is None else additive(mask, q.dtype, 8 if q.is_cuda else 1)
     settings = causal, scale, dropout, longest
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _forward(q, k, v, mask, *settings)[0]
     made: list[Handle] = []
     seed = draw_seed() if keep.random else None
-    out = _Attention.apply(keep, seed, settings, made, q, k, v, mask)
+    out = _apply(keep, seed, settings, made, q, k, v, mask)
     return attach(out, made[0], out.shape[1] * out.shape[3])
 
 
 KNOWN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")
 KEEP = "keep"  # the attribute of an attention module, as of the other modules of a block
 _original: Any = None
-_more: tuple[str, ...] = ()  # what it takes by name beside what `for_transformers` does: a position bias
+_more: frozenset[str] = frozenset()  # what it takes by name beside what `for_transformers` does: a position bias
+_OTHER = frozenset(["position_bias", "cache", "softcap", "s_aux"])  # what is for other kernels than sdpa
 
 
 def register() -> None:
@@ -288,7 +307,7 @@ def register() -> None:
     if _original is None:
         _original = ALL_ATTENTION_FUNCTIONS["sdpa"]
         named = (p.name for p in inspect.signature(_original).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
-        _more = tuple(name for name in named if name not in KNOWN)
+        _more = frozenset(name for name in named if name not in KNOWN)
         ALL_ATTENTION_FUNCTIONS.register("sdpa", _switch)
 
 
@@ -299,17 +318,17 @@ def _switch(module: Any, *args, **kwargs):
 def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
     """transformers' attention interface. What `attention` cannot do goes to transformers' own sdpa."""
     q, k, v = query, key, value
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
+    device = "cpu" if q.is_cpu else q.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
         q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
-    other = any(rest.get(name) is not None for name in (*_more, "position_bias", "cache", "softcap", "s_aux"))
+    other = any([rest[name] is not None for name in rest if name in _more or name in _OTHER])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = q.shape[2] == k.shape[2] or attention_mask is not None
     if other or not whole or why_not(q, k, v, attention_mask, dropout) is not None:
         return _original(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
     causal = bool(causal) and attention_mask is None and q.shape[2] > 1
     keep = getattr(module, KEEP, None)
-    autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():  # torch's costs 4 µs
-        out = attention(q, k, v, attention_mask, causal=causal, scale=scaling, dropout=dropout, keep=keep)
+        out = _attend(q, k, v, attention_mask, causal, scaling, dropout, keep)
     return out.transpose(1, 2), None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.linear.function import as_matrix
+from efftune.linear.function import applied, as_matrix
 from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import composition, glu_backward
@@ -53,6 +53,9 @@ class _Glu(torch.autograd.Function):
         if bits := saved[parts:]:
             dgate = relu_backward(rows * up[0], bits[0])
         return None, None, None, None, reshaped(dgate, dy.shape), reshaped(dup, dy.shape) if up else None
+
+
+_apply = applied(_Glu)
 
 
 class _Relu(torch.autograd.Function):
@@ -99,7 +102,7 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
         return _Relu.apply(gate)
     keep = Exact() if keep is None else keep
     made: list[Handle] = []
-    y = _Glu.apply(keep, activation, draw_seed() if keep.random else None, made, gate, up)
+    y = _apply(keep, activation, draw_seed() if keep.random else None, made, gate, up)
     return attach(y, made[0], y.shape[-1])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.linear.function import as_matrix
+from efftune.linear.function import applied, as_matrix
 from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.rms_norm import rms_norm as normalize
@@ -50,6 +50,9 @@ class _Norm(torch.autograd.Function):
         return None, None, None, None, reshaped(dx, dy.shape), dw, db
 
 
+_apply = applied(_Norm)
+
+
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
@@ -70,7 +73,7 @@ def _norm(x, weight, bias, eps, offset, center, keep) -> Tensor:
         return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(x.shape)
     seed = draw_seed() if keep.random else None
     made: list[Handle] = []
-    y = _Norm.apply(keep, (eps, offset, center), seed, made, x, weight, bias)
+    y = _apply(keep, (eps, offset, center), seed, made, x, weight, bias)
     return attach(y, made[0], x.shape[-1])
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import refuse_second_derivative
+from efftune.linear.function import applied
 from efftune.ops.rotary import composition
 from efftune.ops.rotary import rotary as rotate
 
@@ -32,6 +33,9 @@ class _Rotary(torch.autograd.Function):
         return None, None, *[None if dy is None else rotate(dy, cos, sin, transposed=True) for dy in dys]
 
 
+_apply = applied(_Rotary)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x∘cos + rotate_half(x)∘sin, rotate_half(x) = (-x2, x1) of the halves x1, x2 of the columns.
 
@@ -49,14 +53,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return composition(x, cos.unsqueeze(1), sin.unsqueeze(1)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rotate(x, cos, sin)
-    return _Rotary.apply(cos, sin, x)[0]
+    return _apply(cos, sin, x)[0]
 
 
 def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotary` of q and of k, outside torch.compile."""
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return rotate(q, cos, sin), rotate(k, cos, sin)
-    return _Rotary.apply(cos, sin, q, k)
+    return _apply(cos, sin, q, k)
 
 
 # A modeling file of transformers calls the function below by its global name, and gives it nothing of the model. So a

@@ -32,16 +32,16 @@ def extension(name: str) -> Any:
 # `device.type` four times `is_cpu`.
 
 
-def cpp_why_not(*tensors: torch.Tensor, contiguous: bool = True) -> str | None:
-    for t in tensors:
-        if not t.is_cpu:
-            return "the C++ kernels run on the CPU"
+def cpp_why_not(*args: Any, contiguous: bool = True) -> str | None:
+    """Of the tensors among the arguments."""
+    for t in args:
+        if isinstance(t, torch.Tensor):
+            if not t.is_cpu:
+                return "the C++ kernels run on the CPU"
+            if contiguous and not t.is_contiguous():
+                return "the C++ kernels take contiguous tensors"
     if extension("_cpu") is None:
         return f"the C++ extension {_load('_cpu')[1]}; install a C++17 compiler and reinstall efftune"
-    if contiguous:
-        for t in tensors:
-            if not t.is_contiguous():
-                return "the C++ kernels take contiguous tensors"
     return None
 
 
@@ -68,13 +68,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_why_not(*tensors: torch.Tensor) -> str | None:
+def triton_why_not(*args: Any) -> str | None:
+    """Of the tensors among the arguments."""
     if not _has_triton():
         return "triton is not installed"
     if (reason := versions.why_not("triton")) is not None:
         return reason
-    for t in tensors:
-        if t.is_cpu and not interpreted():
+    for t in args:
+        if isinstance(t, torch.Tensor) and t.is_cpu and not interpreted():
             return (
                 "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the "
                 "CPU"

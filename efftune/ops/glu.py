@@ -61,9 +61,13 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _empty_like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)  # half the time of new_empty(t.shape)
+
+
 def _fake(gate, up, activation):
     _check(gate, up, activation)
-    return gate.new_empty(gate.shape)
+    return _empty_like(gate)
 
 
 def _reference(gate, up, activation):
@@ -78,7 +82,7 @@ def _backward_fake(dy, gate, up, activation):
         raise ValueError(
             f"glu_backward takes dy like gate, {gate.dtype} {tuple(gate.shape)}, not {dy.dtype} {tuple(dy.shape)}."
         )
-    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else gate.shape)
+    return _empty_like(gate), gate.new_empty(0) if up is None else _empty_like(up)
 
 
 def _backward_reference(dy, gate, up, activation):
@@ -102,38 +106,26 @@ def _rows_contiguous(t: Tensor) -> bool:
     return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
 
 
-def _tensors(*args) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
-
-
-def _why_not(tensors: list[Tensor]) -> str | None:
-    for t in tensors:
-        if not _rows_contiguous(t):
+def _why_not(*args) -> str | None:
+    for t in args:
+        if isinstance(t, Tensor) and not _rows_contiguous(t):
             return "the kernels take rows whose elements are adjacent"
-    return "float64 is computed by the reference" if tensors[0].dtype == torch.float64 else None
+    return "float64 is computed by the reference" if args[0].dtype == torch.float64 else None
 
 
 def _cpp_why_not(*args):
-    tensors = _tensors(*args)
-    return _why_not(tensors) or cpp_why_not(*tensors, contiguous=False)  # rows may be apart
+    return _why_not(*args) or cpp_why_not(*args, contiguous=False)  # rows may be apart
 
 
 def _triton_why_not(*args):
-    tensors = _tensors(*args)
-    return triton_why_not(*tensors) or _why_not(tensors)
+    return triton_why_not(*args) or _why_not(*args)
 
 
 def _run_cpp(dy, gate, up, activation, y, dgate, dup):
-    inputs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in (gate, up, dy)]
-    extension("_cpu").glu(
-        *(pointer for pointer, _ in inputs),
-        *(0 if t is None else t.data_ptr() for t in (y, dgate, dup)),
-        *gate.shape,
-        *(stride for _, stride in inputs),
-        activation,
-        dtype_name(gate.dtype),
-        torch.get_num_threads(),
-    )
+    pointers = [0 if t is None else t.data_ptr() for t in (gate, up, dy, y, dgate, dup)]
+    strides = [0 if t is None else t.stride(0) for t in (gate, up, dy)]
+    dtype, threads = dtype_name(gate.dtype), torch.get_num_threads()
+    extension("_cpu").glu(*pointers, *gate.shape, *strides, activation, dtype, threads)
 
 
 @glu_op.backend("cpp", "cpu", why_not=_cpp_why_not)

@@ -135,26 +135,23 @@ rms_norm_backward_op = Op(
 )
 
 
-def _tensors(*args) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
-
-
-def _dtype_why_not(tensors: list[Tensor]) -> str | None:
-    return "float64 is computed by the reference" if torch.float64 in [t.dtype for t in tensors] else None
+def _dtype_why_not(*args) -> str | None:
+    for t in args:
+        if isinstance(t, Tensor) and t.dtype == torch.float64:
+            return "float64 is computed by the reference"
+    return None
 
 
 def _cpp_why_not(*args):
-    tensors = _tensors(*args)
-    return cpp_why_not(*tensors) or _dtype_why_not(tensors)
+    return cpp_why_not(*args) or _dtype_why_not(*args)
 
 
 def _triton_why_not(*args):
-    tensors = _tensors(*args)
-    if not all(t.is_contiguous() for t in tensors):
+    if not all(t.is_contiguous() for t in args if isinstance(t, Tensor)):
         return "the Triton kernel takes contiguous tensors"
-    if tensors[0].shape[1] > MAX_TRITON_COLUMNS:
-        return f"{tensors[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    return triton_why_not(*tensors) or _dtype_why_not(tensors)
+    if args[0].shape[1] > MAX_TRITON_COLUMNS:
+        return f"{args[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
+    return triton_why_not(*args) or _dtype_why_not(*args)
 
 
 def _pointer(t: Tensor | None) -> int:

@@ -70,15 +70,25 @@ def _triton_why_not(x, cos, sin, transposed):
     return triton_why_not(x, cos, sin) or _why_not(x, cos, sin, transposed)
 
 
+def _steps(table: Tensor) -> tuple[int, int]:
+    """From sample to sample, which may share one table, and from token to token."""
+    sample, token, _ = table.stride()
+    return (sample if table.shape[0] > 1 else 0), token
+
+
 @rotary_op.backend("cpp", "cpu", why_not=_cpp_why_not)
 def _cpp(x, cos, sin, transposed):
     out = _fake(x, cos, sin, transposed)
     extension("_cpu").rotary(
-        *(t.data_ptr() for t in (x, cos, sin, out)),
-        tuple(x.shape),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        out.data_ptr(),
+        x.shape,
         x.stride()[:3],
         out.stride()[:3],
-        *((t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)) for t in (cos, sin)),
+        _steps(cos),
+        _steps(sin),
         dtype_name(x.dtype),
         dtype_name(cos.dtype),
         transposed,
