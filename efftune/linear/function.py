@@ -19,14 +19,14 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, source, seed, x, bias, *tensors):
         base, delta, keep = axes
-        num_w, shape = len(need.w), x.shape
+        num_w, shape, compiling = len(need.w), x.shape, torch.compiler.is_compiling()
         matrix = len(shape) == 2
-        rows = x if matrix else as_matrix(x)
+        rows = x if matrix else x.reshape(-1, shape[-1])
         y, saved = delta.forward(base, keep, rows, bias, tensors[:num_w], tensors[num_w:], seed, need, source)
         saved, structure = flatten(saved)
         source = None if source is None else weakref.ref(source)
         ctx.save_for_backward(seed, *tensors, *saved)
-        backend = None if torch.compiler.is_compiling() else forced_backend()
+        backend = None if compiling else forced_backend()
         # One attribute: each costs as much as the others together.
         ctx.call = axes, need, len(tensors), structure, source, backend, None if matrix else shape
         return y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
@@ -42,7 +42,7 @@ class LinearFunction(torch.autograd.Function):
         after_w, after_p = 1 + len(need.w), 1 + num_tensors  # behind the seed
         w, p, saved = tensors[1:after_w], tensors[after_w:after_p], unflatten(tensors[after_p:], structure)
         # One copy of an expanded dy here instead of one in each of the products below.
-        dy = (dy if shape is None else as_matrix(dy)).contiguous()
+        dy = (dy if shape is None else dy.reshape(-1, dy.shape[-1])).contiguous()
         if backend is None:
             dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
         else:

@@ -80,7 +80,7 @@ class Op:
     def __call__(self, *args):
         if torch.compiler.is_compiling() or not _direct(args):
             return self.overload(*args)
-        return self._dispatch(*args)
+        return self.select(*args).run(*args)
 
     def backend(self, name: str, *devices: str, why_not: Callable = _no_objection):
         """Decorator: registers an implementation, after those already there. Its arguments are those of the schema."""

@@ -13,6 +13,10 @@ _FLOATS = (*_STORED, torch.float64)
 MAX_TRITON_COLUMNS = 16384  # one program holds a row
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -45,24 +49,20 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None
 
 
 def _check_saved(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    m = x.shape[0]
+    m, wide = x.shape[0], _wide(x)
     if rstd.shape != (m,) or mean.shape not in ((m,), (0,)):
         raise ValueError(
             f"rms_norm needs rstd ({m},) and mean ({m},) or (0,) for x {tuple(x.shape)}, as the forward returned them, "
             f"not {tuple(rstd.shape)} and {tuple(mean.shape)}."
         )
-    if rstd.dtype != _wide(x) or mean.dtype != _wide(x):
-        raise ValueError(f"rms_norm takes mean and rstd in {_wide(x)}, not {mean.dtype} and {rstd.dtype}.")
+    if rstd.dtype != wide or mean.dtype != wide:
+        raise ValueError(f"rms_norm takes mean and rstd in {wide}, not {mean.dtype} and {rstd.dtype}.")
 
 
 def _fake(x, weight, bias, eps, offset, center):
     _check(x, weight, bias)
-    m = x.shape[0]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(m if center else 0, dtype=_wide(x)),
-        x.new_empty(m, dtype=_wide(x)),
-    )
+    m, wide = x.shape[0], _wide(x)
+    return _empty_like(x), x.new_empty(m if center else 0, dtype=wide), x.new_empty(m, dtype=wide)
 
 
 def _reference(x, weight, bias, eps, offset, center):
@@ -77,7 +77,7 @@ def _reference(x, weight, bias, eps, offset, center):
 def _apply_fake(x, weight, bias, mean, rstd, offset):
     _check(x, weight, bias)
     _check_saved(x, mean, rstd)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _empty_like(x)
 
 
 def _apply_reference(x, weight, bias, mean, rstd, offset):
@@ -93,12 +93,9 @@ def _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
         raise ValueError(
             f"rms_norm_backward takes dy like x, {x.dtype} {tuple(x.shape)}, not {dy.dtype} {tuple(dy.shape)}."
         )
-    k = x.shape[1]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(k if need_weight else 0, dtype=_wide(x)),
-        x.new_empty(k if need_bias else 0, dtype=_wide(x)),
-    )
+    k, wide = x.shape[1], _wide(x)
+    dweight = x.new_empty(k if need_weight else 0, dtype=wide)
+    return _empty_like(x), dweight, x.new_empty(k if need_bias else 0, dtype=wide)
 
 
 def _backward_reference(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
@@ -154,13 +151,13 @@ def _triton_why_not(*args):
     return triton_why_not(*args) or _dtype_why_not(*args)
 
 
-def _pointer(t: Tensor | None) -> int:
-    return t.data_ptr() if t is not None and t.numel() else 0
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    return [t.data_ptr() if t is not None and t.numel() else 0 for t in tensors]
 
 
 def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     gain, bias = _gain(x, weight, offset), None if bias is None else bias.float()
-    pointers = [_pointer(t) for t in (x, y, gain, bias, mean, rstd)]
+    pointers = _pointers(x, y, gain, bias, mean, rstd)
     extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
@@ -182,7 +179,7 @@ def _apply_cpp(x, weight, bias, mean, rstd, offset):
 def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)
-    pointers = [_pointer(t) for t in (dy, x, gain, mean, rstd, *outputs)]
+    pointers = _pointers(dy, x, gain, mean, rstd, *outputs)
     extension("_cpu").norm_backward(*pointers, *x.shape, dtype_name(x.dtype), torch.get_num_threads())
     return outputs
 
