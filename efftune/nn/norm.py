@@ -130,7 +130,7 @@ class RMSNorm(nn.Module):
         self.promotes = offset == 0 if promotes is None else promotes
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # a tenth of the time
         if weight is not None and self.promotes and weight.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, weight.dtype))
         return rms_norm(x, weight, self.eps, self.offset, self.keep)

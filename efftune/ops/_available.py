@@ -45,6 +45,25 @@ def cpp_why_not(*args: Any, contiguous: bool = True) -> str | None:
     return None
 
 
+def rows_adjacent(t: torch.Tensor) -> bool:
+    """Whether the elements of each row are neighbours, however far apart the rows are."""
+    return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
+
+
+def cpp_float_why_not(*args: Any, apart: bool = False) -> str | None:
+    """`cpp_why_not` of kernels that compute in float32, whose tensors are contiguous or have their rows `apart`; one
+    loop instead of three."""
+    for t in args:
+        if isinstance(t, torch.Tensor):
+            if not t.is_cpu:
+                return "the C++ kernels run on the CPU"
+            if t.dtype == torch.float64:
+                return "float64 is computed by the reference"
+            if not (t.is_contiguous() or (apart and rows_adjacent(t))):
+                return f"the C++ kernels take {'rows whose elements are adjacent' if apart else 'contiguous tensors'}"
+    return cpp_why_not()
+
+
 def cuda_why_not(*tensors: torch.Tensor) -> str | None:
     for t in tensors:
         if not t.is_cuda:

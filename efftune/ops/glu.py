@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
 from efftune.ops._op import Op
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,23 +102,17 @@ glu_backward_op = Op(
 )
 
 
-def _rows_contiguous(t: Tensor) -> bool:
-    return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
-
-
-def _why_not(*args) -> str | None:
-    for t in args:
-        if isinstance(t, Tensor) and not _rows_contiguous(t):
-            return "the kernels take rows whose elements are adjacent"
-    return "float64 is computed by the reference" if args[0].dtype == torch.float64 else None
-
-
 def _cpp_why_not(*args):
-    return _why_not(*args) or cpp_why_not(*args, contiguous=False)  # rows may be apart
+    return cpp_float_why_not(*args, apart=True)
 
 
 def _triton_why_not(*args):
-    return triton_why_not(*args) or _why_not(*args)
+    for t in args:
+        if isinstance(t, Tensor) and not rows_adjacent(t):
+            return "the kernels take rows whose elements are adjacent"
+    if args[0].dtype == torch.float64:
+        return "float64 is computed by the reference"
+    return triton_why_not(*args)
 
 
 def _run_cpp(dy, gate, up, activation, y, dgate, dup):
@@ -161,7 +155,7 @@ def _backward_triton(dy, gate, up, activation):
 
 
 def _adjacent(t: Tensor) -> Tensor:
-    return t if _rows_contiguous(t) else t.contiguous()
+    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_float_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -132,23 +132,15 @@ rms_norm_backward_op = Op(
 )
 
 
-def _dtype_why_not(*args) -> str | None:
-    for t in args:
-        if isinstance(t, Tensor) and t.dtype == torch.float64:
-            return "float64 is computed by the reference"
-    return None
-
-
-def _cpp_why_not(*args):
-    return cpp_why_not(*args) or _dtype_why_not(*args)
-
-
 def _triton_why_not(*args):
-    if not all(t.is_contiguous() for t in args if isinstance(t, Tensor)):
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    if not all(t.is_contiguous() for t in tensors):
         return "the Triton kernel takes contiguous tensors"
     if args[0].shape[1] > MAX_TRITON_COLUMNS:
         return f"{args[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    return triton_why_not(*args) or _dtype_why_not(*args)
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "float64 is computed by the reference"
+    return triton_why_not(*args)
 
 
 def _pointers(*tensors: Tensor | None) -> list[int]:
@@ -161,21 +153,21 @@ def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
-@rms_norm_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@rms_norm_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
 def _cpp(x, weight, bias, eps, offset, center):
     y, mean, rstd = _fake(x, weight, bias, eps, offset, center)
     _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, False)
     return y, mean, rstd
 
 
-@rms_norm_apply_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@rms_norm_apply_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
 def _apply_cpp(x, weight, bias, mean, rstd, offset):
     y = _apply_fake(x, weight, bias, mean, rstd, offset)
     _run_cpp(x, y, weight, bias, mean, rstd, offset, 0.0, True)
     return y
 
 
-@rms_norm_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@rms_norm_backward_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
 def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)

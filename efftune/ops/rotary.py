@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
 from efftune.ops._op import Op
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,22 +52,16 @@ def _reference(x, cos, sin, transposed):
 rotary_op = Op("rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _reference, _fake)
 
 
-def _rows_contiguous(t: Tensor) -> bool:
-    return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
-
-
-def _why_not(x, cos, sin, transposed) -> str | None:
-    if not (_rows_contiguous(x) and _rows_contiguous(cos) and _rows_contiguous(sin)):
-        return "the kernels take rows whose elements are adjacent"
-    return "float64 is computed by the reference" if x.dtype == torch.float64 else None
-
-
 def _cpp_why_not(x, cos, sin, transposed):
-    return _why_not(x, cos, sin, transposed) or cpp_why_not(x, cos, sin, contiguous=False)  # rows may be apart
+    return cpp_float_why_not(x, cos, sin, apart=True)
 
 
 def _triton_why_not(x, cos, sin, transposed):
-    return triton_why_not(x, cos, sin) or _why_not(x, cos, sin, transposed)
+    if not (rows_adjacent(x) and rows_adjacent(cos) and rows_adjacent(sin)):
+        return "the kernels take rows whose elements are adjacent"
+    if x.dtype == torch.float64:
+        return "float64 is computed by the reference"
+    return triton_why_not(x, cos, sin)
 
 
 def _steps(table: Tensor) -> tuple[int, int]:
@@ -107,7 +101,7 @@ def _triton(x, cos, sin, transposed):
 
 
 def _adjacent(t: Tensor) -> Tensor:
-    return t if _rows_contiguous(t) else t.contiguous()
+    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
