@@ -37,7 +37,8 @@ _PLAIN_TENSOR = frozenset(
 )
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _thread_keys, _tensor_keys = torch._C._dispatch_tls_local_include_set, torch._C._dispatch_keys
-_function_modes, _profiled = torch._C._len_torch_function_stack, torch._C._autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
+_profiled = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 _NUMBERS = frozenset([int, float, bool, str, type(None), torch.dtype])
 _FORCED: ContextVar[str | None] = ContextVar("efftune_backend", default=None)
 OPS: dict[str, Op] = {}
