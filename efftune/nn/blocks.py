@@ -102,7 +102,8 @@ def _same(module: nn.Module, keep: Keep) -> nn.Module | None:
     if any(p.is_meta for p in module.parameters()) or is_compiled(module):
         return None
     if kind is nn.LayerNorm and len(cast(nn.LayerNorm, module).normalized_shape) == 1:
-        return LayerNorm(module.weight, module.bias, module.eps, keep)
+        layer = cast(nn.LayerNorm, module)
+        return LayerNorm(layer.weight, layer.bias, layer.eps, keep)
     if kind.__name__.endswith("RMSNorm"):
         return _rms_norm(module, keep)
     if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
@@ -139,7 +140,9 @@ def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
         return None
     small = probe.linear(16, 8), probe.linear(16, 8), probe.linear(8, 16)
     old = probe.stand_in(module, **dict(zip(GATED, small, strict=True)))
-    return GatedMLP(*parts, activation, keep) if probe.same(old, GatedMLP(*small, activation), 8) else None
+    if not probe.same(old, GatedMLP(*small, activation), 8):
+        return None
+    return GatedMLP(*parts, activation=activation, keep=keep)
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:

@@ -45,7 +45,7 @@ class _Norm(torch.autograd.Function):
         _, need_weight, need_bias = ctx.needs_input_grad[4:]
         x, weight = load(held), rest[0] if rest else None
         dx, dw, db = rms_norm_backward(as_matrix(dy), x, weight, mean, rstd, offset, need_weight, need_bias)
-        dw = _cast(dw, weight.dtype) if need_weight else None
+        dw = _cast(dw, weight.dtype) if weight is not None and need_weight else None
         db = _cast(db, bias_dtype) if need_bias else None
         return None, None, None, None, reshaped(dx, dy.shape), dw, db
 
