@@ -31,6 +31,8 @@ def shrink(config):
             setattr(config, name, value[:2])
         elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
+    if getattr(config, "head_dim", 0) is None:  # without it some have no default rotary embedding
+        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 
