@@ -28,10 +28,10 @@ lint: .venv/lint
 	cd build/imports && ../../.venv/bin/lint-imports --no-cache ../../pyproject.toml
 
 test-latest: .venv-latest/ready
-	.venv-latest/bin/python -m pytest -q
+	.venv-latest/bin/python -m pytest -q -n 2
 
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -q tests/ops tests/linear tests/nn tests/interop tests/methods/test_contract.py
+	.venv-oldest/bin/python -m pytest -q -n 2 tests/ops tests/linear tests/nn tests/interop tests/methods/test_contract.py
 
 # torch first, and pinned: it is the big download, and nothing that follows may replace it.
 .venv/torch: constraints.txt

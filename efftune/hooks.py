@@ -1,4 +1,5 @@
-"""Hooks on modules: whether somebody watches a call, and hooks that change a module's parameters while it is called."""
+"""Hooks on modules: whether somebody watches a call or the state dict, and hooks that change a module's parameters
+while it is called."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from typing import Any
 from torch import nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+STATE_METHODS = ("_save_to_state_dict", "_load_from_state_dict", "state_dict", "load_state_dict", "get_extra_state")
 MARK = "on_parameters"
 
 
@@ -24,6 +29,12 @@ def watched(module: nn.Module) -> bool:
     """Whether somebody sees, or changes, what goes into the module or comes out."""
     hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     return not all(hasattr(hook, MARK) for hook in hooks) or "forward" in vars(module)  # accelerate replaces forward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module that took its place would lack something: what watches it, or what it does to its state dict."""
+    own = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in STATE_METHODS)
+    return own or watched(module) or any(getattr(module, kind) for kind in STATE_HOOKS)
 
 
 def called(module: nn.Module, compute: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_json, read_tensors, required
-from efftune.hooks import watched
+from efftune.hooks import hooked
 from efftune.interop import peft
 from efftune.linear import Exact, Linear
 from efftune.linear.contracts import Keep
@@ -98,7 +98,7 @@ def install_blocks(model: nn.Module, keep: Keep | None) -> Blocks:
         trained = {
             n: m
             for n, m in layers.items()
-            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not watched(m)
+            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not hooked(m)
         }
         where = places(model)
         swap(model, trained)

@@ -29,7 +29,7 @@ def dropout(x: torch.Tensor, out: torch.Tensor, threshold: int, scale: float, se
         return
     stream = stream - 2**32 if stream >= 2**31 else stream
     grid = (triton.cdiv(x.numel(), TILE),)
-    dropout_kernel[grid](x, out, x.numel(), threshold, scale, seed, stream, TILE)
+    dropout_kernel[grid](x, out, x.numel(), threshold, scale, seed, stream, TILE, enable_fp_fusion=True)
 
 
 def _case(dtype: str) -> dict:

@@ -104,7 +104,9 @@ def glu(gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor, activation
     if gate.numel() == 0:
         return
     grid, block = _grid(gate)
-    glu_kernel[grid](gate, up, y, gate.shape[1], _stride(gate), _stride(up), activation, up is not None, block)
+    glu_kernel[grid](
+        gate, up, y, gate.shape[1], _stride(gate), _stride(up), activation, up is not None, block, enable_fp_fusion=True
+    )
 
 
 def glu_backward(
@@ -115,7 +117,9 @@ def glu_backward(
         return
     grid, block = _grid(gate)
     strides = (_stride(t) for t in (dy, gate, up))
-    glu_backward_kernel[grid](dy, gate, up, dgate, dup, gate.shape[1], *strides, activation, up is not None, block)
+    glu_backward_kernel[grid](
+        dy, gate, up, dgate, dup, gate.shape[1], *strides, activation, up is not None, block, enable_fp_fusion=True
+    )
 
 
 def _case(kernel, dtype: str, activation: str) -> dict:

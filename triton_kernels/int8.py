@@ -21,7 +21,9 @@ def int8_dequantize(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor
         return
     n, k = codes.shape
     block = min(2048, max(16, triton.next_power_of_2(k)))
-    int8_dequantize_kernel[(n, triton.cdiv(k, block))](codes, scales, out, k, scales.shape[1], group, block)
+    int8_dequantize_kernel[(n, triton.cdiv(k, block))](
+        codes, scales, out, k, scales.shape[1], group, block, enable_fp_fusion=True
+    )
 
 
 def _case(scales: str, out: str, group: int) -> dict:

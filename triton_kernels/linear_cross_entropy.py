@@ -110,7 +110,7 @@ def linear_cross_entropy(
         z, z if bias is None else bias, targets, norm, norm if loss is None else loss, norm if dy is None else dy,
         z if dz is None else dz, cols, z.stride(0), vocabulary, first, ignore_index, softcap, smoothing,
         HAS_BIAS=bias is not None, HAS_CAP=softcap != 0, HAS_DY=dy is not None, LOSS=loss is not None,
-        GRADIENT=dz is not None, BLOCK=block, num_warps=8,
+        GRADIENT=dz is not None, BLOCK=block, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
 
 

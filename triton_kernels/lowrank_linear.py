@@ -61,13 +61,15 @@ def lowrank_linear_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-def meta(dtype: torch.dtype, m: int, r: int) -> dict[str, int]:
-    """Tile sizes. float32 products run on the FMA units ("ieee"), where a tile of 128 x 128 would spill."""
-    block_r = _rank_block(r)
+def meta(dtype: torch.dtype, m: int, r: int, aligned: bool) -> dict[str, int]:
+    """Tile sizes. float32 products run on the FMA units ("ieee"), where a tile of 128 x 128 would spill; so would tiles
+    64 deep where addresses and masks of single elements take registers."""
+    block_k = 64 if aligned else 32
+    block_r = min(block_k, _rank_block(r))
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=min(32, block_r), GROUP_M=8, num_warps=4, num_stages=2)
     block_m = 128 if m > 64 else 64
-    return dict(BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, GROUP_M=8, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=block_k, BLOCK_R=block_r, GROUP_M=8, num_warps=8, num_stages=3)
 
 
 def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,12 +78,14 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
     y = torch.empty(m, n, device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    config = meta(x.dtype, m, r)
+    strides = [stride for t in (x, w, h, b) for stride in t.stride() if stride != 1]
+    aligned = all(size % 16 == 0 for size in (n, k, r, *strides)) and all(t.data_ptr() % 16 == 0 for t in (x, w, h, b))
+    config = meta(x.dtype, m, r, aligned)
     grid = (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
     lowrank_linear_kernel[grid](
         x, w, h, b, bias if bias is not None else x, y, m, n, k, r,
         x.stride(0), x.stride(1), w.stride(0), w.stride(1), h.stride(0), h.stride(1), b.stride(0), b.stride(1),
-        y.stride(0), HAS_BIAS=bias is not None, **config,
+        y.stride(0), HAS_BIAS=bias is not None, **config, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -142,24 +146,27 @@ def lowrank_linear_tma(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor 
     grid = (min(programs, triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n)),)
     lowrank_linear_tma_kernel[grid](
         *descriptors, bias if bias is not None else x, m, n, k, r, HAS_BIAS=bias is not None, W_ROW_MAJOR=w_rows,
-        B_ROW_MAJOR=b_rows, BLOCK_R=tile_r, **TMA_TILES, **TMA_OPTIONS,
+        B_ROW_MAJOR=b_rows, BLOCK_R=tile_r, **TMA_TILES, **TMA_OPTIONS, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
 def _case(pointer: str, dtype: torch.dtype, m: int, r: int, transposed: bool) -> dict:
-    """As launched for aligned shapes: forward (w and b row-major, bias), or its transposed twin (both column-major)."""
-    config = meta(dtype, m, r)
+    """Forward (w and b row-major, bias), or its transposed twin (both column-major)."""
+    config, other = (meta(dtype, m, r, aligned) for aligned in (True, False))
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    other = {key: value for key, value in other.items() if key in config}
     types = {name: f"*{pointer}" for name in ("x_ptr", "w_ptr", "h_ptr", "b_ptr", "bias_ptr", "y_ptr")}
     sizes = ("M", "N", "K", "R")
     strides = tuple(f"stride_{name}" for name in ("xm", "xk", "wn", "wk", "hm", "hr", "bn", "br", "ym"))
     units = ("stride_xk", "stride_hr", *(("stride_wn", "stride_bn") if transposed else ("stride_wk", "stride_br")))
+    constants = dict.fromkeys(units, 1) | {"HAS_BIAS": not transposed}
     return {
         "kernel": lowrank_linear_kernel,
         "types": types | dict.fromkeys((*sizes, *strides), "i32"),
-        "constants": dict.fromkeys(units, 1) | {"HAS_BIAS": not transposed, **config},
-        "aligned": {*sizes, *strides} - set(units),
+        "constants": constants | config,
+        "constants_unaligned": constants | other,
+        "aligned": {*sizes, *strides} - {"M", *units},
         "options": options,
     }
 

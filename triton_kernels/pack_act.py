@@ -200,6 +200,7 @@ def pack_act(
         STOCHASTIC=seed is not None,
         SHARED=group % 8 == sizes[1] % 8 == 0,
         **constants,
+        enable_fp_fusion=True,
     )
 
 
@@ -211,7 +212,7 @@ def unpack_act(codes: torch.Tensor, stats: torch.Tensor, out: torch.Tensor, bits
     grid, sizes, constants = _launch(out.numel(), k, group, True)
     strides = (0, 0) if sizes[0] == 1 else (codes.shape[-1], k)
     stats = stats if stats.data_ptr() % 4 == 0 else stats.clone()  # min and scale are read as one word
-    unpack_act_kernel[grid](codes, stats, out, *sizes, *strides, BITS=bits, **constants)
+    unpack_act_kernel[grid](codes, stats, out, *sizes, *strides, BITS=bits, **constants, enable_fp_fusion=True)
 
 
 def _case(kernel, dtype: str, bits: int, group: int, rows: int, k: int, **constants: bool) -> dict:

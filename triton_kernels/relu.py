@@ -31,13 +31,13 @@ def relu_backward_kernel(dy_ptr, bits_ptr, dx_ptr, count, BLOCK: tl.constexpr):
 def relu(x: torch.Tensor, y: torch.Tensor, bits: torch.Tensor) -> None:
     """x, y contiguous; bits (⌈count / 8⌉,) uint8."""
     if x.numel():
-        relu_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, bits, x.numel(), 128)
+        relu_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, bits, x.numel(), 128, enable_fp_fusion=True)
 
 
 def relu_backward(dy: torch.Tensor, bits: torch.Tensor, dx: torch.Tensor) -> None:
     """dy, dx contiguous."""
     if dy.numel():
-        relu_backward_kernel[(triton.cdiv(dy.numel(), 1024),)](dy, bits, dx, dy.numel(), 1024)
+        relu_backward_kernel[(triton.cdiv(dy.numel(), 1024),)](dy, bits, dx, dy.numel(), 1024, enable_fp_fusion=True)
 
 
 def _case(kernel, dtype: str) -> dict:

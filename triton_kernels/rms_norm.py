@@ -82,13 +82,13 @@ def rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row)
         mean = tl.load(mean_ptr + row) if CENTER else 0.0
         at = row * K + offs_k
-        x_hat = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)  # 0 where masked: so is g
+        g = dy * _gain(weight_ptr, offs_k, mask, offset, HAS_WEIGHT)
+        of_g = tl.sum(g) / K if CENTER else 0.0  # before x is loaded: at most two rows are in registers without sums
+        x_hat = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
         if NEED_WEIGHT:
             dweight += dy * x_hat
-        g = dy * _gain(weight_ptr, offs_k, mask, offset, HAS_WEIGHT)
         of_x_hat = tl.sum(g * x_hat) / K
-        of_g = tl.sum(g) / K if CENTER else 0.0
         dx = g - of_g - x_hat * of_x_hat
         tl.store(dx_ptr + at, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
     if NEED_WEIGHT:
@@ -121,10 +121,10 @@ def rms_norm_weight_kernel(
     tl.store(dweight_ptr + pid * K + offs_k, dweight, mask=mask)
 
 
-def _block(k: int) -> tuple[int, int]:
-    """BLOCK_K and num_warps: up to 16 elements a thread."""
+def _block(k: int, backward: bool = False) -> tuple[int, int]:
+    """BLOCK_K and num_warps: up to 16 elements a thread; 8 where sums over rows take registers, too."""
     block = max(16, triton.next_power_of_2(k))
-    return block, min(32, max(4, block // 512))
+    return block, 32 if backward and block >= WIDEST else min(32, max(4, block // 512))
 
 
 def _forward(x, weight, bias, y, mean, rstd, eps, offset, saved) -> None:
@@ -135,6 +135,7 @@ def _forward(x, weight, bias, y, mean, rstd, eps, offset, saved) -> None:
         *(x, weight, bias, y, mean, rstd, x.shape[1], eps, offset),
         *(mean.numel() > 0, saved, weight is not None, bias is not None, block),
         num_warps=warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -156,17 +157,18 @@ def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight, mean, rstd, dx,
     rows_each = max(8, triton.cdiv(m, 512))
     programs = triton.cdiv(m, rows_each)
     partial = dweight.new_empty(programs, dweight.numel())
-    block, warps = _block(k)
+    block, warps = _block(k, backward=True)
     fused = block <= WIDEST
     if m:
         rms_norm_backward_kernel[(programs,)](
             *(dy, x, weight, mean, rstd, dx, partial, m, k, rows_each, offset),
             *(mean.numel() > 0, weight is not None, fused and dweight.numel() > 0, block),
             num_warps=warps,
+            enable_fp_fusion=True,
         )
         if dweight.numel() and not fused:
             rms_norm_weight_kernel[(programs, triton.cdiv(k, 1024))](
-                dy, x, mean, rstd, partial, m, k, rows_each, mean.numel() > 0, 1024
+                dy, x, mean, rstd, partial, m, k, rows_each, mean.numel() > 0, 1024, enable_fp_fusion=True
             )
     if dweight.numel():
         torch.sum(partial, 0, out=dweight)
@@ -175,7 +177,7 @@ def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight, mean, rstd, dx,
 
 
 def _case(kernel, k: int, dtype: str, weight: str, **constants: bool) -> dict:
-    block, warps = _block(k)
+    block, warps = _block(k, kernel is rms_norm_backward_kernel)
     pointers = {
         "x_ptr": dtype,
         "dy_ptr": dtype,
@@ -193,7 +195,7 @@ def _case(kernel, k: int, dtype: str, weight: str, **constants: bool) -> dict:
         "types": {name: types[name] for name in kernel.arg_names if name in types},
         "constants": {name: value for name, value in constants.items() if name in kernel.arg_names},
         "aligned": ("K",),
-        "options": {"enable_fp_fusion": True, "num_warps": 4 if kernel is rms_norm_weight_kernel else warps},
+        "options": {"num_warps": 4 if kernel is rms_norm_weight_kernel else warps},
     }
 
 

@@ -60,7 +60,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
     tables = (s for table in (cos, sin) for s in (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)))
     grid = (b * t, triton.cdiv(h, block_h))
     strides = (*x.stride()[:3], *out.stride()[:3], *tables)
-    rotary_kernel[grid](x, cos, sin, out, h, t, d // 2, *strides, transposed, block_h, block_d)
+    rotary_kernel[grid](x, cos, sin, out, h, t, d // 2, *strides, transposed, block_h, block_d, enable_fp_fusion=True)
 
 
 def _case(dtype: str, table_dtype: str, transposed: bool) -> dict:

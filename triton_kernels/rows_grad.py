@@ -72,7 +72,7 @@ def rows_grad(g: Tensor, idx: Tensor, weight: Tensor, rows: Tensor, out: Tensor)
     per_split = triton.cdiv(triton.cdiv(s, splits), config["BLOCK_S"]) * config["BLOCK_S"]
     parts = out if splits == 1 else out.new_empty(splits, n, k, dtype=torch.float32)
     rows_grad_kernel[(tiles, splits)](
-        g, idx, weight, rows, parts, s, n, k, per_split, g.stride(0), rows.stride(0), **config
+        g, idx, weight, rows, parts, s, n, k, per_split, g.stride(0), rows.stride(0), **config, enable_fp_fusion=True
     )  # fmt: skip
     if splits > 1:
         out.copy_(parts.sum(0))
@@ -105,7 +105,7 @@ def scale_rows(g: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
     if out.numel():
         config = scale_meta(n)
         grid = triton.cdiv(s, config["BLOCK_S"]), triton.cdiv(n, config["BLOCK_N"])
-        scale_rows_kernel[grid](g, idx, weight, out, s, n, g.stride(0), **config)
+        scale_rows_kernel[grid](g, idx, weight, out, s, n, g.stride(0), **config, enable_fp_fusion=True)
     return out
 
 

@@ -34,7 +34,7 @@ def _block(k: int) -> int:
 def row_norms(x: Tensor, out: Tensor) -> None:
     """x (M, K), rows of neighbouring elements; out (M,) f32."""
     if out.numel():
-        row_norms_kernel[(x.shape[0],)](x, out, x.shape[1], x.stride(0), _block(x.shape[1]))
+        row_norms_kernel[(x.shape[0],)](x, out, x.shape[1], x.stride(0), _block(x.shape[1]), enable_fp_fusion=True)
 
 
 def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
@@ -42,7 +42,9 @@ def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
     out = x.new_empty(idx.shape[0], x.shape[1])
     if out.numel():
         s, k = out.shape
-        gather_rows_kernel[(s, triton.cdiv(k, _block(k)))](x, idx, out, k, x.stride(0), _block(k))
+        gather_rows_kernel[(s, triton.cdiv(k, _block(k)))](
+            x, idx, out, k, x.stride(0), _block(k), enable_fp_fusion=True
+        )
     return out
 
 

@@ -14,6 +14,14 @@ from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import forced_backend, use_backend
 
 
+def only(x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
+    """The one argument of a forward, which callers of the module that stood there before may give by its name there."""
+    given = [*named.values()] if x is None else [x, *named.values()]
+    if len(given) != 1:
+        raise TypeError(f"forward takes one tensor and was given {len(given)}.")
+    return given[0]
+
+
 class LinearFunction(torch.autograd.Function):
     # Tensors come flat: one inside a tuple argument would lose its gradient.
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.hooks import watched
+from efftune.hooks import hooked
 from efftune.linear.base.dense import Dense
 from efftune.linear.contracts import Base, Delta, Keep, Need, check
 from efftune.linear.delta.full import Full
@@ -86,8 +86,10 @@ class Linear(nn.Module):
             raise EfftuneError(
                 f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
             )
-        if watched(linear):
-            raise EfftuneError("it has hooks, which the new layer would not have; add them after the swap.")
+        if hooked(linear):
+            raise EfftuneError(
+                "it has hooks or a state dict of its own, which the new layer would not have; add hooks after the swap."
+            )
         if base is not None and base != old[0]:
             n, _ = old[0].shape(w)
             w = base.store(old[0].rows(w, 0, n, old[0].dtype(w)).detach())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from efftune.hooks import watched
+from efftune.hooks import hooked
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.nn import attention, eager_attention, probe, rotary
@@ -70,7 +70,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     twins: dict[nn.Module, nn.Module | None] = {}  # a module that stands in two places stays one
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is None or watched(child):
+            if child is None or hooked(child):
                 continue
             if type(child) in OURS:
                 child.keep = cast(Any, keep or child.keep)  # of an earlier recipe, or the model's own
@@ -87,12 +87,23 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
 
 
 def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
-    """The module of efftune.nn that computes what `module` does, over the same parameters; None if there is none."""
+    """The module of efftune.nn that computes what `module` does, over the same parameters and with its attributes (an
+    epsilon under another name, sizes, act_fn), which other code may read; None if there is none."""
+    new = _same(module, keep)
+    if new is not None:
+        children = {name: child for name, child in module._modules.items() if name not in new._modules}
+        for name, value in (vars(module) | children).items():
+            vars(new).setdefault(name, value)
+    return new
+
+
+def _same(module: nn.Module, keep: Keep) -> nn.Module | None:
     kind = type(module)
     if any(p.is_meta for p in module.parameters()) or is_compiled(module):
         return None
     if kind is nn.LayerNorm and len(cast(nn.LayerNorm, module).normalized_shape) == 1:
-        return LayerNorm(module.weight, module.bias, module.eps, keep)
+        layer = cast(nn.LayerNorm, module)
+        return LayerNorm(layer.weight, layer.bias, layer.eps, keep)
     if kind.__name__.endswith("RMSNorm"):
         return _rms_norm(module, keep)
     if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
@@ -129,13 +140,15 @@ def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
         return None
     small = probe.linear(16, 8), probe.linear(16, 8), probe.linear(8, 16)
     old = probe.stand_in(module, **dict(zip(GATED, small, strict=True)))
-    return GatedMLP(*parts, activation, keep) if probe.same(old, GatedMLP(*small, activation), 8) else None
+    if not probe.same(old, GatedMLP(*small, activation), 8):
+        return None
+    return GatedMLP(*parts, activation=activation, keep=keep)
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which `glu` knows the element-wise function `act`, or None."""
     if isinstance(act, nn.Module):
-        if act._modules or act._parameters or act._buffers or watched(act) or not probe.takes_one(act):
+        if act._modules or act._parameters or act._buffers or hooked(act) or not probe.takes_one(act):
             return None
         act = probe.stand_in(act)
     return next(

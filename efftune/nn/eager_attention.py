@@ -203,7 +203,7 @@ def _same(function: Any, module: nn.Module) -> bool:
                 out, dropped = call(attention_mask=masks[0], dropout=0.5)
         except Exception:  # it wants other arguments, so it is something else
             return False
-        expected = [eager_attention(*given, m, scale=0.5) for m in (*masks, masks[0])]
+        expected = [eager_attention(given[0], given[1], given[2], m, scale=0.5) for m in (*masks, masks[0])]
         pairs = [pair for got, right in zip(found, expected, strict=False) for pair in zip(got, right, strict=True)]
         if training and dtype == torch.float32:
             wide = v.repeat_interleave(groups, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.linear.function import applied, as_matrix
+from efftune.linear.function import applied, as_matrix, only
 from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import composition, glu_backward
@@ -113,7 +113,8 @@ class Activation(nn.Module):
         super().__init__()
         self.activation, self.keep = activation, keep or Exact()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = only(x, named) if x is None or named else x
         return glu(x, None, self.activation, self.keep)
 
     def extra_repr(self) -> str:
@@ -130,7 +131,8 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.activation, self.keep = activation, keep or Exact()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = only(x, named) if x is None or named else x
         return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.activation, self.keep))
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.linear.function import applied, as_matrix
+from efftune.linear.function import applied, as_matrix, only
 from efftune.linear.handle import Handle, attach, flatten, load, reshaped, unflatten
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.rms_norm import rms_norm as normalize
@@ -129,7 +129,8 @@ class RMSNorm(nn.Module):
         self.eps, self.offset, self.keep = eps, offset, keep or Exact()
         self.promotes = offset == 0 if promotes is None else promotes
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = only(x, named) if x is None or named else x
         weight = self._parameters["weight"] if "weight" in self._parameters else self.weight  # a tenth of the time
         if weight is not None and self.promotes and weight.dtype != x.dtype:
             x = x.to(torch.promote_types(x.dtype, weight.dtype))
@@ -140,8 +141,9 @@ class RMSNorm(nn.Module):
         return f"{size}, eps={self.eps}, offset={self.offset}, {self.keep}"
 
 
-class LayerNorm(nn.Module):
-    """`layer_norm` as a module with the parameters `weight` and `bias` (K,)."""
+class LayerNorm(nn.LayerNorm):
+    """`layer_norm` as a module with the parameters `weight` and `bias` (K,). It is an nn.LayerNorm, since trainers ask
+    for that class where they leave out weight decay."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -153,12 +155,15 @@ class LayerNorm(nn.Module):
         eps: float = 1e-5,
         keep: Keep | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # without parameters of its own
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
-        self.eps, self.keep = eps, keep or Exact()
+        if weight is not None:
+            self.normalized_shape = tuple(weight.shape)
+        self.elementwise_affine, self.eps, self.keep = weight is not None, eps, keep or Exact()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = only(x, named) if x is None or named else x
         return layer_norm(x, self.weight, self.bias, self.eps, self.keep)
 
     def extra_repr(self) -> str:

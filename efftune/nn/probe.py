@@ -18,7 +18,7 @@ from torch import Tensor, nn
 SCALES = tuple(2.0**e for e in (-20, -10, 0, 5, 10, 20))  # from below the eps of any norm to beyond any clamp
 
 
-def stand_in(module: nn.Module, **children: nn.Module) -> nn.Module:
+def stand_in(module: nn.Module, **children: nn.Module | None) -> nn.Module:
     """A copy of `module` on the CPU, with random parameters of its own and `children` in the place of those of these
     names; the others are copied, too. Nothing of the module's is touched when the copy changes its mode or dtype."""
     made = object.__new__(type(module))
@@ -53,7 +53,8 @@ def same(old: nn.Module, new: nn.Module, width: int) -> bool:
     """Whether two stand-ins give the same for x (2, 3, width): shape, dtype, values and gradient up to rounding, in
     either mode, without drawing. In float32 for x of all sizes, in 16 bits, where squares overflow, of one."""
     for dtype, scales in ((torch.float32, SCALES), (torch.bfloat16, (1.0,))):
-        old.to(dtype), new.to(dtype)
+        for module in (old, new):
+            module.to(dtype)
         for seed, scale in enumerate(scales):
             x = (_random((2, 3, width), seed + 1) * scale).to(dtype)
             for training in (True, False):

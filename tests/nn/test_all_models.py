@@ -1,10 +1,12 @@
 """Every model of the installed transformers: what is swapped in it computes the same, in training and in evaluation
-mode, on small inputs and on large ones. Models are built without data, their modules get small weights of their own.
+mode, on small inputs and on large ones, called by the name of its argument, and has the same attributes. Models are
+built without data, their modules get small weights of their own.
 
     python -m pytest -q -s -m slow tests/nn/test_all_models.py    # prints what is swapped, left alone and not built
 """
 
 import collections
+import inspect
 import re
 
 import pytest
@@ -29,17 +31,19 @@ def shrink(config):
             setattr(config, name, value[:2])
         elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
+    if getattr(config, "head_dim", 0) is None:  # without it some have no default rotary embedding
+        config.head_dim = config.hidden_size // config.num_attention_heads
     return config
 
 
-def build(config, kind):
+def build(config, kind, reasons):
     """The model on the meta device; with all of its layers where it takes no fewer. None if it cannot be built."""
     for make in (lambda: shrink(config()), config):
         try:
             with torch.device("meta"):
                 return kind(make())
-        except Exception:  # a config without defaults, or a package that is not installed
-            continue
+        except Exception as error:  # a config without defaults, or a package that is not installed
+            reasons.append(str(error).strip().splitlines()[-1][:120] if str(error) else type(error).__name__)
     return None
 
 
@@ -78,6 +82,7 @@ def is_candidate(module):
 def differences(old, new, width):
     """Relative errors of new against old, in units of what float32 rounds."""
     found = {}
+    argument = list(inspect.signature(old.forward).parameters)[0]
     for training in (True, False):
         for scale in (1e-6, 1e-3, 1.0, 1e2, 1e5):
             torch.manual_seed(int(scale))
@@ -85,7 +90,7 @@ def differences(old, new, width):
             results = []
             for module in (old, new):
                 torch.manual_seed(7)
-                results.append(module.train(training)(x.clone()).double())
+                results.append(module.train(training)(**{argument: x.clone()}).double())
             expected, got = results
             error = (got - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny)
             found[training, scale] = float(error) / torch.finfo(torch.float32).eps
@@ -97,9 +102,10 @@ def test_every_swap_in_every_model_is_the_same_function():
     torch.manual_seed(0)
     swapped, alone, wrong, failed, built = collections.Counter(), collections.Counter(), [], [], 0
     for config, kind in models():
-        model = None if kind is None else build(config, kind)
+        reasons = []
+        model = None if kind is None else build(config, kind, reasons)
         if model is None:
-            failed.append(config.__name__)
+            failed.append(f"{config.__name__} ({reasons[-1] if reasons else 'no class'})")
             continue
         built += 1
         seen = set()
@@ -124,10 +130,12 @@ def test_every_swap_in_every_model_is_the_same_function():
             width = getattr(module, "normalized_shape", None) or [len(p) for p in module.parameters()] or [64]
             width = WIDTH if is_gated(module) else width[0]
             off = {at: e for at, e in differences(old, net[0], width).items() if not e < 8}
+            internal = vars(nn.Module())
+            off |= {n: "is lost" for n in vars(old) if n not in internal and not hasattr(net[0], n)}
             if off:
                 wrong.append(f"{name}: {off}")
         del model
-    print(f"\n{built} models built, {len(failed)} not: {', '.join(failed)}")
+    print(f"\n{built} models built, {len(failed)} not:", *failed, sep="\n  ")
     print(f"swapped, in so many models: {dict(swapped)}\nleft alone: {dict(alone)}")
     assert not wrong, "\n".join(wrong)
     assert built > 0.9 * (built + len(failed)) and sum(swapped.values()) > built

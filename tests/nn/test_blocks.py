@@ -446,6 +446,58 @@ def test_what_is_hooked_inside_or_compiled_is_left_alone():
     assert net[0] is hooked and net[1] is compiled
 
 
+@pytest.mark.parametrize("kind", ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(8), GoodRMSNorm, nn.GELU, Mlp], ids=["layer", "rms", "act", "mlp"]
+)
+def test_what_has_a_hook_on_its_state_dict_is_left_alone(make, kind):
+    hooked = make()
+    getattr(hooked, f"register_{kind}_hook")(lambda *_: None)
+    net = nn.Sequential(hooked, make())
+    install(net)
+    assert net[0] is hooked and type(net[1]) is not type(hooked)
+
+
+@pytest.mark.parametrize("method", ["_save_to_state_dict", "_load_from_state_dict", "get_extra_state"])
+def test_what_has_a_state_dict_of_its_own_is_left_alone(method):
+    own = type("OwnRMSNorm", (GoodRMSNorm,), {method: lambda self, *_: None})
+    net = nn.Sequential(own())
+    assert not install(net).swaps
+
+
+def test_what_transformers_calls_and_reads_is_there_after_the_swap():
+    """Arguments by their names, and attributes by theirs."""
+    from transformers.activations import ACT2FN
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2)
+    net = nn.Sequential(LlamaRMSNorm(8), nn.LayerNorm(8), nn.LayerNorm(8, bias=False), LlamaMLP(config), ACT2FN["gelu"])
+    plain, x = copy.deepcopy(net), torch.randn(2, 8)
+    assert len({id(swap[3]) for swap in install(net).swaps if swap[0] is net}) == len(net)
+    for old, new, name in zip(plain, net, ("hidden_states", "input", "input", "x", "input"), strict=True):
+        torch.testing.assert_close(new(**{name: x}), old(**{name: x}))
+        internal = vars(nn.Module())
+        missing = [n for n in (*vars(old), *old._modules) if n not in internal and not hasattr(new, n)]
+        assert not missing and set(new.state_dict()) == set(old.state_dict())
+        with pytest.raises(TypeError, match="one tensor"):
+            new(x, another=x)
+        with pytest.raises(TypeError, match="one tensor"):
+            new()
+    assert net[0].variance_epsilon == plain[0].variance_epsilon and net[3].act_fn is not None
+    assert net[1].normalized_shape == (8,) and isinstance(net[1], nn.LayerNorm)  # a trainer asks for the class
+
+
+def test_weight_decay_leaves_the_same_parameters_out():
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    plain = model("GPT2")
+    before = get_parameter_names(plain, [nn.LayerNorm])
+    assert any("ln_" not in name for name in before)
+    efftune.apply(plain, "full")
+    assert get_parameter_names(plain, [nn.LayerNorm]) == before
+
+
 @pytest.mark.parametrize("promotes", [False, True])
 def test_a_narrow_input_of_a_norm_with_wide_weights_gives_the_models_dtype(promotes):
     class OneRMSNorm(Norm):
