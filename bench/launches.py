@@ -110,7 +110,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "int8_dequantize": lambda: int8_dequantize(stored, scales, 64, dtype),
         "lowrank_linear": lambda: lowrank_linear(x, w, h, b, None),
         "row_norms": lambda: row_norms(x),
-        "select_rows": lambda: [select_rows(scores, taken, seed, s) for s in ("systematic", "wta", "crs")],
+        "select_rows": lambda: select_rows(scores, taken, seed, "systematic"),
         "sample_rows": lambda: sample_rows(x, scores, taken, seed),
         "rows_grad": lambda: rows_grad(dy, idx, wide, x[:taken]),
         "linear_cross_entropy": lambda: loss(False),

@@ -193,7 +193,9 @@ def recorded(device, step):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", ["full", "lora(r=4)", "int8(group=16) + lora(r=4)", "int8(group=16) + peqa"])
-def test_a_graph_of_a_step_gives_the_bits_of_the_step(recipe, device):
+def test_a_graph_of_a_step_is_the_step(recipe, device):
+    """To float32 rounding: under capture cuBLAS chooses other kernels, for a plain torch model as well."""
+
     def after(make_step):
         tuner = prepared(llama(), recipe, device)
         start = trained(tuner)
@@ -207,8 +209,9 @@ def test_a_graph_of_a_step_gives_the_bits_of_the_step(recipe, device):
             step()
         return start, trained(tuner)
 
-    (start, first), (_, second) = (after(lambda device, step: step) for _ in range(2))
-    assert_as_near_as_twice(after(recorded)[1], first, second, start)
+    start, plain = after(lambda device, step: step)
+    distance = float((after(recorded)[1] - plain).norm() / (plain - start).norm())
+    assert distance == 0 if device == "cpu" else distance < 1e-5
 
 
 @contextmanager

@@ -35,36 +35,28 @@ OP = Op(
 )
 
 
-# On a GPU four backends compete: cuBLAS, then addmm in place (one more pass over y); the same with the rank-R product
-# first; a fused kernel; and one for Hopper. The order here is the default: the first that does not refuse. Until
-# bench/gpu.sh has measured them, cuBLAS is the safe choice. A fused kernel has to reach 92 % of cuBLAS to pay.
-@OP.backend("torch", "cpu", "cuda")
-def _torch(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    # In place: a separate product and an add cost three more passes over y; concatenating K and R copies x and W.
-    return F.linear(x, w, bias).addmm_(h, b.t())
+_LOW = (torch.bfloat16, torch.float16)
 
 
-def _triton_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
-    if h.shape[1] > MAX_TRITON_RANK:
-        return f"rank {h.shape[1]} exceeds the {MAX_TRITON_RANK} that the epilogue takes"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
-    return triton_why_not(x, w, h, b)
+def _rank_first_why_not(x: Tensor, *_) -> str | None:
+    return None if x.dtype in _LOW else f"it takes bfloat16 and float16; in {x.dtype} the large product comes first"
 
 
-@OP.backend("triton", "cuda", why_not=_triton_why_not)
-def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    from efftune.triton_kernels.lowrank_linear import lowrank_linear as launch
-
-    return launch(x, w, h, b, bias)
-
-
-@OP.backend("rank_first", "cuda")
+# The order is the default: the first that does not refuse. On an H200 (bench/lowrank_linear.py) "rank_first" takes
+# 1.10 to 1.13 times as long as the product alone, "torch" 1.12 to 1.18, the fused kernel 1.24 to 1.31: what it saves is
+# one pass over y, which is less than what a product loses in it against cuBLAS.
+@OP.backend("rank_first", "cuda", why_not=_rank_first_why_not)
 def _rank_first(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # The large product reads y in its epilogue, while other tiles are still multiplied: the pass over y costs no time
     # of its own. What is rounded on the way is the small term.
     y = torch.mm(h, b.t()) if bias is None else torch.addmm(bias, h, b.t())
     return y.addmm_(x, w.t())
+
+
+@OP.backend("torch", "cpu", "cuda")
+def _torch(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    # In place: a separate product and an add cost three more passes over y; concatenating K and R copies x and W.
+    return F.linear(x, w, bias).addmm_(h, b.t())
 
 
 def _aligned(t: Tensor) -> bool:
@@ -74,19 +66,21 @@ def _aligned(t: Tensor) -> bool:
     return minor == 1 and major >= width and major % 8 == t.storage_offset() % 8 == 0
 
 
-def _tma_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
-    if x.dtype not in (torch.bfloat16, torch.float16):
+def _triton_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> str | None:
+    if h.shape[1] > MAX_TRITON_RANK:
+        return f"rank {h.shape[1]} exceeds the {MAX_TRITON_RANK} that the epilogue takes"
+    if x.dtype not in _LOW:
         return f"it takes bfloat16 and float16, not {x.dtype}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         return "tiles are copied by descriptor from compute capability 9.0 on (Hopper)"
     if x.stride(1) != 1 or h.stride(1) != 1 or b.shape[0] % 8 or not all(_aligned(t) for t in (x, w, h, b)):
         return "it takes dense matrices whose sizes and offsets are multiples of 8"
-    return _triton_why_not(x, w, h, b, bias)
+    return triton_why_not(x, w, h, b)
 
 
-@OP.backend("triton_tma", "cuda", why_not=_tma_why_not)
-def _triton_tma(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    from efftune.triton_kernels.lowrank_linear import lowrank_linear_tma as launch
+@OP.backend("triton", "cuda", why_not=_triton_why_not)
+def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    from efftune.triton_kernels.lowrank_linear import lowrank_linear as launch
 
     return launch(x, w, h, b, bias)
 
@@ -99,13 +93,15 @@ def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | No
         b: (N, R), any strides.   bias: (N,) or None.   All of one dtype and device.
     Returns: (M, N), dtype of x.
     Numerics: products accumulate in f32. "torch" rounds y to its dtype twice (before and after the rank-R term),
-        "rank_first" that term and y, the kernels and the reference y once. On a GPU torch lets cuBLAS add partial sums
+        "rank_first" that term and y, "triton" and the reference y once. On a GPU torch lets cuBLAS add partial sums
         of 16-bit products in 16 bits; see torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction.
     Saved for backward: nothing; the caller owns the gradient (`efftune.linear`).
     Raises: RuntimeError on shapes that do not fit, or if a forced backend refuses.
     Source: Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
-    return _torch(x, w, h, b, bias) if _plain(x) else OP(x, w, h, b, bias)
+    if not _plain(x):
+        return OP(x, w, h, b, bias)
+    return (_rank_first if _rank_comes_first(x) else _torch)(x, w, h, b, bias)
 
 
 def lowrank_linear_t(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
@@ -114,10 +110,17 @@ def lowrank_linear_t(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
 
     Args: dy (M, N), w (N, K), dh (M, R), a (R, K).   Returns: (M, K). Numerics and errors as there.
     """
-    return torch.mm(dy, w).addmm_(dh, a) if _plain(dy) else OP(dy, w.t(), dh, a.t(), None)
+    if not _plain(dy):
+        return OP(dy, w.t(), dh, a.t(), None)
+    return torch.mm(dh, a).addmm_(dy, w) if _rank_comes_first(dy) else torch.mm(dy, w).addmm_(dh, a)
 
 
 def _plain(x: Tensor) -> bool:
-    # On the CPU torch's own products are the backend, and they need no operator around them: two dispatches through
-    # Python are 5 µs, a twelfth of a small layer's forward and backward.
-    return x.is_cpu and not torch.compiler.is_compiling() and forced_backend() is None
+    # Where torch's own products are the backend they need no operator around them: two dispatches through Python are
+    # 5 µs on a CPU, a twelfth of a small layer's forward and backward, and 35 µs beside a GPU that waits.
+    return (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling() and forced_backend() is None
+
+
+def _rank_comes_first(x: Tensor) -> bool:
+    """The first backend that `OP.select` would find."""
+    return x.is_cuda and x.dtype in _LOW

@@ -133,14 +133,15 @@ rms_norm_backward_op = Op(
 
 
 def _triton_why_not(*args):
-    tensors = [t for t in args if isinstance(t, Tensor)]
-    if not all(t.is_contiguous() for t in tensors):
-        return "the Triton kernel takes contiguous tensors"
+    for t in args:
+        if isinstance(t, Tensor):
+            if not t.is_contiguous():
+                return "the Triton kernel takes contiguous tensors"
+            if t.dtype == torch.float64:
+                return "float64 is computed by the reference"
     if args[0].shape[1] > MAX_TRITON_COLUMNS:
         return f"{args[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    if any(t.dtype == torch.float64 for t in tensors):
-        return "float64 is computed by the reference"
-    return triton_why_not(*args)
+    return triton_why_not(args[0])
 
 
 def _pointers(*tensors: Tensor | None) -> list[int]:

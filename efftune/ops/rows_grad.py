@@ -71,27 +71,17 @@ def _cpp(g, idx, weight, rows):
     return (scaled if transposed else scaled.t()) @ rows
 
 
-# On a GPU three backends compete: this one (a gathered copy of S·N elements in four passes, then cuBLAS), the fused
-# kernel below, and the copy in one pass, then cuBLAS. The order here is the default: the first that does not refuse.
-# Until bench/gpu.sh has measured them, cuBLAS behind torch's own copy is the safe choice.
-rows_grad_op.backend("torch", "cuda")(_reference)
-
-
+# One pass instead of torch's four for the copy of S·N elements. A kernel that gathered inside the product, without the
+# copy, took 2.2 times as long on an H200 (1.3 in float32; docs/log.md).
 @rows_grad_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(g, idx, weight, rows):
-    from efftune.triton_kernels.rows_grad import rows_grad
-
-    out = _fake(g, idx, weight, rows)
-    rows_grad(g, idx, weight, rows, out)
-    return out
-
-
-@rows_grad_op.backend("triton_gather", "cuda", why_not=_triton_why_not)
-def _triton_gather(g, idx, weight, rows):
     from efftune.triton_kernels.rows_grad import scale_rows
 
     _fake(g, idx, weight, rows)
     return scale_rows(g, idx, weight).t() @ rows
+
+
+rows_grad_op.backend("torch", "cuda")(_reference)
 
 
 def rows_grad(g: Tensor, idx: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -104,7 +94,7 @@ def rows_grad(g: Tensor, idx: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     Numerics: weight·g is rounded to g.dtype once (in f16 a large weight can overflow there), the product accumulates in
         f32 (on a GPU see `lowrank_linear`). With idx = arange(M) and weight = 1 the result on the CPU has the bits of
         torch's gᵀ @ rows, for few columns those of gᵀ.contiguous() @ rows, as keep=Exact() computes it.
-    Saved for backward: nothing. "triton" makes no copy of g's rows; the others make one, S·N elements.
+    Saved for backward: nothing. The scaled rows of g, S·N elements, exist during the call.
     Raises: ValueError on shapes or dtypes that do not fit, IndexError on the CPU for an index outside [0, M).
     Source: Liu et al. 2023, arXiv:2305.15265.
     """
