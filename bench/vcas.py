@@ -15,31 +15,33 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.harness import Job, measure, parsed, parser, run
+from bench.harness import Job, kind, measure, parsed, parser, run
 from efftune.nn.subbatch import install
 from efftune.ops._available import dtype_name
 
 RATIOS = (1.0, 0.5, 0.25)
 
 
-def bert(dropout: float = 0.0) -> tuple[nn.Module, tuple[int, int, int], dict]:
+def bert(dropout: float, large: bool) -> tuple[nn.Module, tuple[int, int, int], dict]:
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertLayer
 
-    config = BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16) if large else {}
+    config = BertConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)
     config._attn_implementation = "sdpa"
-    return BertLayer(config), (16, 128, config.hidden_size), {}
+    return BertLayer(config), ((64, 512) if large else (16, 128)) + (config.hidden_size,), {}
 
 
-def llama() -> tuple[nn.Module, tuple[int, int, int], dict]:
+def llama(large: bool) -> tuple[nn.Module, tuple[int, int, int], dict]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+    d, f, heads, shared = (4096, 14336, 32, 8) if large else (1024, 2816, 16, 4)
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, head_dim=64
+        hidden_size=d, intermediate_size=f, num_attention_heads=heads, num_key_value_heads=shared, head_dim=d // heads
     )
     config._attn_implementation = "sdpa"
-    shape = (8, 256, config.hidden_size)
+    shape = ((8, 2048) if large else (8, 256)) + (d,)
     positions = torch.arange(shape[1])[None]
     return LlamaDecoderLayer(config, 0), shape, {"rotary": LlamaRotaryEmbedding(config), "position_ids": positions}
 
@@ -100,10 +102,18 @@ def realised(rows: list[dict]) -> list[tuple[str, float, float]]:
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--repeats", type=int, default=15)
-    made.add_argument("--dtypes", default="float32,bfloat16")
+    made.add_argument("--dtypes", help="[float32,bfloat16 on a CPU, bfloat16 on a GPU]")
     args = parsed(made, argv)
     torch.manual_seed(0)
-    blocks = {"BERT-base 16x128": bert, "BERT-base 16x128, dropout 0.1": lambda: bert(0.1), "Llama d1024 8x256": llama}
+    large = kind(args.device) == "cuda"  # on small blocks a GPU waits for the host, and what is saved is not time
+    bert_name, llama_name = (
+        ("BERT-large 64x512", "Llama d4096 8x2048") if large else ("BERT-base 16x128", "Llama d1024 8x256")
+    )
+    blocks = {
+        bert_name: partial(bert, 0.0, large),
+        f"{bert_name}, dropout 0.1": partial(bert, 0.1, large),
+        llama_name: partial(llama, large),
+    }
 
     def job(name: str, dtype: torch.dtype) -> list[dict]:
         rows = rows_for(name, blocks[name](), args.device, dtype, args.repeats)
@@ -113,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
 
     jobs = [
         Job(f"{name} {dtype}", partial(job, name, getattr(torch, dtype)))
-        for dtype in args.dtypes.split(",")
+        for dtype in (args.dtypes or ("bfloat16" if large else "float32,bfloat16")).split(",")
         for name in blocks
     ]
     measure(args, "vcas", jobs)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from efftune.triton_kernels import philox
 
-ELEMENTS = 1024  # of one program
+ELEMENTS = 2048  # of one program, 16 a thread: with 8 a thread the same work around them is a third of the program
 MAX_GRID = 65535  # programs in the second and in the third direction
 
 
@@ -157,17 +157,19 @@ def unpack_act_kernel(
     tl.store(out_ptr + row * stride_om + start + col, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(elements: int, k: int, group: int, dense: bool) -> tuple[tuple, tuple, dict]:
+def _launch(count: int, k: int, group: int, dense: bool) -> tuple[tuple, tuple, dict]:
     """The grid, (rows, K, groups of a row) as the kernels count them, and constants."""
-    rows = elements // k
+    rows = count // k
     if dense and k % group == 0:
-        rows, k = 1, elements
+        rows, k = 1, count
     groups = triton.cdiv(k, group)
     block_k = max(2, triton.next_power_of_2(group))
-    block_g = max(1, min(ELEMENTS // block_k, triton.next_power_of_2(groups)))
+    whole = k % group == 0
+    elements = ELEMENTS if whole and group % 8 == 0 else ELEMENTS // 2  # masks of single elements take registers
+    block_g = max(1, min(elements // block_k, triton.next_power_of_2(groups)))
     layers = triton.cdiv(rows, MAX_GRID)
     grid = triton.cdiv(groups, block_g), triton.cdiv(rows, layers), layers
-    constants = {"GROUP": group, "WHOLE": k % group == 0, "BLOCK_G": block_g, "BLOCK_K": block_k}
+    constants = {"GROUP": group, "WHOLE": whole, "BLOCK_G": block_g, "BLOCK_K": block_k}
     return grid, (rows, k, groups), constants
 
 
