@@ -9,6 +9,7 @@ float32 dW beside them, and a frozen head costs what it costs without this: two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -218,17 +219,23 @@ def _tokens(m: int, vocabulary: int, device: torch.device) -> int:
     return step // 64 * 64 if step > 64 else max(16, step)
 
 
-def _columns(m: int, vocabulary: int) -> int:
+def _columns(m: int, vocabulary: int, device: torch.device) -> int:
     """Columns of the vocabulary whose logits exist at once, for all tokens: 2^23 elements. From 2^15 tokens on the tile
-    grows, but stays below `hidden`."""
-    return min(vocabulary, max(256, 2**23 // max(m, 1)))
+    grows, but stays below `hidden`. A GPU takes 2^25, as in forward: two products, one with as many columns and one
+    with as many rows, have to fill all its multiprocessors with tiles of some 128 x 256."""
+    elements, least = (2**25, 1024) if device.type == "cuda" else (2**23, 256)
+    return min(vocabulary, max(least, elements // max(m, 1) // 256 * 256))
 
 
 def _blocks(total: int, step: int) -> list[tuple[int, int]]:
-    """[(a, b)]: blocks of at most `step`, of one size or one less. A last one of a single token would read the whole
-    weight for it, and libraries sum the products of few rows term by term."""
-    count = -(-total // step)
-    return [(i * total // count, (i + 1) * total // count) for i in range(count)]
+    """[(a, b)]: blocks of `step`; where less than half of one remains, the last two share it. A last block of a single
+    token would read the whole weight for it, and libraries sum the products of few rows term by term. Their fast
+    kernels for GPUs want sizes in multiples of 16 at least, so only the last block has what is left over of them."""
+    starts = list(range(0, total, step))
+    if len(starts) > 1 and total - starts[-1] < step / 2:
+        multiple = 256 if step >= 1024 else 16 if step >= 64 else 1
+        starts[-1] = starts[-2] + (total - starts[-2]) // 2 // multiple * multiple
+    return list(pairwise([*starts, total]))
 
 
 # ---- the two operators ----
@@ -270,7 +277,7 @@ def _run_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         product, weight = _operands(tile, hidden, weight)
         x = hidden.to(product)
-        step = _columns(m, vocabulary)
+        step = _columns(m, vocabulary, hidden.device)
         tiles = _tiles(hidden, m, step)
         for a, b in _blocks(vocabulary, step):
             z, dz = tiles(m, b - a)
@@ -427,7 +434,7 @@ def linear_cross_entropy(
         (AVX512-BF16, AMX) multiply by the gradient of bf16 logits as a sum of two bf16 numbers, to 2^-17 of it, and
         take numbers below 2^-126 as 0; elsewhere, and in f16, blocks of the operands are widened to f32.
     Memory: one tile of logits: in forward a sixteenth of the tokens, but 2^23 (on a GPU 2^25) to 2^27 elements; in
-        backward 2^23, or 256 columns.
+        backward 2^23 elements or 256 columns (on a GPU 2^25 or 1024).
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where
         the naive way has three.
     Saved for backward: the gradient of hidden without dy (M·K elements); if weight or bias trains also hidden and the

@@ -32,7 +32,7 @@ def small_tiles(monkeypatch):
 def take_small_tiles(monkeypatch):
     """Several tiles of tokens, of the vocabulary, and of widened weights, none of them all of one size."""
     monkeypatch.setattr(module, "_tokens", lambda m, vocabulary, device: 5)
-    monkeypatch.setattr(module, "_columns", lambda m, vocabulary: min(vocabulary, 300))
+    monkeypatch.setattr(module, "_columns", lambda m, vocabulary, device: min(vocabulary, 300))
     monkeypatch.setattr(module, "BLOCK", 24 * 500)
 
 
@@ -198,13 +198,32 @@ def test_tiles_of_logits_and_their_gradient():
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
 
 
-def test_blocks_differ_by_one():
-    for total, step in ((0, 5), (1, 5), (5, 5), (6, 5), (37, 5), (4000, 192), (257, 256)):
+@pytest.mark.parametrize("step", [1, 5, 16, 50, 64, 192, 256, 1024, 1280, 4096])
+def test_blocks_cover_the_whole_and_none_is_small(step):
+    totals = (0, 1, step - 1, step, step + 1, 3 * step // 2 - 1, 2 * step + step // 2, 2 * step + 1, 50257)
+    for total in totals:
         blocks = module._blocks(total, step)
         sizes = [b - a for a, b in blocks]
-        assert [i for a, b in blocks for i in range(a, b)] == list(range(total))
-        assert len(blocks) == -(-total // step) and max(sizes, default=0) <= step
-        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+        assert [a for a, _ in blocks] == [0, *(b for _, b in blocks)][: len(blocks)]
+        assert sum(sizes) == total and len(blocks) == -(-total // step)
+        assert max(sizes, default=0) <= step and set(sizes[:-2]) <= {step}
+        if len(sizes) > 1:
+            assert sizes[-1] >= step / 2 and sizes[-2] >= step / 4
+        multiple = 256 if step >= 1024 else 16 if step >= 64 else 1
+        assert all(size % multiple == 0 for size in sizes[:-1] if step % multiple == 0)
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 128256, 131072, 151936, 262144])
+@pytest.mark.parametrize("m", [1, 100, 1000, 4096, 8192, 2**15, 2**17])
+def test_blocks_on_a_gpu(m, vocabulary):
+    """Aligned products with enough tiles for some 132 multiprocessors, and no more memory than is documented."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    step, tokens = module._columns(m, vocabulary, gpu), module._tokens(m, vocabulary, gpu)
+    assert m * step <= max(2**25, 1024 * m) and tokens * vocabulary <= max(2**27, 16 * vocabulary)
+    assert module._columns(m, vocabulary, cpu) * m <= max(2**23, 256 * m)
+    assert step == vocabulary or (step % 256 == 0 and -(-m // 128) * (step // 256) >= 128)
+    for blocks, multiple in ((module._blocks(vocabulary, step), 256), (module._blocks(m, tokens), 16)):
+        assert all((b - a) % multiple == 0 for a, b in blocks[:-1])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7])
@@ -364,9 +383,10 @@ def test_peak_memory(monkeypatch, trains):
     """Above dW: a sixteenth of what the naive way in bfloat16 takes, with tiles of a sixteenth. (By itself it does not
     make small tiles smaller.)"""
     m, k, v = 512, 32, 32768
-    assert module._tokens(4096, 131072, torch.device("cpu")) == 256 and module._columns(4096, 131072) == 2048
+    cpu = torch.device("cpu")
+    assert module._tokens(4096, 131072, cpu) == 256 and module._columns(4096, 131072, cpu) == 2048
     monkeypatch.setattr(module, "_tokens", lambda m, vocabulary, device: m // 16)
-    monkeypatch.setattr(module, "_columns", lambda m, vocabulary: vocabulary // 16)
+    monkeypatch.setattr(module, "_columns", lambda m, vocabulary, device: vocabulary // 16)
     monkeypatch.setattr(module, "BLOCK", 2**15)
     hidden = torch.randn(m, k).bfloat16().requires_grad_()
     weight = torch.randn(v, k).bfloat16().requires_grad_(trains)
