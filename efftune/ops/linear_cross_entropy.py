@@ -430,9 +430,11 @@ def linear_cross_entropy(
     Numerics: the logits, their softmax and the loss are f32, except on ROCm, where the product rounds logits to
         hidden.dtype. On every CPU so is the gradient of the logits; on GPUs it is rounded to hidden.dtype. dhidden
         without dy is rounded to hidden.dtype, and once more after multiplication by dy. dweight and dbias are summed
-        over all tokens in f32 and rounded once. Processors differ in the order of f32 sums only. Those with bf16 units
-        (AVX512-BF16, AMX) multiply by the gradient of bf16 logits as a sum of two bf16 numbers, to 2^-17 of it, and
-        take numbers below 2^-126 as 0; elsewhere, and in f16, blocks of the operands are widened to f32.
+        over all tokens in f32 and rounded once. Processors differ in the order of f32 sums, and tensor cores truncate
+        terms where others round: on an H200 the loss of bf16 and f16 operands is off by some 2^-21 of itself for K
+        1024, and by 2^-18 for K 4096. CPUs with bf16 units (AVX512-BF16, AMX) multiply by the gradient of bf16 logits
+        as a sum of two bf16 numbers, to 2^-17 of it, and take numbers below 2^-126 as 0; elsewhere, and in f16, blocks
+        of the operands are widened to f32.
     Memory: one tile of logits: in forward a sixteenth of the tokens, but 2^23 (on a GPU 2^25) to 2^27 elements; in
         backward 2^23 elements or 256 columns (on a GPU 2^25 or 1024).
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where

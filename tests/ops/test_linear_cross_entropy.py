@@ -497,19 +497,37 @@ def test_compile():
         torch.testing.assert_close(got, expected)
 
 
+def with_the_product_of_a_gpu(made, targets, dy, **settings):
+    """run(naive, torch.float32) from logits that are the GPU's own product of 16-bit operands with float32 results: its
+    tensor cores truncate terms where a CPU's sum rounds. Rows are as far apart as ours, so that it takes the kernel."""
+    hidden, weight, bias = made
+    rows, columns = len(hidden), len(weight)
+    z = torch.empty(rows, module._stride(columns, hidden.device), device=hidden.device)[:, :columns]
+    torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
+    z = (z + bias.float()).requires_grad_()
+    loss = losses(z, targets, **settings)
+    dz = torch.autograd.grad(loss, z, dy)[0]
+    return [t.cpu() for t in (loss.detach(), dz @ weight.float(), dz.t() @ hidden.float(), dz.sum(0))]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 5003), (4096, 1024, 32000)])
-def test_on_a_gpu(shape, dtype):
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+def test_on_a_gpu(shape, dtype, monkeypatch):
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
     made, targets, dy = operands(shape, dtype)
-    for backend in ("triton", "reference"):
-        on_gpu = [t.cuda() for t in made]
-        with use_backend(backend):
-            results = run(ours, dtype, on_gpu, targets.cuda(), dy.cuda(), softcap=20.0, label_smoothing=0.1)
-        settings = dict(softcap=20.0, label_smoothing=0.1)
-        exact, single = (run(naive, w, made, targets, dy, **settings) for w in (torch.float64, torch.float32))
+    on_gpu = [t.cuda() for t in made], targets.cuda(), dy.cuda()
+    settings = dict(softcap=20.0, label_smoothing=0.1)
+    exact, rounded = run(naive, torch.float64, made, targets, dy, **settings), [None] * 4
+    if dtype == torch.float32:
+        single = run(naive, dtype, made, targets, dy, **settings)
+    else:
         rounded = with_rounded_gradient(dtype, made, targets, dy, **settings)
+        single = with_the_product_of_a_gpu(*on_gpu, **settings)
+        assert rms(single[0] - exact[0]) <= 2**-17 * rms(exact[0])
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            results = run(ours, dtype, *on_gpu, **settings)
         for result, oracle, float32, other in zip(results, exact, single, rounded, strict=True):
-            assert_within_budget(result.cpu(), oracle, float32, other if dtype != torch.float32 else None)
+            assert_within_budget(result.cpu(), oracle, float32, other)
