@@ -209,7 +209,7 @@ def _select_triton(*args):
     """The reference, whose generator would be two thirds of its operations."""
     from efftune.triton_kernels.sample_rows import words
 
-    return _select_reference(*args, words)
+    return _select_reference(*args, words=words)
 
 
 def select_rows(
