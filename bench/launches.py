@@ -80,6 +80,9 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         linear_cross_entropy(hidden, taken, targets).backward()
         hidden.grad = head.grad = None
 
+    def samplers() -> tuple[str, ...]:  # the CUDA kernel takes one of them
+        return ("systematic",) if _op.forced_backend() == "cuda" else ("systematic", "wta", "crs")
+
     def perturbed() -> None:
         for dist in ("normal", "rademacher"):
             perturb_(x, 1e-3, seed=1, stream=1, dist=dist, rounding="stochastic")
@@ -110,7 +113,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "int8_dequantize": lambda: int8_dequantize(stored, scales, 64, dtype),
         "lowrank_linear": lambda: lowrank_linear(x, w, h, b, None),
         "row_norms": lambda: row_norms(x),
-        "select_rows": lambda: select_rows(scores, taken, seed, "systematic"),
+        "select_rows": lambda: [select_rows(scores, taken, seed, s) for s in samplers()],
         "sample_rows": lambda: sample_rows(x, scores, taken, seed),
         "rows_grad": lambda: rows_grad(dy, idx, wide, x[:taken]),
         "linear_cross_entropy": lambda: loss(False),

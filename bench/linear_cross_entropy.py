@@ -41,13 +41,14 @@ def cut(**options) -> Loss:
     return lambda hidden, weight, targets: cce(hidden, weight, targets, **options)
 
 
-def losses(device: str) -> dict[str, Loss]:
+def losses(device: str, dtype: torch.dtype) -> dict[str, Loss]:
     found: dict[str, Loss] = {"naive": naive, "efftune": linear_cross_entropy}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # from torch 2.13 on
         found["torch chunked"] = torch_chunked
     if device != "cpu" and importlib.util.find_spec("liger_kernel"):
         found["Liger, float32 sums"] = liger()
-    if device != "cpu" and importlib.util.find_spec("cut_cross_entropy"):
+    # Its backward takes 16 bits only, by an assertion.
+    if device != "cpu" and dtype.itemsize == 2 and importlib.util.find_spec("cut_cross_entropy"):
         found["cut-cross-entropy"] = cut()
         found["cut-cross-entropy, unfiltered"] = cut(filter_eps=None)
     return found
@@ -69,7 +70,7 @@ def rows_for(
         return call
 
     name = f"{dtype_name(dtype)} M {m} K {k} V {v}, head {'trained' if trains else 'frozen'}"
-    variants = {label: step(loss) for label, loss in losses(device).items() if only is None or label in only}
+    variants = {label: step(loss) for label, loss in losses(device, dtype).items() if only is None or label in only}
     products = 3 if trains else 2
     rows = run(name, variants, device=device, dtype=dtype, flops=2 * products * m * k * v, repeats=repeats)
     times = {row["variant"]: row["median_s"] for row in rows if "median_s" in row}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from efftune.ops import philox
 from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +22,7 @@ def _reference(x, p, seed, stream):
     words = philox.dropout_word(int(seed), stream, torch.arange(x.numel(), device=x.device)).view(x.shape)
     keep = words >= _threshold(p)
     if x.dtype == torch.float64:
-        return torch.where(keep, x / (1 - p), 0.0)
+        return torch.where(keep, divide(x, 1 - p), 0.0)
     scale = torch.tensor(1 / (1 - p), dtype=torch.float32, device=x.device)
     return torch.where(keep, x.float() * scale, 0.0).to(x.dtype).contiguous()
 

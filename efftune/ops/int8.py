@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,6 +98,7 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Returns: codes (N, K) int8; scales (N, ⌈K/group⌉), dtype of w. An all-zero group has scale 0 and codes 0.
     Numerics: in float32 (float64 for a float64 w). The scale is rounded to w.dtype before the codes are computed, so
         the codes fit the scale that is stored: |w - codes · scale| ≤ scale / 2, unless the scale is a f16 subnormal.
+        Codes and scales are equal bit for bit on all devices.
     Raises: ValueError for a weight that is not 2-d, floating point and finite, or a group below 1.
     """
     if w.ndim != 2 or not w.dtype.is_floating_point:
@@ -112,7 +114,7 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if w.dtype == torch.float64 else torch.float32
     groups = (k + group - 1) // group
     grouped = F.pad(w.to(compute), (0, groups * group - k)).view(n, groups, group)
-    scales = (grouped.abs().amax(dim=2) / 127).to(w.dtype)
+    scales = divide(grouped.abs().amax(dim=2), 127).to(w.dtype)
     # A scale of 0 is an all-zero group, or one so small that it underflows: its codes are 0 either way.
     divisor = torch.where(scales == 0, torch.inf, scales.to(compute))
     codes = (grouped / divisor[..., None]).round_().clamp_(-127, 127).to(torch.int8)

@@ -9,6 +9,7 @@ float32 dW beside them, and a frozen head costs what it costs without this: two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -120,8 +121,12 @@ def _row_blocks(weight: Tensor, dtype: torch.dtype, low: torch.dtype) -> Iterato
 
 
 def _logits(x: Tensor, weight: Tensor, low: torch.dtype, out: Tensor) -> None:
-    for a, b, w in _row_blocks(weight, x.dtype, low):
-        _product(x, w.t(), out[:, a:b])
+    """Products of 16 bits with an odd number of columns take up to six times as long on a GPU: the last ones are a
+    product of their own."""
+    whole = weight.shape[0] // 16 * 16 if x.is_cuda and x.dtype in _LOW else weight.shape[0]
+    for begin, part in ((0, weight[:whole]), (whole, weight[whole:])):
+        for a, b, w in _row_blocks(part, x.dtype, low) if len(part) else ():
+            _product(x, w.t(), out[:, begin + a : begin + b])
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -218,17 +223,22 @@ def _tokens(m: int, vocabulary: int, device: torch.device) -> int:
     return step // 64 * 64 if step > 64 else max(16, step)
 
 
-def _columns(m: int, vocabulary: int) -> int:
-    """Columns of the vocabulary whose logits exist at once, for all tokens: 2^23 elements. From 2^15 tokens on the tile
-    grows, but stays below `hidden`."""
-    return min(vocabulary, max(256, 2**23 // max(m, 1)))
+def _columns(m: int, vocabulary: int, device: torch.device) -> int:
+    """Columns of the vocabulary whose logits exist at once, for all tokens: 2^23 elements. Where 256 columns (on a GPU
+    1024: a product of less does not fill it) are more, the tile grows, but stays below `hidden` or four times it."""
+    least = 1024 if device.type == "cuda" else 256
+    return min(vocabulary, max(least, 2**23 // max(m, 1) // 256 * 256))
 
 
 def _blocks(total: int, step: int) -> list[tuple[int, int]]:
-    """[(a, b)]: blocks of at most `step`, of one size or one less. A last one of a single token would read the whole
-    weight for it, and libraries sum the products of few rows term by term."""
-    count = -(-total // step)
-    return [(i * total // count, (i + 1) * total // count) for i in range(count)]
+    """[(a, b)]: blocks of `step`; where less than half of one remains, the last two share it. A last block of a single
+    token would read the whole weight for it, and libraries sum the products of few rows term by term. Their fast
+    kernels for GPUs want sizes in multiples of 16 at least, so only the last block has what is left over of them."""
+    starts = list(range(0, total, step))
+    if len(starts) > 1 and total - starts[-1] < step / 2:
+        multiple = 256 if step >= 1024 else 16 if step >= 64 else 1
+        starts[-1] = starts[-2] + (total - starts[-2]) // 2 // multiple * multiple
+    return list(pairwise([*starts, total]))
 
 
 # ---- the two operators ----
@@ -270,7 +280,7 @@ def _run_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         product, weight = _operands(tile, hidden, weight)
         x = hidden.to(product)
-        step = _columns(m, vocabulary)
+        step = _columns(m, vocabulary, hidden.device)
         tiles = _tiles(hidden, m, step)
         for a, b in _blocks(vocabulary, step):
             z, dz = tiles(m, b - a)
@@ -423,11 +433,13 @@ def linear_cross_entropy(
     Numerics: the logits, their softmax and the loss are f32, except on ROCm, where the product rounds logits to
         hidden.dtype. On every CPU so is the gradient of the logits; on GPUs it is rounded to hidden.dtype. dhidden
         without dy is rounded to hidden.dtype, and once more after multiplication by dy. dweight and dbias are summed
-        over all tokens in f32 and rounded once. Processors differ in the order of f32 sums only. Those with bf16 units
-        (AVX512-BF16, AMX) multiply by the gradient of bf16 logits as a sum of two bf16 numbers, to 2^-17 of it, and
-        take numbers below 2^-126 as 0; elsewhere, and in f16, blocks of the operands are widened to f32.
+        over all tokens in f32 and rounded once. Processors differ in the order of f32 sums, and tensor cores truncate
+        terms where others round: on an H200 the loss of bf16 and f16 operands is off by some 2^-21 of itself for K
+        1024, and by 2^-18 for K 4096. CPUs with bf16 units (AVX512-BF16, AMX) multiply by the gradient of bf16 logits
+        as a sum of two bf16 numbers, to 2^-17 of it, and take numbers below 2^-126 as 0; elsewhere, and in f16, blocks
+        of the operands are widened to f32.
     Memory: one tile of logits: in forward a sixteenth of the tokens, but 2^23 (on a GPU 2^25) to 2^27 elements; in
-        backward 2^23, or 256 columns.
+        backward 2^23 elements, or 256 columns (on a GPU 1024).
         Products: two in forward (one if hidden needs no gradient), two more in backward if the weight trains, where
         the naive way has three.
     Saved for backward: the gradient of hidden without dy (M·K elements); if weight or bias trains also hidden and the

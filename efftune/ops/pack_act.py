@@ -7,6 +7,7 @@ from torch import Tensor
 
 from efftune.ops import philox
 from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ def _reference(x, bits, group, seed, stream):
     low = _to_bfloat16(grouped.amin(-1) + 0.0, up=False)
     extent = grouped.amax(-1) - low
     finite = extent.abs() < torch.inf
-    scale = _to_bfloat16(extent / levels, up=True).clamp(min=_SMALLEST)
+    scale = _to_bfloat16(divide(extent, levels), up=True).clamp(min=_SMALLEST)
     scale = torch.where(extent == 0, 0.0, scale)
     stats.copy_(torch.stack([low, scale], -1)).masked_fill_(~finite[..., None], torch.nan)
     inverse = torch.where(extent == 0, 0.0, _FRACTION / scale.to(compute))

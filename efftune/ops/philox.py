@@ -18,6 +18,7 @@ Integers are held in int64: torch has few uint32 operations. Products below wrap
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch import Tensor
 GAUSSIAN, SIGN, ROUNDING, DROPOUT, ORDER, UNIFORM = range(6)
 
 _LOW = 0xFFFFFFFF
+
+Words = Callable[[int, Tensor, int, int], tuple[Tensor, ...]]
 
 
 def philox(seed: int, block: Tensor, stream: int, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -79,12 +82,12 @@ def dropout_word(seed: int, stream: int, offset: Tensor) -> Tensor:
     return _gather_word(philox(seed, offset >> 2, stream, DROPOUT), offset & 3)
 
 
-def order_word(seed: int, stream: int, offset: Tensor) -> Tensor:
+def order_word(seed: int, stream: int, offset: Tensor, philox: Words = philox) -> Tensor:
     """32 random bits, int64, for each int64 offset."""
     return _gather_word(philox(seed, offset >> 2, stream, ORDER), offset & 3)
 
 
-def uniform(seed: int, stream: int, offset: Tensor) -> Tensor:
+def uniform(seed: int, stream: int, offset: Tensor, philox: Words = philox) -> Tensor:
     """u in [0, 1), a multiple of 2⁻⁵³ in float64, for each int64 offset."""
     words, first = philox(seed, offset >> 1, stream, UNIFORM), 2 * (offset & 1)
     bits = (_gather_word(words, first) << 21) | (_gather_word(words, first + 1) >> 11)

@@ -123,7 +123,7 @@ def _systematic(r: Tensor, t: Tensor, rest: Tensor, n: Tensor) -> Tensor:
     return t * (rest // n) + (r + t * (rest % n)) // n
 
 
-def _select_reference(scores, k, seed, sampler, stream):
+def _select_reference(scores, k, seed, sampler, stream, words=philox.philox):
     idx, weight, fallback = _select_fake(scores, k, seed, sampler, stream)
     m, device = scores.shape[0], scores.device
     if k >= m:
@@ -148,10 +148,10 @@ def _select_reference(scores, k, seed, sampler, stream):
         rows = order[:k]
     else:
         if sampler == "systematic":
-            keys = philox.order_word(int(seed), stream, torch.arange(m, device=device))
-            line, u, d = keys.sort(stable=True).indices, philox.uniform(int(seed), stream, t[:1]), t - c
+            keys = philox.order_word(int(seed), stream, torch.arange(m, device=device), words)
+            line, u, d = keys.sort(stable=True).indices, philox.uniform(int(seed), stream, t[:1], words), t - c
         else:
-            line, u, d = None, philox.uniform(int(seed), stream, t), t
+            line, u, d = None, philox.uniform(int(seed), stream, t, words), t
         point = torch.minimum((u * rest.to(torch.float64)).to(torch.int64), rest - 1)
         if line is not None:
             point = _systematic(point, d.clamp(min=0), rest, n)
@@ -176,7 +176,7 @@ def _select_cpp_why_not(scores, *_):
 
 def _select_cuda_why_not(scores, k, seed, sampler, stream):
     if sampler != "systematic":
-        return f"{sampler} is composed of torch's operations, which do not wait for the GPU"
+        return f"{sampler} is composed of torch's operations and a Triton kernel's words"
     if scores.shape[0] > MAX_CUDA_ROWS:
         return f"{scores.shape[0]} rows exceed the {MAX_CUDA_ROWS} that one block sorts"
     return cuda_why_not(scores)
@@ -198,6 +198,18 @@ def _select_cpp(*args):
 def _select_cuda(scores, *args):
     with torch.cuda.device(scores.device):
         return _select_compiled(extension("_cuda").select_rows, torch.cuda.current_stream().cuda_stream, scores, *args)
+
+
+def _select_triton_why_not(scores, *_):
+    return triton_why_not(scores)
+
+
+@select_rows_op.backend("triton", "cuda", why_not=_select_triton_why_not)
+def _select_triton(*args):
+    """The reference, whose generator would be two thirds of its operations."""
+    from efftune.triton_kernels.sample_rows import words
+
+    return _select_reference(*args, words=words)
 
 
 def select_rows(
@@ -292,7 +304,7 @@ def _sample_triton(*args):
     from efftune.triton_kernels.sample_rows import gather_rows
 
     def select(*a):
-        return (_select_reference if _select_cuda_why_not(*a) else _select_cuda)(*a)
+        return (_select_triton if _select_cuda_why_not(*a) else _select_cuda)(*a)
 
     return _sample_by(_norms_triton, select, gather_rows, *args)
 

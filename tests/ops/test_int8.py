@@ -41,6 +41,15 @@ def test_quantize_error(dtype, shape, group):
     assert (codes.abs().float().amax(1) >= 126).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_gpu_quantises_to_the_same_bits(dtype):
+    w = weight((512, 300), dtype)
+    for group in (1, 7, 64):
+        here, there = int8_quantize(w, group), int8_quantize(w.cuda(), group)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_and_tiny_groups(dtype):
     w = torch.zeros(2, 8, dtype=dtype)

@@ -32,7 +32,7 @@ def small_tiles(monkeypatch):
 def take_small_tiles(monkeypatch):
     """Several tiles of tokens, of the vocabulary, and of widened weights, none of them all of one size."""
     monkeypatch.setattr(module, "_tokens", lambda m, vocabulary, device: 5)
-    monkeypatch.setattr(module, "_columns", lambda m, vocabulary: min(vocabulary, 300))
+    monkeypatch.setattr(module, "_columns", lambda m, vocabulary, device: min(vocabulary, 300))
     monkeypatch.setattr(module, "BLOCK", 24 * 500)
 
 
@@ -198,13 +198,32 @@ def test_tiles_of_logits_and_their_gradient():
         assert_within_budget(result, oracle, oracle.float() * (1 + 2**-22))
 
 
-def test_blocks_differ_by_one():
-    for total, step in ((0, 5), (1, 5), (5, 5), (6, 5), (37, 5), (4000, 192), (257, 256)):
+@pytest.mark.parametrize("step", [1, 5, 16, 50, 64, 192, 256, 1024, 1280, 4096])
+def test_blocks_cover_the_whole_and_none_is_small(step):
+    totals = (0, 1, step - 1, step, step + 1, 3 * step // 2 - 1, 2 * step + step // 2, 2 * step + 1, 50257)
+    for total in totals:
         blocks = module._blocks(total, step)
         sizes = [b - a for a, b in blocks]
-        assert [i for a, b in blocks for i in range(a, b)] == list(range(total))
-        assert len(blocks) == -(-total // step) and max(sizes, default=0) <= step
-        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+        assert [a for a, _ in blocks] == [0, *(b for _, b in blocks)][: len(blocks)]
+        assert sum(sizes) == total and len(blocks) == -(-total // step)
+        assert max(sizes, default=0) <= step and set(sizes[:-2]) <= {step}
+        if len(sizes) > 1:
+            assert sizes[-1] >= step / 2 and sizes[-2] >= step / 4
+        multiple = 256 if step >= 1024 else 16 if step >= 64 else 1
+        assert all(size % multiple == 0 for size in sizes[:-1] if step % multiple == 0)
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 50257, 128256, 131072, 151936, 262144])
+@pytest.mark.parametrize("m", [1, 100, 1000, 4096, 8192, 2**15, 2**17])
+def test_blocks_on_a_gpu(m, vocabulary):
+    """Aligned products of at least 1024 columns, and no more memory than is documented."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    step, tokens = module._columns(m, vocabulary, gpu), module._tokens(m, vocabulary, gpu)
+    assert m * step <= max(2**23, 1024 * m) and tokens * vocabulary <= max(2**27, 16 * vocabulary)
+    assert module._columns(m, vocabulary, cpu) * m <= max(2**23, 256 * m)
+    assert step == vocabulary or (step % 256 == 0 and step >= 1024)
+    for blocks, multiple in ((module._blocks(vocabulary, step), 256), (module._blocks(m, tokens), 16)):
+        assert all((b - a) % multiple == 0 for a, b in blocks[:-1])
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7])
@@ -364,9 +383,10 @@ def test_peak_memory(monkeypatch, trains):
     """Above dW: a sixteenth of what the naive way in bfloat16 takes, with tiles of a sixteenth. (By itself it does not
     make small tiles smaller.)"""
     m, k, v = 512, 32, 32768
-    assert module._tokens(4096, 131072, torch.device("cpu")) == 256 and module._columns(4096, 131072) == 2048
+    cpu = torch.device("cpu")
+    assert module._tokens(4096, 131072, cpu) == 256 and module._columns(4096, 131072, cpu) == 2048
     monkeypatch.setattr(module, "_tokens", lambda m, vocabulary, device: m // 16)
-    monkeypatch.setattr(module, "_columns", lambda m, vocabulary: vocabulary // 16)
+    monkeypatch.setattr(module, "_columns", lambda m, vocabulary, device: vocabulary // 16)
     monkeypatch.setattr(module, "BLOCK", 2**15)
     hidden = torch.randn(m, k).bfloat16().requires_grad_()
     weight = torch.randn(v, k).bfloat16().requires_grad_(trains)
@@ -477,19 +497,37 @@ def test_compile():
         torch.testing.assert_close(got, expected)
 
 
+def with_the_product_of_a_gpu(made, targets, dy, **settings):
+    """run(naive, torch.float32) from logits that are the GPU's own product of 16-bit operands with float32 results: its
+    tensor cores truncate terms where a CPU's sum rounds. Rows are as far apart as ours, so that it takes the kernel."""
+    hidden, weight, bias = made
+    rows, columns = len(hidden), len(weight)
+    z = torch.empty(rows, module._stride(columns, hidden.device), device=hidden.device)[:, :columns]
+    torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
+    z = (z + bias.float()).requires_grad_()
+    loss = losses(z, targets, **settings)
+    dz = torch.autograd.grad(loss, z, dy)[0]
+    return [t.cpu() for t in (loss.detach(), dz @ weight.float(), dz.t() @ hidden.float(), dz.sum(0))]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [*SHAPES, (1000, 777, 5003), (4096, 1024, 32000)])
-def test_on_a_gpu(shape, dtype):
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+def test_on_a_gpu(shape, dtype, monkeypatch):
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
     made, targets, dy = operands(shape, dtype)
-    for backend in ("triton", "reference"):
-        on_gpu = [t.cuda() for t in made]
-        with use_backend(backend):
-            results = run(ours, dtype, on_gpu, targets.cuda(), dy.cuda(), softcap=20.0, label_smoothing=0.1)
-        settings = dict(softcap=20.0, label_smoothing=0.1)
-        exact, single = (run(naive, w, made, targets, dy, **settings) for w in (torch.float64, torch.float32))
+    on_gpu = [t.cuda() for t in made], targets.cuda(), dy.cuda()
+    settings = dict(softcap=20.0, label_smoothing=0.1)
+    exact, rounded = run(naive, torch.float64, made, targets, dy, **settings), [None] * 4
+    if dtype == torch.float32:
+        single = run(naive, dtype, made, targets, dy, **settings)
+    else:
         rounded = with_rounded_gradient(dtype, made, targets, dy, **settings)
+        single = with_the_product_of_a_gpu(*on_gpu, **settings)
+        assert rms(single[0] - exact[0]) <= 2**-17 * rms(exact[0])
+    for backend in ("triton", "reference"):
+        with use_backend(backend):
+            results = run(ours, dtype, *on_gpu, **settings)
         for result, oracle, float32, other in zip(results, exact, single, rounded, strict=True):
-            assert_within_budget(result.cpu(), oracle, float32, other if dtype != torch.float32 else None)
+            assert_within_budget(result.cpu(), oracle, float32, other)

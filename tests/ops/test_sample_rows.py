@@ -22,7 +22,7 @@ from tests.ops.backends import BACKENDS, on
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = [b for b in BACKENDS[1:] if b.values[0][0] != "cuda"]
-SELECT = [b for b in BACKENDS[1:] if b.values[0][0] != "triton"]
+SELECT = BACKENDS[1:]
 UNBIASED = [s for s in SAMPLERS if s != "topk"]
 
 
