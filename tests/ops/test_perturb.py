@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from efftune import perturb, perturb_, use_backend
 from efftune.ops import philox
 from efftune.ops._available import extension
-from efftune.ops.perturb import perturb_many_, perturb_many_op, perturb_op
+from efftune.ops.perturb import perturb_many, perturb_many_, perturb_many_op, perturb_op
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, cases, on, skip_truncation
 
@@ -432,6 +432,16 @@ def test_many_tensors_are_many_calls(backend, dtype, dist, rounding, count):
         assert torch.equal(result, on(backend, one_by_one, whole.clone(), a, where))
         assert torch.equal(result, whole) == (count == 0)
 
+        def elsewhere(whole, a, where=where):
+            parts = [whole[at : at + n] for at, n in zip(where, sizes, strict=True)]
+            return tuple(perturb_many(parts, a, streams=streams, thresholds=thresholds, **key))
+
+        kept = whole.clone()
+        made = on(backend, elsewhere, whole, a)
+        assert torch.equal(whole, kept)
+        for new, at, n in zip(made, where, sizes, strict=True):
+            assert torch.equal(new, result[at : at + n])
+
 
 def test_many_tensors_of_several_kinds():
     tensors = [torch.randn(5, 3), torch.randn(4).bfloat16(), torch.randn(6, 2).t(), torch.zeros(0)]
@@ -440,12 +450,28 @@ def test_many_tensors_of_several_kinds():
     perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, 4])
     for t, copy, stream, version in zip(tensors, copies, [1, 2, 3, 4], versions, strict=True):
         assert torch.equal(t, perturb(copy, a, seed=3, stream=stream)) and t._version > version
+    made = perturb_many(copies, a, seed=3, streams=[1, 2, 3, 4])
+    assert all(torch.equal(t, new) and t.stride() == new.stride() for t, new in zip(tensors, made, strict=True))
     perturb_many_([], a, seed=3, streams=[])
+    assert perturb_many([], a, seed=3, streams=[]) == []
     with pytest.raises(ValueError, match="a stream and a threshold for each tensor, here 4, not 2"):
         perturb_many_(tensors, a, seed=3, streams=[1, 2])
     with pytest.raises(ValueError, match="a stream in "):
         perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, -4])
     torch.library.opcheck(
         perturb_many_op.overload,
-        (a, [torch.randn(3), torch.randn(2, 2)], [3], [1, 2], "normal", "nearest", [1.0, 2.0]),
-    )
+        (a, [torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], [3], [1, 2], "normal", "nearest",
+         [1.0, 2.0]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_tensors_of_one_call_are_aligned_and_apart(dtype):
+    """A product wants operands at multiples of 16 bytes, and a write to one must not be seen in another."""
+    w = [weights(n, dtype) for n in (3, 1, 300, 64)]
+    made = perturb_many([*w, torch.zeros(0, dtype=dtype)], torch.tensor(1e-3), seed=3, streams=range(5))
+    assert all(t.data_ptr() % 64 == 0 for t in made[:4])  # torch's allocator on a CPU gives multiples of 64
+    assert len({t.untyped_storage().data_ptr() for t in made}) == 1
+    kept = [t.clone() for t in made]
+    made[1].fill_(7)
+    assert all(torch.equal(t, k) for i, (t, k) in enumerate(zip(made, kept, strict=True)) if i != 1)
