@@ -12,7 +12,6 @@ from efftune.ops import philox
 from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, triton_why_not
 from efftune.ops._op import Op
 
-ALIGNMENT = 256  # bytes, of tensors in one piece of memory: as an allocation of their own would have
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -343,9 +342,9 @@ def perturb_many(
     rounding: str = "nearest",
     thresholds: Sequence[float | None] | None = None,
 ) -> list[Tensor]:
-    """`perturb_many_` into new tensors, which share one piece of memory for each dtype: it is free when none is left."""
+    """`perturb_many_` into new tensors, which it returns."""
     w = [t.detach() if t.requires_grad else t for t in w]
-    out = _empty_like(w)
+    out = [torch.empty_like(t) for t in w]
     _perturb_many(w, out, a, seed, streams, dist, rounding, thresholds)
     return out
 
@@ -354,19 +353,3 @@ def _perturb_many(w, out, a, seed, streams, dist, rounding, thresholds):
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
     limits = [math.inf if t is None else t for t in (thresholds or [None] * len(w))]
     perturb_many_op(a.detach(), w, out, seeds, list(streams), dist, rounding, limits)
-
-
-def _empty_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Like these. Contiguous ones of one dtype are places in one tensor, at multiples of ALIGNMENT bytes: an allocation
-    costs several times what a view does."""
-    if not tensors:
-        return []
-    first = tensors[0]
-    if any(t.dtype != first.dtype or t.device != first.device or not t.is_contiguous() for t in tensors):
-        return [torch.empty_like(t) for t in tensors]
-    step, at, places = ALIGNMENT // first.element_size(), 0, []
-    for t in tensors:
-        places.append(at)
-        at += -(-t.numel() // step) * step
-    whole = torch.empty(at, dtype=first.dtype, device=first.device)
-    return [whole.as_strided(t.shape, t.stride(), place) for t, place in zip(tensors, places, strict=True)]
