@@ -165,8 +165,8 @@ def _check_lengths(w, out, streams, thresholds):
 
 
 def _check_many(a, w, out, seeds, streams, dist, rounding, thresholds):
-    """What `_check` says of each. All is looked at for the first, and then what a tensor can have of its own: the way of
-    every layer in every forward pass."""
+    """What `_check` says of each. All is looked at for the first; of the others, since every layer of every forward
+    pass comes here, only what they can have of their own."""
     _check_lengths(w, out, streams, thresholds)
     first = w[0]
     dtype, device = first.dtype, first.device
@@ -215,15 +215,7 @@ def _columns(w, out):
     return [t.data_ptr() for t in w], [t.data_ptr() for t in out], [t.numel() for t in w]
 
 
-@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
-@_many
-def _triton_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
-    from efftune.triton_kernels.perturb import perturb_many
-
-    first = seeds[0] if seeds else 0
-    perturb_many(w, out, a, _seeds_beside(a, seeds), first, streams, signs, stochastic, thresholds)
-
-
+# First on a GPU: its table travels with the launch, where Triton's is a copy and its launch takes longer on the host.
 @perturb_many_op.backend("cuda", "cuda", why_not=_each_why_not(_cuda_why_not))
 @_many
 def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
@@ -233,6 +225,15 @@ def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
             *_columns(w, out), streams, thresholds, dtype_name(w[0].dtype), a.data_ptr(), beside.data_ptr(), first,
             len(seeds), signs, stochastic, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
+
+
+@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
+@_many
+def _triton_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
+    from efftune.triton_kernels.perturb import perturb_many
+
+    first = seeds[0] if seeds else 0
+    perturb_many(w, out, a, _seeds_beside(a, seeds), first, streams, signs, stochastic, thresholds)
 
 
 def _scalar(a: float, w: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.unwritten: set[str] = set()
         self.scales: dict[str, float] = {}  # s, for per_layer
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
+        self.amounts: dict[tuple, Tensor] = {}  # of this step, what every layer's z is multiplied by
         self.applied: dict[int, Tensor] = {}  # seed -> scalar () of the last step, averaged over processes
         self.log, self.steps = SeedLog(), 0
         self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
@@ -166,11 +167,16 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             together[self.scale(name), t.dtype, t.device].append(i)
         made: list[Tensor] = list(w)
         for (scale, dtype, device), at in together.items():
-            a = torch.full((), eps * scale, dtype=torch.promote_types(dtype, torch.float32), device=device)
+            wide = torch.promote_types(dtype, torch.float32)
+            key = eps * scale, wide, device
+            if key not in self.amounts:
+                self.amounts[key] = torch.full((), eps * scale, dtype=wide, device=device)
             new = perturb_many(
-                [w[i] for i in at], a, seed=seed, streams=[stream_of(names[i]) for i in at], dist=self.dist,
-                thresholds=[self.threshold(names[i], w[i]) for i in at],
+                [w[i] for i in at], self.amounts[key], seed=seed, streams=[stream_of(names[i]) for i in at],
+                dist=self.dist, thresholds=[self.threshold(names[i], w[i]) for i in at],
             )  # fmt: skip
+            if len(at) == len(w):
+                return new
             for i, t in zip(at, new, strict=True):
                 made[i] = t
         return made
@@ -211,6 +217,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self.pending.clear()
         self.losses.clear()
+        self.amounts.clear()
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
@@ -240,6 +247,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self._apply(index, directions, decay, used)
             self._write()
         self.pending.clear()
+        self.amounts.clear()
         self.steps += 1
         return loss
 

@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 
 from efftune import perturb, perturb_, use_backend
+from efftune.memory.meter import allocated
 from efftune.ops import philox
 from efftune.ops._available import extension
 from efftune.ops.perturb import perturb_many, perturb_many_, perturb_many_op, perturb_op
@@ -441,6 +442,27 @@ def test_many_tensors_are_many_calls(backend, dtype, dist, rounding, count):
         assert torch.equal(whole, kept)
         for new, at, n in zip(made, where, sizes, strict=True):
             assert torch.equal(new, result[at : at + n])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_in_place_takes_no_memory_and_else_that_of_the_result(backend, rounding):
+    w = weights(2**15, torch.bfloat16)
+
+    def peaks(w):
+        a, key = torch.full((), 1e-3, device=w.device), dict(seed=3, rounding=rounding)
+        calls = [
+            lambda: perturb_(w, a, stream=1, **key),
+            lambda: perturb_many_([w, w[:64]], a, streams=[1, 2], **key),
+            lambda: perturb_many([w, w[:64]], a, streams=[1, 2], **key),
+        ]
+        for call in calls:
+            call()  # the first compiles
+        return torch.tensor([allocated(call, w.device)[1] for call in calls])
+
+    one, many, new = on(backend, peaks, w)
+    assert max(one, many) <= 4096  # a table of pointers
+    assert w.nbytes + 128 <= new <= w.nbytes + 128 + 4096
 
 
 def test_many_tensors_of_several_kinds():

@@ -141,9 +141,7 @@ class ZerothOrder(Method):
         return f"{self.name}: {'; '.join(lines)}" if lines else None
 
 
-def loss_at(
-    model, batch, loss_fn, perturbation: Perturbation, eps: float, seed: int
-) -> tuple[Tensor, frozenset[int]]:
+def loss_at(model, batch, loss_fn, perturbation: Perturbation, eps: float, seed: int) -> tuple[Tensor, frozenset[int]]:
     """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
     with perturbation.by(eps, seed) as used:
         loss = loss_fn(model, batch)
@@ -184,9 +182,9 @@ def half_place(w: Tensor) -> float:
 class Perturbation:
     """Within it, and within `by`, every module computes with w + eps·z for those of its own parameters that train.
 
-    What a call costs on the host is that of a launch, and many parameters are small. So the members of a ModuleList (the
-    blocks of a model), or parts of them, perturb when they are called what was used inside them in the last step, in one
-    call, as long as that is no larger than what one module needs anyway, or `SMALL`. The others begin with their own.
+    A call costs the host a launch, however small its parameters are. So the members of a ModuleList (the blocks of a
+    model), or parts of them, perturb when they are called what was used inside them in the last step, in one call, as
+    long as that is no larger than what one module needs anyway, or `SMALL`. All others perturb their own.
     """
 
     def __init__(self, model: nn.Module, optimizer: ZerothOrderSGD):
@@ -227,19 +225,20 @@ class Perturbation:
         def enter(module: nn.Module, args) -> None:
             nonlocal restores
             used.update(own)
+            if dirty.issuperset(parameters):
+                if restores:
+                    stack.append([])
+                return
             clean = {key: (p, p.data) for key, p in parameters.items() if key not in dirty}
-            if clean and not restores:
+            if not restores:
                 self.handles.append(module.register_forward_hook(leave, always_call=True))
                 restores = True
-            if restores:
-                stack.append(list(clean.values()))
-            if clean:
-                made = self.optimizer.perturbed(
-                    [names[key] for key in clean], [data for _, data in clean.values()], self.eps, self.seed
-                )
-                dirty.update(clean)
-                for (p, _), data in zip(clean.values(), made, strict=True):
-                    p.data = data
+            stack.append(list(clean.values()))
+            w = [data for _, data in clean.values()]
+            made = self.optimizer.perturbed([names[key] for key in clean], w, self.eps, self.seed)
+            dirty.update(clean)
+            for (p, _), data in zip(clean.values(), made, strict=True):
+                p.data = data
 
         @on_parameters
         def leave(module: nn.Module, args, output) -> None:
