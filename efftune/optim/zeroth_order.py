@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         threshold = self.threshold(name, w)
         return made if threshold is None else torch.where(w.abs() <= threshold, made, 0.0)
 
-    def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
+    def accumulate(self, seed: int, a: Tensor | float, used: Set[int]) -> None:
         """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
         a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64, device="cpu")
         if seed in self.pending:
