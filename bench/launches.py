@@ -97,7 +97,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
 
     return {
         "perturb": perturbed,
-        "perturb_many_": perturbed_together,
+        "perturb_many": perturbed_together,
         "dropout": lambda: dropout(x, 0.1, seed, 1),
         "pack_act": lambda: [pack_act(x, bits, 64, s) for bits in (8, 4) for s in (seed, None)],
         "unpack_act": lambda: [unpack_act(codes[:, : -(-k * bits // 8)].contiguous(), stats, bits, 64, k, dtype)

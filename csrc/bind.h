@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -25,6 +26,22 @@ inline void check(bool ok, const char* sentence) {
 template <class T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+inline std::vector<PerturbTensor> perturb_tensors(const std::vector<uintptr_t>& w, const std::vector<uintptr_t>& out,
+                                                  const std::vector<int64_t>& counts,
+                                                  const std::vector<uint32_t>& streams,
+                                                  const std::vector<float>& thresholds) {
+    const size_t size = w.size();
+    check(out.size() == size && counts.size() == size && streams.size() == size && thresholds.size() == size,
+          "perturb_many takes an out, a count, a stream and a threshold for each tensor.");
+    std::vector<PerturbTensor> tensors;
+    tensors.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+        check(counts[i] >= 0, "perturb_many takes counts of at least 0.");
+        tensors.push_back({pointer<const void>(w[i]), pointer<void>(out[i]), counts[i], streams[i], thresholds[i]});
+    }
+    return tensors;
 }
 
 }  // namespace efftune

@@ -31,6 +31,27 @@ void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& 
     perturb(args, threads);
 }
 
+void bind_perturb_many(const std::vector<uintptr_t>& w, const std::vector<uintptr_t>& out,
+                       const std::vector<int64_t>& counts, const std::vector<uint32_t>& streams,
+                       const std::vector<float>& thresholds, const std::string& dtype, uintptr_t a,
+                       const std::vector<uint64_t>& seeds, bool sign, bool stochastic, int threads) {
+    check(threads > 0, "perturb_many takes at least one thread.");
+    const std::vector<PerturbTensor> tensors = perturb_tensors(w, out, counts, streams, thresholds);
+    PerturbArgs args{};
+    args.dtype = dtype_from(dtype);
+    args.a = pointer<const float>(a);
+    args.seeds = seeds.data();
+    args.seed = seeds.empty() ? 0 : seeds[0];
+    args.draws = static_cast<int64_t>(seeds.size());
+    args.sign = sign;
+    args.stochastic = stochastic;
+    py::gil_scoped_release release;
+    for (const PerturbTensor& t : tensors) {
+        args.w = t.w, args.out = t.out, args.count = t.count, args.stream = t.stream, args.threshold = t.threshold;
+        perturb(args, threads);
+    }
+}
+
 float bind_draw(int64_t count, const std::vector<uint64_t>& seeds, uint32_t stream, bool sign, int threads) {
     check(count >= 0 && threads > 0, "draw takes a count of at least 0 and at least one thread.");
     PerturbArgs args{};
@@ -313,6 +334,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.doc() = "efftune's C++ kernels for the CPU; call them through efftune.ops.";
     m.def("limit_isa", [](int limit) { isa_limit = limit; });
     m.def("perturb", &bind_perturb);
+    m.def("perturb_many", &bind_perturb_many);
     m.def("draw", &bind_draw);
     m.def("dropout", &bind_dropout);
     m.def("int8_dequantize", &bind_int8);

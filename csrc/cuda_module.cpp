@@ -1,8 +1,6 @@
 // The Python face of the CUDA kernels. The stream is torch's current one, as an integer; the caller sets the device.
 #include <pybind11/stl.h>
 
-#include <vector>
-
 #include "bind.h"
 
 namespace py = pybind11;
@@ -31,17 +29,12 @@ void bind_perturb(uintptr_t w, uintptr_t out, int64_t count, const std::string& 
     if (error != nullptr) throw std::runtime_error(std::string("perturb did not start: ") + error);
 }
 
-void bind_perturb_many(const std::vector<uintptr_t>& w, const std::vector<int64_t>& counts,
-                       const std::vector<uint32_t>& streams, const std::vector<float>& thresholds,
-                       const std::string& dtype, uintptr_t a, uintptr_t seeds, uint64_t seed, int64_t draws, bool sign,
-                       bool stochastic, uintptr_t cuda_stream) {
-    check(counts.size() == w.size() && streams.size() == w.size() && thresholds.size() == w.size() && draws >= 0,
-          "perturb_many takes a count, a stream and a threshold for each tensor.");
-    std::vector<PerturbTensor> tensors;
-    for (size_t i = 0; i < w.size(); ++i) {
-        check(counts[i] >= 0, "perturb_many takes counts of at least 0.");
-        tensors.push_back({pointer<void>(w[i]), counts[i], streams[i], thresholds[i]});
-    }
+void bind_perturb_many(const std::vector<uintptr_t>& w, const std::vector<uintptr_t>& out,
+                       const std::vector<int64_t>& counts, const std::vector<uint32_t>& streams,
+                       const std::vector<float>& thresholds, const std::string& dtype, uintptr_t a, uintptr_t seeds,
+                       uint64_t seed, int64_t draws, bool sign, bool stochastic, uintptr_t cuda_stream) {
+    check(draws >= 0, "perturb_many takes a number of draws of at least 0.");
+    const std::vector<PerturbTensor> tensors = perturb_tensors(w, out, counts, streams, thresholds);
     PerturbArgs args{};
     args.dtype = dtype_from(dtype);
     args.a = pointer<const float>(a);

@@ -31,7 +31,8 @@ float draw(const PerturbArgs& args, int threads);                 // the numbers
 const char* perturb_cuda(const PerturbArgs& args, void* stream);  // nullptr, or what CUDA says
 
 struct PerturbTensor {
-    void* w;  // in place
+    const void* w;
+    void* out;  // may be w
     int64_t count;
     uint32_t stream;
     float threshold;

@@ -120,7 +120,8 @@ __global__ void perturb_kernel(PerturbArgs p, bool aligned) {
 constexpr int kTensors = 64, kThreads = 256;
 
 struct Table {
-    void* w[kTensors];
+    const void* w[kTensors];
+    void* out[kTensors];
     int64_t count[kTensors];
     int64_t behind[kTensors];  // chunks of this tensor and of those before it
     uint32_t stream[kTensors];
@@ -136,7 +137,8 @@ __global__ void perturb_many_kernel(Table table, PerturbArgs p, int64_t chunks) 
         while (table.behind[at] <= chunk) ++at;  // chunks only rise
         const int64_t within = chunk - (at == 0 ? 0 : table.behind[at - 1]);
         const int64_t offset = (within * blockDim.x + threadIdx.x) * kEach;
-        p.w = p.out = table.w[at];
+        p.w = table.w[at];
+        p.out = table.out[at];
         p.count = table.count[at];
         p.stream = table.stream[at];
         p.threshold = table.threshold[at];
@@ -192,9 +194,9 @@ cudaError_t launch_many(const PerturbArgs& args, const PerturbTensor* tensors, i
         for (int64_t i = 0; i < kTensors && first + i < count; ++i) {
             const PerturbTensor& t = tensors[first + i];
             chunks += (t.count + kEach * kThreads - 1) / (kEach * kThreads);
-            table.w[i] = t.w, table.count[i] = t.count, table.behind[i] = chunks;
+            table.w[i] = t.w, table.out[i] = t.out, table.count[i] = t.count, table.behind[i] = chunks;
             table.stream[i] = t.stream, table.threshold[i] = t.threshold;
-            table.aligned[i] = reinterpret_cast<uintptr_t>(t.w) % 16 == 0;
+            table.aligned[i] = (reinterpret_cast<uintptr_t>(t.w) | reinterpret_cast<uintptr_t>(t.out)) % 16 == 0;
         }
         int grid = 0;
         cudaError_t error = grid_for(chunks, &grid);

@@ -12,9 +12,11 @@ from torch import nn
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and then each back in its own: what was frozen in eval() stays frozen."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:  # to set an attribute of a module takes longer
+                module.training = training

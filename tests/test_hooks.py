@@ -64,7 +64,7 @@ def test_the_loss_in_tiles_sees_the_heads_perturbation_once(recipe, tie, monkeyp
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)  # lora_b is no longer 0
     drawn = []
     own = optimizer.perturbed
-    monkeypatch.setattr(optimizer, "perturbed", lambda name, *args: drawn.append(name) or own(name, *args))
+    monkeypatch.setattr(optimizer, "perturbed", lambda names, *args: drawn.extend(names) or own(names, *args))
     for _ in range(2):  # the first call also compares the logits
         drawn.clear()
         with torch.no_grad(), perturbed(model, optimizer, 0.1, seed=3):

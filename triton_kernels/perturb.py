@@ -17,6 +17,41 @@ def draw(seed, tile, stream, SIGN: tl.constexpr, TILE: tl.constexpr):
         return tl.reshape(philox.normal(seed, tile * (TILE // 4) + tl.arange(0, TILE // 4), stream), (TILE,))
 
 
+@triton.jit
+def perturb_tile(
+    w_ptr,
+    out_ptr,
+    i,
+    mask,
+    tile,
+    a_ptr,
+    seeds_ptr,
+    seed,
+    draws,
+    stream,
+    threshold,
+    SIGN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SINGLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Elements i of w, which are those of the whole tensor's `tile`."""
+    if SINGLE:  # a loop, or w loaded first, would take more registers
+        z = draw(seed, tile, stream, SIGN, TILE)
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = tl.fma(tl.load(a_ptr), z, w.to(tl.float32))
+    else:
+        w = tl.load(w_ptr + i, mask=mask, other=0.0)
+        y = w.to(tl.float32)
+        for k in range(draws):
+            y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
+    if STOCHASTIC:
+        random = philox.rounding(seed, tile * (TILE // 8) + tl.arange(0, TILE // 8), stream)
+        y = philox.round_stochastic(y, tl.reshape(random, (TILE,)), w_ptr.dtype.element_ty)
+    small = tl.abs(w.to(tl.float32)) <= threshold
+    tl.store(out_ptr + i, tl.where(small, y.to(out_ptr.dtype.element_ty), w), mask=mask)
+
+
 @triton.jit(do_not_specialize=["seed", "draws", "stream", "threshold"])
 def perturb_kernel(
     w_ptr,
@@ -39,20 +74,9 @@ def perturb_kernel(
     tile = first_tile + pid
     i = pid * TILE - head + tl.arange(0, TILE)
     mask = (i >= 0) & (i < count)
-    if SINGLE:  # a loop, or w loaded first, would take more registers
-        z = draw(seed, tile, stream, SIGN, TILE)
-        w = tl.load(w_ptr + i, mask=mask, other=0.0)
-        y = tl.fma(tl.load(a_ptr), z, w.to(tl.float32))
-    else:
-        w = tl.load(w_ptr + i, mask=mask, other=0.0)
-        y = w.to(tl.float32)
-        for k in range(draws):
-            y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
-    if STOCHASTIC:
-        random = philox.rounding(seed, tile * (TILE // 8) + tl.arange(0, TILE // 8), stream)
-        y = philox.round_stochastic(y, tl.reshape(random, (TILE,)), w_ptr.dtype.element_ty)
-    small = tl.abs(w.to(tl.float32)) <= threshold
-    tl.store(out_ptr + i, tl.where(small, y.to(out_ptr.dtype.element_ty), w), mask=mask)
+    perturb_tile(
+        w_ptr, out_ptr, i, mask, tile, a_ptr, seeds_ptr, seed, draws, stream, threshold, SIGN, STOCHASTIC, SINGLE, TILE
+    )
 
 
 def perturb(
@@ -100,57 +124,54 @@ def perturb_many_kernel(
     low, high = tensors * 0, tensors - 1  # the last tensor whose first tile is not behind this one
     while low < high:
         middle = (low + high + 1) // 2
-        behind = tl.load(table_ptr + 5 * middle) > pid
+        behind = tl.load(table_ptr + 6 * middle) > pid
         high = tl.where(behind, middle - 1, high)
         low = tl.where(behind, low, middle)
-    row = table_ptr + 5 * low
+    row = table_ptr + 6 * low
     w_ptr = tl.load(row + 1).to(tl.pointer_type(DTYPE))
+    out_ptr = tl.load(row + 2).to(tl.pointer_type(DTYPE))
     if ALIGNED:  # what a launch tells of an argument by itself
         w_ptr = tl.multiple_of(w_ptr, 16)
-    stream = tl.load(row + 3).to(tl.int32)
-    threshold = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+    stream = tl.load(row + 4).to(tl.int32)
+    threshold = tl.load(row + 5).to(tl.int32).to(tl.float32, bitcast=True)
     tile = pid - tl.load(row)
     i = tile * TILE + tl.arange(0, TILE)
-    mask = i < tl.load(row + 2)
-    if SINGLE:
-        z = draw(seed, tile, stream, SIGN, TILE)
-        w = tl.load(w_ptr + i, mask=mask, other=0.0)
-        y = tl.fma(tl.load(a_ptr), z, w.to(tl.float32))
-    else:
-        w = tl.load(w_ptr + i, mask=mask, other=0.0)
-        y = w.to(tl.float32)
-        for k in range(draws):
-            y = tl.fma(tl.load(a_ptr + k), draw(tl.load(seeds_ptr + k), tile, stream, SIGN, TILE), y)
-    if STOCHASTIC:
-        random = philox.rounding(seed, tile * (TILE // 8) + tl.arange(0, TILE // 8), stream)
-        y = philox.round_stochastic(y, tl.reshape(random, (TILE,)), DTYPE)
-    small = tl.abs(w.to(tl.float32)) <= threshold
-    tl.store(w_ptr + i, tl.where(small, y.to(DTYPE), w), mask=mask)
+    mask = i < tl.load(row + 3)
+    perturb_tile(
+        w_ptr, out_ptr, i, mask, tile, a_ptr, seeds_ptr, seed, draws, stream, threshold, SIGN, STOCHASTIC, SINGLE, TILE
+    )
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def perturb_many_(
+def perturb_many(
     w: list[torch.Tensor],
+    out: list[torch.Tensor],
     a: torch.Tensor,
     seeds: torch.Tensor,
     seed: int,
     streams: list[int],
     sign: bool,
     stochastic: bool,
-    thresholds: torch.Tensor,
+    thresholds: list[float],
 ) -> None:
-    """w: contiguous, of one dtype, f32 | bf16 | f16, none empty. a, seeds, seed: as for `perturb`. thresholds: f32, on
-    the CPU."""
-    rows, tiles = [], 0
-    for tensor, stream, threshold in zip(w, streams, thresholds.view(torch.int32).tolist(), strict=True):
-        rows.append([tiles, tensor.data_ptr(), tensor.numel(), stream, threshold])
-        tiles += triton.cdiv(tensor.numel(), TILE)
+    """w, out: contiguous, of one dtype, f32 | bf16 | f16. a, seeds, seed: as for `perturb`."""
+    # as float32 numbers, which the thresholds are compared as
+    limits = torch.tensor(thresholds, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
+    rows, tiles, together = [], 0, 0
+    for t, o, stream, limit in zip(w, out, streams, limits, strict=True):
+        row = [tiles, t.data_ptr(), o.data_ptr(), t.numel(), stream, limit]
+        rows.append(row)
+        together |= row[1] | row[2]
+        tiles += -(-row[3] // TILE)
+    if tiles == 0:
+        return
     table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=a.is_cuda).to(a.device, non_blocking=True)
     stochastic = stochastic and a.numel() > 0 and w[0].dtype != torch.float32
     perturb_many_kernel[(tiles,)](
-        table, len(w), a, seeds, seed, a.numel(), TYPES[w[0].dtype], all(row[1] % 16 == 0 for row in rows),
+        table, len(w), a, seeds, seed, a.numel(), TYPES[w[0].dtype], together % 16 == 0,
         sign, stochastic, a.numel() == 1, TILE, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -129,12 +129,14 @@ def _direct(args: tuple) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for arg in args:
-        kind = type(arg)
-        if kind in _PLAIN_TYPES:
-            if _tensor_keys(arg).raw_repr() not in _PLAIN_TENSOR or (grad and arg.requires_grad):
+        several = type(arg) is list
+        for part in arg if several else (arg,):
+            kind = type(part)
+            if kind in _PLAIN_TYPES:
+                if _tensor_keys(part).raw_repr() not in _PLAIN_TENSOR or (grad and part.requires_grad):
+                    return False
+            elif kind not in _NUMBERS or (several and kind is not int and kind is not float):
                 return False
-        elif kind not in _NUMBERS and not (kind is list and all(type(part) is int for part in arg)):
-            return False
     return True
 
 

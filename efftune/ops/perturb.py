@@ -140,75 +140,100 @@ def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _written(out)
 
 
-# In place, for all parameters of a model in a launch or a few: small tensors cost what they are, and not what a launch
-# costs. `a` comes first, since the first argument tells the device.
+# For many tensors in a launch or a few: small ones cost what they are, and not what a launch costs. In place with w as
+# out. `a` comes first, since the first argument tells the device.
 perturb_many_op = Op(
-    "perturb_many_(Tensor a, Tensor(a!)[] w, SymInt[] seeds, SymInt[] streams, str dist, str rounding,"
+    "perturb_many(Tensor a, Tensor[] w, Tensor(a!)[] out, SymInt[] seeds, SymInt[] streams, str dist, str rounding,"
     " float[] thresholds) -> ()",
     lambda a, w, *rest: _each(perturb_op._dispatch, a, w, *rest),
     lambda a, w, *rest: _each(_check, a, w, *rest),
 )
 
 
-def _each(run, a, w, seeds, streams, dist, rounding, thresholds):
-    if not len(w) == len(streams) == len(thresholds):
+def _each(run, a, w, out, seeds, streams, dist, rounding, thresholds):
+    _check_lengths(w, out, streams, thresholds)
+    for t, o, stream, threshold in zip(w, out, streams, thresholds, strict=True):
+        run(t, o, a, seeds, stream, 0, dist, rounding, threshold)
+
+
+def _check_lengths(w, out, streams, thresholds):
+    if not len(w) == len(out) == len(streams) == len(thresholds):
         raise ValueError(
             f"perturb_many_ takes a stream and a threshold for each tensor, here {len(w)}, "
             f"not {len(streams)} and {len(thresholds)}."
         )
-    for t, stream, threshold in zip(w, streams, thresholds, strict=True):
-        run(t, t, a, seeds, stream, 0, dist, rounding, threshold)
 
 
-@perturb_many_op.backend("cpp", "cpu")
-def _cpp_many(a, w, *rest):
-    _each(perturb_op._dispatch, a, w, *rest)  # a call costs nothing beside its work; what C++ cannot is left alone
+def _check_many(a, w, out, seeds, streams, dist, rounding, thresholds):
+    """What `_check` says of each. All is looked at for the first; of the others, since every layer of every forward
+    pass comes here, only what they can have of their own."""
+    _check_lengths(w, out, streams, thresholds)
+    first = w[0]
+    dtype, device = first.dtype, first.device
+    for t, o, stream, threshold in zip(w, out, streams, thresholds, strict=True):
+        alike = t.dtype == dtype and t.device == device and 0 <= stream < 2**32 and threshold >= 0
+        if alike and o is not t:
+            alike = o.shape == t.shape and o.dtype == dtype and o.device == device
+        if t is first or not alike:
+            _check(t, o, a, seeds, stream, 0, dist, rounding, threshold)
 
 
 def _each_why_not(why_not):
-    def answer(a, w, *_):  # then they go one by one, each to what takes it
-        if len({t.dtype for t in w}) > 1:
-            return "the kernels take tensors of one dtype"
-        return next((reason for t in w if (reason := why_not(t, t)) is not None), None)
+    def answer(a, w, out, *_):  # then they go one by one, each to what takes it
+        if not w:
+            return None
+        dtype = w[0].dtype
+        for t in (*w, *out):
+            if t.dtype != dtype or not t.is_contiguous():
+                return "the kernels take contiguous tensors of one dtype"
+        return why_not(w[0], out[0])
 
     return answer
 
 
 def _many(run):
-    """A backend that leaves out empty tensors."""
-
-    def launch(a, w, seeds, streams, dist, rounding, thresholds):
-        _each(_check, a, w, seeds, streams, dist, rounding, thresholds)
-        full = [i for i, t in enumerate(w) if t.numel()]
-        if full and seeds:
-            # as float32 numbers, which the thresholds are compared as
-            limits = torch.tensor([thresholds[i] for i in full], dtype=torch.float32, device="cpu")
-            draws = a.contiguous(), _seeds_beside(a, seeds), seeds
-            run([w[i] for i in full], *draws, [streams[i] for i in full], dist, rounding, limits)
-        for t in w:
-            _written(t)
+    def launch(a, w, out, seeds, streams, dist, rounding, thresholds):
+        if not w:
+            return
+        _check_many(a, w, out, seeds, streams, dist, rounding, thresholds)
+        run(a.contiguous(), w, out, seeds, streams, dist == "rademacher", rounding == "stochastic", thresholds)
+        torch.autograd.graph.increment_version([t for t in out if not t.is_inference()])
 
     return launch
 
 
-@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
+@perturb_many_op.backend("cpp", "cpu", why_not=_each_why_not(_cpp_why_not))
 @_many
-def _triton_many(w, a, beside, seeds, streams, dist, rounding, limits):
-    from efftune.triton_kernels.perturb import perturb_many_
+def _cpp_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
+    extension("_cpu").perturb_many(
+        *_columns(w, out), streams, thresholds, dtype_name(w[0].dtype), a.data_ptr(), [s % 2**64 for s in seeds],
+        signs, stochastic, torch.get_num_threads(),
+    )  # fmt: skip
 
-    perturb_many_(w, a, beside, seeds[0], streams, dist == "rademacher", rounding == "stochastic", limits)
+
+def _columns(w, out):
+    return [t.data_ptr() for t in w], [t.data_ptr() for t in out], [t.numel() for t in w]
 
 
+# First on a GPU: its table travels with the launch, where Triton's is a copy and its launch takes longer on the host.
 @perturb_many_op.backend("cuda", "cuda", why_not=_each_why_not(_cuda_why_not))
 @_many
-def _cuda_many(w, a, beside, seeds, streams, dist, rounding, limits):
-    pointers, counts = [t.data_ptr() for t in w], [t.numel() for t in w]
+def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
+    first, beside = seeds[0] % 2**64 if seeds else 0, _seeds_beside(a, seeds)
     with torch.cuda.device(a.device):
         extension("_cuda").perturb_many(
-            pointers, counts, streams, limits.tolist(), dtype_name(w[0].dtype), a.data_ptr(), beside.data_ptr(),
-            seeds[0] % 2**64, len(seeds), dist == "rademacher", rounding == "stochastic",
-            torch.cuda.current_stream().cuda_stream,
+            *_columns(w, out), streams, thresholds, dtype_name(w[0].dtype), a.data_ptr(), beside.data_ptr(), first,
+            len(seeds), signs, stochastic, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
+
+
+@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
+@_many
+def _triton_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
+    from efftune.triton_kernels.perturb import perturb_many
+
+    first = seeds[0] if seeds else 0
+    perturb_many(w, out, a, _seeds_beside(a, seeds), first, streams, signs, stochastic, thresholds)
 
 
 def _scalar(a: float, w: Tensor) -> Tensor:
@@ -304,6 +329,28 @@ def perturb_many_(
     Saved for backward: nothing.
     Raises: ValueError, as `perturb`, and for another number of streams or thresholds than there are tensors.
     """
-    tensors, seeds = [t.detach() for t in w], list(seed) if isinstance(seed, Sequence) else [seed]
-    limits = [math.inf if t is None else t for t in (thresholds or [None] * len(tensors))]
-    perturb_many_op(a.detach(), tensors, seeds, list(streams), dist, rounding, limits)
+    w = [t.detach() if t.requires_grad else t for t in w]
+    _perturb_many(w, w, a, seed, streams, dist, rounding, thresholds)
+
+
+def perturb_many(
+    w: Sequence[Tensor],
+    a: Tensor,
+    *,
+    seed: int | Sequence[int],
+    streams: Sequence[int],
+    dist: str = "normal",
+    rounding: str = "nearest",
+    thresholds: Sequence[float | None] | None = None,
+) -> list[Tensor]:
+    """`perturb_many_` into new tensors, which it returns."""
+    w = [t.detach() if t.requires_grad else t for t in w]
+    out = [torch.empty_like(t) for t in w]
+    _perturb_many(w, out, a, seed, streams, dist, rounding, thresholds)
+    return out
+
+
+def _perturb_many(w, out, a, seed, streams, dist, rounding, thresholds):
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed]
+    limits = [math.inf if t is None else t for t in (thresholds or [None] * len(w))]
+    perturb_many_op(a.detach(), w, out, seeds, list(streams), dist, rounding, limits)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from efftune.errors import EfftuneError
-from efftune.ops.perturb import perturb, perturb_, perturb_many_
+from efftune.ops.perturb import perturb, perturb_, perturb_many, perturb_many_
 from efftune.optim.seed_log import DECAY, SeedLog, checksum
 
 UPDATES = ("stochastic", "exact", "log")
@@ -116,6 +116,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.unwritten: set[str] = set()
         self.scales: dict[str, float] = {}  # s, for per_layer
         self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
+        self.amounts: dict[tuple, Tensor] = {}  # of this step, what every layer's z is multiplied by
         self.applied: dict[int, Tensor] = {}  # seed -> scalar () of the last step, averaged over processes
         self.log, self.steps = SeedLog(), 0
         self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
@@ -126,6 +127,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.directions = 0  # so far, of which these:
         self.skipped = self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.thresholds: dict[str, float | None] = {}
+        self.used: frozenset[int] = frozenset()  # ids of the parameters that the last forward passes used
         self.base = ""  # fingerprint of the model before the first step
 
     def named(self, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,11 +160,26 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self.scales[n] = 2.0 ** round(math.log2(squares[n] / p.numel() / mean) / 2) if squares[n] else 1.0
         return self.scales[name]
 
-    def perturbed(self, name: str, w: Tensor, eps: float, seed: int) -> Tensor:
-        """w + eps·s·z in a new tensor."""
-        threshold = self.threshold(name, w)
-        eps = eps * self.scale(name)
-        return perturb(w, eps, seed=seed, stream=stream_of(name), dist=self.dist, threshold=threshold)
+    def perturbed(self, names: Sequence[str], w: Sequence[Tensor], eps: float, seed: int) -> list[Tensor]:
+        """w + eps·s·z in new tensors, those that are alike by one call."""
+        together: dict[tuple, list[int]] = defaultdict(list)
+        for i, (name, t) in enumerate(zip(names, w, strict=True)):
+            together[self.scale(name), t.dtype, t.device].append(i)
+        made: list[Tensor] = list(w)
+        for (scale, dtype, device), at in together.items():
+            wide = torch.promote_types(dtype, torch.float32)
+            key = eps * scale, wide, device
+            if key not in self.amounts:
+                self.amounts[key] = torch.full((), eps * scale, dtype=wide, device=device)
+            new = perturb_many(
+                [w[i] for i in at], self.amounts[key], seed=seed, streams=[stream_of(names[i]) for i in at],
+                dist=self.dist, thresholds=[self.threshold(names[i], w[i]) for i in at],
+            )  # fmt: skip
+            if len(at) == len(w):
+                return new
+            for i, t in zip(at, new, strict=True):
+                made[i] = t
+        return made
 
     def estimate(self, name: str, w: Tensor, scalars: Mapping[int, float]) -> Tensor:
         """u · Σ a·z over `scalars` (a by seed), in float32 (float64 for such weights), 0 for the entries that rest."""
@@ -172,7 +189,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         threshold = self.threshold(name, w)
         return made if threshold is None else torch.where(w.abs() <= threshold, made, 0.0)
 
-    def accumulate(self, seed: int, a: Tensor | float, used: set[int]) -> None:
+    def accumulate(self, seed: int, a: Tensor | float, used: Set[int]) -> None:
         """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
         a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64, device="cpu")
         if seed in self.pending:
@@ -200,6 +217,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self.pending.clear()
         self.losses.clear()
+        self.amounts.clear()
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
@@ -229,6 +247,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self._apply(index, directions, decay, used)
             self._write()
         self.pending.clear()
+        self.amounts.clear()
         self.steps += 1
         return loss
 
@@ -259,11 +278,17 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         weights = [self.momentum**age for age in range(len(recent))]  # 0 ** 0 is 1
         every = [(seed, c, w, ids) for w, step in zip(weights, recent, strict=True) for seed, c, ids in step]
         now = frozenset().union(*(ids for _, _, ids in directions))  # what is frozen today rests, whatever came before
+        sets = list(dict.fromkeys(ids for *_, ids in every))  # mostly one
+        chosen: dict[tuple, tuple[int, ...]] = {}  # of which sets a parameter is -> its directions
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         sums: dict[tuple, Sum] = {}
         together: dict[tuple, list[tuple[Tensor, int, float | None]]] = defaultdict(list)  # what one call updates
         for name, p in self.named(self.param_groups[index]):
-            mine = tuple(i for i, (*_, ids) in enumerate(every) if id(p) in ids and id(p) in now)
+            member = tuple([id(p) in now and id(p) in ids for ids in sets])
+            if member not in chosen:
+                yes = {ids for ids, is_in in zip(sets, member, strict=True) if is_in}
+                chosen[member] = tuple(i for i, (*_, ids) in enumerate(every) if ids in yes)
+            mine = chosen[member]
             decays = decay != 1 and id(p) in used
             if not mine and not decays:
                 continue
@@ -278,8 +303,8 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 scalars = torch.stack([(every[i][1] * every[i][2]).to(there) for i in mine])
                 scalars = scalars.to(p.device, non_blocking=p.device.type != "cpu")
                 made[key] = scalars.double() if p.dtype == torch.float64 else scalars
-            seeds = [every[i][0] for i in mine]
             if self.update == "log":
+                seeds = [every[i][0] for i in mine]
                 old = self.sums.get(name)
                 if (id(old), key) not in sums:
                     sums[id(old), key] = plus(old, seeds, made[key])

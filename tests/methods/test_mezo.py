@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -27,6 +28,84 @@ def test_weights_are_restored_bit_for_bit_and_seen_perturbed():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     w = {n: perturb(p.data, 0.5, seed=3, stream=stream_of(n)) for n, p in model.named_parameters()}
     assert torch.equal(y, torch.func.functional_call(model, w, (x,)))
+
+
+class Block(nn.Module):
+    """Layers, one of which rests unless asked for, and one whose weight is used without calling it."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+        self.rests, self.uncalled, self.shared = nn.Linear(6, 6), nn.Linear(6, 6), shared
+
+    def forward(self, x, also=False):
+        x = x + self.second(self.norm(self.first(x)).tanh())
+        x = self.shared(nn.functional.linear(x, self.uncalled.weight))
+        return self.rests(x) if also else x
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.before, self.blocks = nn.Linear(6, 6), nn.ModuleList([Block(shared), Block(shared)])
+
+    def forward(self, x, also=False):
+        x = self.before(x)
+        for block in self.blocks:
+            x = block(x, also)
+        return self.blocks[0].second(self.blocks[0].first(x))  # outside their block's call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("small, calls", [(2**24, 5), (0, 11)])
+def test_blocks_are_perturbed_in_one_call_to_the_same_bits(dtype, small, calls, monkeypatch):
+    """By what was used in the step before, and no more than `SMALL` together, or than one module needs."""
+    monkeypatch.setattr("efftune.methods.zeroth_order._estimate.SMALL", small)
+    torch.manual_seed(0)
+    model = Blocks().to(dtype)
+    optimizer = efftune.apply(model, "mezo").optimizer(lr=1.0)
+    before, pointers = [p.clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
+    x = torch.randn(5, 6, dtype=dtype)
+    made, own = [], optimizer.perturbed
+    monkeypatch.setattr(optimizer, "perturbed", lambda names, *args: made.append(names) or own(names, *args))
+    largest = max(p.nbytes for p in model.parameters())
+    for also in (False, False, True, False):
+        made.clear()
+        known = optimizer.used
+        with torch.no_grad(), perturbed(model, optimizer, 0.5, seed=3) as used:
+            y = model(x, also)
+        optimizer.used = frozenset(used)
+        moved = {n for n, p in model.named_parameters() if id(p) in used}
+        assert not any("uncalled" in n for n in moved) and any("rests" in n for n in moved) == also
+        other = copy.deepcopy(model)
+        for n in moved:
+            p = other.get_parameter(n)
+            p.data = perturb(p.data, 0.5, seed=3, stream=stream_of(n))
+        with torch.no_grad():
+            assert torch.equal(y, other(x, also))
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        assert [p.data_ptr() for p in model.parameters()] == pointers
+        if known == used:
+            assert len(made) == calls
+        if not small:
+            size = {n: p.nbytes for n, p in model.named_parameters()}
+            assert max(sum(map(size.get, names)) for names in made) <= largest + 8 * dtype.itemsize  # with its bias
+
+
+def test_an_exception_inside_a_block_restores_the_weights():
+    torch.manual_seed(0)
+    model = Blocks()
+    optimizer = efftune.apply(model, "mezo").optimizer(lr=1.0)
+    optimizer.used = frozenset(map(id, model.parameters()))
+    before, x = [p.data_ptr() for p in model.parameters()], torch.randn(5, 6)
+    for fails in (model.blocks[1].norm, model.blocks[1], model.before):
+        handle = fails.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), perturbed(model, optimizer, 0.5, seed=3):
+            model(x)
+        handle.remove()
+        assert [p.data_ptr() for p in model.parameters()] == before
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_an_exception_in_forward_restores_the_weights():
@@ -404,14 +483,19 @@ def test_an_interrupt_leaves_the_weights_clean():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("recipe", ["mezo", "mezo(momentum=0.9)", "sparsemezo", "lora(r=8) + mezo"])
-def test_a_step_takes_the_memory_of_inference_and_of_the_largest_layer(recipe):
+@pytest.mark.parametrize(
+    "recipe, tie",
+    [("mezo", False), *((r, True) for r in ("mezo", "mezo(momentum=0.9)", "sparsemezo", "lora(r=8) + mezo"))],
+)
+def test_a_step_takes_the_memory_of_inference_and_of_the_largest_layer(recipe, tie):
     """Over the default model in bfloat16: two forward passes, the largest layer's trained weights, and 1 %."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ids = torch.randint(0, MODEL["vocab_size"], (4, 128))
     data = {"input_ids": ids, "labels": ids}
-    tuner = efftune.apply(LlamaForCausalLM(LlamaConfig(**MODEL)).bfloat16().eval(), recipe)
+    tuner = efftune.apply(
+        LlamaForCausalLM(LlamaConfig(**MODEL | {"tie_word_embeddings": tie})).bfloat16().eval(), recipe
+    )
     optimizer = tuner.optimizer(lr=1e-7)
 
     def step():

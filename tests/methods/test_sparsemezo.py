@@ -39,5 +39,5 @@ def test_many_zeros_do_not_make_a_tensor_train_whole():
     w = nn.Parameter(torch.cat([torch.zeros(40), torch.arange(1.0, 61.0)])[torch.randperm(100)])
     optimizer = ZerothOrderSGD([("w", w)], sparsity=0.75)
     assert optimizer.threshold("w", w) == 15.0
-    moved = optimizer.perturbed("w", w.data, 0.1, 3) != w.data
+    moved = optimizer.perturbed(["w"], [w.data], 0.1, 3)[0] != w.data
     assert torch.equal(moved, w.data.abs() <= 15)

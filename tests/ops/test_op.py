@@ -198,4 +198,6 @@ def test_arguments_of_another_kind_are_left_to_the_schema(dispatched):
     with pytest.raises(RuntimeError, match="glu"):
         glu_op(x(), None, object())
     assert len(dispatched) == 1
-    assert not _direct((x(), (1, 2))) and not _direct((x(), [1.0])) and _direct((x(), [1, 2], None, 0.5, "a", True))
+    assert not _direct((x(), (1, 2))) and not _direct((x(), ["a"])) and _direct((x(), [1, 2], None, 0.5, "a", True))
+    assert not _direct((x(), [None])) and not _direct((x(), [[x()]])) and _direct((x(), [1.0], [x(), x(1)], []))
+    assert not _direct((x(), [x(), x(1).requires_grad_()])) and not _direct((x(), [torch._neg_view(x())]))

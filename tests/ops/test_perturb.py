@@ -8,9 +8,10 @@ import torch
 import torch._dynamo.testing
 
 from efftune import perturb, perturb_, use_backend
+from efftune.memory.meter import allocated
 from efftune.ops import philox
 from efftune.ops._available import extension
-from efftune.ops.perturb import perturb_many_, perturb_many_op, perturb_op
+from efftune.ops.perturb import perturb_many, perturb_many_, perturb_many_op, perturb_op
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, cases, on, skip_truncation
 
@@ -432,6 +433,37 @@ def test_many_tensors_are_many_calls(backend, dtype, dist, rounding, count):
         assert torch.equal(result, on(backend, one_by_one, whole.clone(), a, where))
         assert torch.equal(result, whole) == (count == 0)
 
+        def elsewhere(whole, a, where=where):
+            parts = [whole[at : at + n] for at, n in zip(where, sizes, strict=True)]
+            return tuple(perturb_many(parts, a, streams=streams, thresholds=thresholds, **key))
+
+        kept = whole.clone()
+        made = on(backend, elsewhere, whole, a)
+        assert torch.equal(whole, kept)
+        for new, at, n in zip(made, where, sizes, strict=True):
+            assert torch.equal(new, result[at : at + n])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_in_place_takes_no_memory_and_else_that_of_the_result(backend, rounding):
+    w = weights(2**15, torch.bfloat16)
+
+    def peaks(w):
+        a, key = torch.full((), 1e-3, device=w.device), dict(seed=3, rounding=rounding)
+        calls = [
+            lambda: perturb_(w, a, stream=1, **key),
+            lambda: perturb_many_([w, w[:64]], a, streams=[1, 2], **key),
+            lambda: perturb_many([w, w[:64]], a, streams=[1, 2], **key),
+        ]
+        for call in calls:
+            call()  # the first compiles
+        return torch.tensor([allocated(call, w.device)[1] for call in calls])
+
+    one, many, new = on(backend, peaks, w)
+    assert max(one, many) <= 4096  # a table of pointers
+    assert w.nbytes + 128 <= new <= w.nbytes + 128 + 4096
+
 
 def test_many_tensors_of_several_kinds():
     tensors = [torch.randn(5, 3), torch.randn(4).bfloat16(), torch.randn(6, 2).t(), torch.zeros(0)]
@@ -440,12 +472,16 @@ def test_many_tensors_of_several_kinds():
     perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, 4])
     for t, copy, stream, version in zip(tensors, copies, [1, 2, 3, 4], versions, strict=True):
         assert torch.equal(t, perturb(copy, a, seed=3, stream=stream)) and t._version > version
+    made = perturb_many(copies, a, seed=3, streams=[1, 2, 3, 4])
+    assert all(torch.equal(t, new) and t.stride() == new.stride() for t, new in zip(tensors, made, strict=True))
     perturb_many_([], a, seed=3, streams=[])
+    assert perturb_many([], a, seed=3, streams=[]) == []
     with pytest.raises(ValueError, match="a stream and a threshold for each tensor, here 4, not 2"):
         perturb_many_(tensors, a, seed=3, streams=[1, 2])
     with pytest.raises(ValueError, match="a stream in "):
         perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, -4])
     torch.library.opcheck(
         perturb_many_op.overload,
-        (a, [torch.randn(3), torch.randn(2, 2)], [3], [1, 2], "normal", "nearest", [1.0, 2.0]),
-    )
+        (a, [torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], [3], [1, 2], "normal", "nearest",
+         [1.0, 2.0]),
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import math
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +22,7 @@ from efftune.optim.seed_log import DECAY, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD, check
 
 STATE = "efftune_zeroth_order"  # on the model: the counts that `report` tells, and whether gradients are asked for
+SMALL = 2**24  # bytes of weights that are perturbed together, whatever one module needs
 LOST = 0.01  # of the trained entries may be too large for eps before it is said
 
 
@@ -105,18 +106,20 @@ class ZerothOrder(Method):
         if step == 0 and not optimizer.base:
             optimizer.base = fingerprint(model)
         shown, used = [], set()
-        for index, (seed, weight) in enumerate(self.directions(model, step)):
-            with evaluation_mode(model):
-                plus, used = loss_at(model, batch, loss_fn, optimizer, self.eps, seed)
+        with evaluation_mode(model), Perturbation(model, optimizer) as perturbation:
+            for index, (seed, weight) in enumerate(self.directions(model, step)):
+                plus, mine = loss_at(model, batch, loss_fn, perturbation, self.eps, seed)
                 if self.points == 2:
-                    minus, also = loss_at(model, batch, loss_fn, optimizer, -self.eps, seed)
-                    used |= also  # a router may send the two signs different ways
+                    minus, also = loss_at(model, batch, loss_fn, perturbation, -self.eps, seed)
+                    mine |= also  # a router may send the two signs different ways
                     a = (plus - minus) * scale / (2 * self.eps)
                     loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
                 else:
                     a, loss = optimizer.look(index, plus * scale) / self.eps, plus
-            optimizer.accumulate(seed, a * (weight / self.samples), used)
-            shown.append(loss)
+                optimizer.accumulate(seed, a * (weight / self.samples), mine)
+                shown.append(loss)
+                used |= mine
+        optimizer.used = frozenset(used)
         if step == 0:
             look(self, optimizer, used)
         return torch.stack(shown).mean()
@@ -138,18 +141,18 @@ class ZerothOrder(Method):
         return f"{self.name}: {'; '.join(lines)}" if lines else None
 
 
-def loss_at(model, batch, loss_fn, optimizer: ZerothOrderSGD, eps: float, seed: int) -> tuple[Tensor, set[int]]:
+def loss_at(model, batch, loss_fn, perturbation: Perturbation, eps: float, seed: int) -> tuple[Tensor, frozenset[int]]:
     """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
-    with perturbed(model, optimizer, eps, seed) as used:
+    with perturbation.by(eps, seed) as used:
         loss = loss_fn(model, batch)
         if not isinstance(loss, Tensor):
             loss = torch.tensor(loss, device="cpu")
     if loss.numel() != 1:
         raise EfftuneError(f"The loss function returns one number, not a tensor of shape {tuple(loss.shape)}.")
-    return loss.detach().double().reshape(()), used
+    return loss.detach().double().reshape(()), frozenset(used)
 
 
-def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: set[int]) -> None:
+def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: Set[int]) -> None:
     """Warns of weights that do not train, or are too large for ε."""
     training = {name: p for name, p in optimizer.named_parameters() if p.requires_grad}
     unused = [name for name, p in training.items() if id(p) not in used]
@@ -176,43 +179,104 @@ def half_place(w: Tensor) -> float:
     return torch.finfo(w.dtype).eps / 2 * 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 0.0
 
 
+class Perturbation:
+    """Within it, and within `by`, every module computes with w + eps·z for those of its own parameters that train.
+
+    A call costs the host a launch, however small its parameters are. So the members of a ModuleList (the blocks of a
+    model), or parts of them, perturb when they are called what was used inside them in the last step, in one call, as
+    long as that is no larger than what one module needs anyway, or `SMALL`. All others perturb their own.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: ZerothOrderSGD):
+        self.model, self.optimizer = model, optimizer
+        self.names = {id(p): name for name, p in optimizer.named_parameters() if p.requires_grad}
+        self.eps, self.seed = 0.0, 0
+        self.stack: list[list[tuple[nn.Parameter, Tensor]]] = []  # clean tensors of the calls under way, innermost last
+        self.dirty: set[int] = set()  # a parameter that nested modules share is perturbed by the outermost alone
+        self.used: set[int] = set()
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Perturbation:
+        modules = list(self.model.modules())
+        own = {m: found for m in modules if (found := self._trained(m))}
+        most = max([SMALL, *(sum(p.nbytes for p in found) for found in own.values())])
+        known = {m: [p for p in found if id(p) in self.optimizer.used] for m, found in own.items()}
+        watched = {m: {id(p): p for p in found} for m, found in own.items()}
+        for module in modules:
+            for block in module if isinstance(module, nn.ModuleList) else ():
+                for part, inside in parts(block, known, most):
+                    watched[part] = inside | watched.get(part, {})
+        for module, parameters in watched.items():
+            self._watch(module, parameters, {id(p) for p in own.get(module, ())})
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _trained(self, module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module._parameters.values() if p is not None and id(p) in self.names]
+
+    def _watch(self, module: nn.Module, parameters: dict[int, nn.Parameter], own: set[int]) -> None:
+        stack, dirty, used, names = self.stack, self.dirty, self.used, self.names
+        restores = False  # whether the module has the hook that does: most perturb nothing, inside a block that did
+
+        @on_parameters
+        def enter(module: nn.Module, args) -> None:
+            nonlocal restores
+            used.update(own)
+            if dirty.issuperset(parameters):
+                if restores:
+                    stack.append([])
+                return
+            clean = {key: (p, p.data) for key, p in parameters.items() if key not in dirty}
+            if not restores:
+                self.handles.append(module.register_forward_hook(leave, always_call=True))
+                restores = True
+            stack.append(list(clean.values()))
+            w = [data for _, data in clean.values()]
+            made = self.optimizer.perturbed([names[key] for key in clean], w, self.eps, self.seed)
+            dirty.update(clean)
+            for (p, _), data in zip(clean.values(), made, strict=True):
+                p.data = data
+
+        @on_parameters
+        def leave(module: nn.Module, args, output) -> None:
+            for p, data in stack.pop():
+                p.data = data
+                dirty.discard(id(p))
+
+        self.handles.append(module.register_forward_pre_hook(enter, prepend=True))
+
+    @contextmanager
+    def by(self, eps: float, seed: int) -> Iterator[set[int]]:
+        """Yields the set of ids of the parameters that were used so."""
+        self.eps, self.seed = eps, seed
+        self.used.clear()
+        torch.clear_autocast_cache()  # it knows casts by the parameter, whose data are others now
+        try:
+            yield self.used
+        finally:
+            torch.clear_autocast_cache()
+            for p, data in (pair for call in reversed(self.stack) for pair in call):
+                p.data = data  # after a KeyboardInterrupt torch calls no hook
+            self.stack.clear()
+            self.dirty.clear()
+
+
+def parts(
+    block: nn.Module, known: dict[nn.Module, list[nn.Parameter]], most: int
+) -> Iterator[tuple[nn.Module, dict[int, nn.Parameter]]]:
+    """The block, or the largest of its parts that are small enough, each with the known parameters inside it."""
+    inside = {id(p): p for m in block.modules() for p in known.get(m, ())}
+    if isinstance(block, nn.ModuleList | nn.ModuleDict) or sum(p.nbytes for p in inside.values()) > most:
+        for child in block.children():  # a list is not called
+            yield from parts(child, known, most)
+    elif len(inside) > 1:
+        yield block, inside
+
+
 @contextmanager
 def perturbed(model: nn.Module, optimizer: ZerothOrderSGD, eps: float, seed: int) -> Iterator[set[int]]:
-    """Within the block every module computes with w + eps·z for those of its own parameters that train. Yields the set
-    of ids of the parameters that were used so."""
-    names = {id(p): name for name, p in optimizer.named_parameters() if p.requires_grad}
-    stack: list[list[tuple[nn.Parameter, Tensor]]] = []  # clean tensors of the calls under way, innermost last
-    dirty: set[int] = set()  # a parameter that nested modules share is perturbed by the outermost alone
-    used: set[int] = set()
-
-    @on_parameters
-    def enter(module: nn.Module, args) -> None:
-        stack.append([])
-        for parameter in module.parameters(recurse=False):
-            name = names.get(id(parameter))
-            if name is not None and id(parameter) not in dirty:
-                stack[-1].append((parameter, parameter.data))
-                parameter.data = optimizer.perturbed(name, parameter.data, eps, seed)
-                dirty.add(id(parameter))
-                used.add(id(parameter))
-
-    @on_parameters
-    def leave(module: nn.Module, args, output) -> None:
-        for parameter, data in stack.pop():
-            parameter.data = data
-            dirty.remove(id(parameter))
-
-    handles = []
-    for module in model.modules():
-        if any(id(p) in names for p in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(enter, prepend=True))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    torch.clear_autocast_cache()  # it knows casts by the parameter, whose data are others now
-    try:
+    with Perturbation(model, optimizer) as perturbation, perturbation.by(eps, seed) as used:
         yield used
-    finally:
-        torch.clear_autocast_cache()
-        for handle in handles:
-            handle.remove()
-        for parameter, data in (pair for call in reversed(stack) for pair in call):
-            parameter.data = data  # after a KeyboardInterrupt torch calls no hook
