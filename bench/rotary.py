@@ -14,7 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bench.harness import Job, kind, measure, parsed, parser, print_table, run
-from efftune.nn.rotary import rotary
+from efftune.nn.rotary import rotary, rotary_pair
 from efftune.ops._available import dtype_name
 from efftune.ops.rotary import rotary as rotate
 
@@ -34,10 +34,6 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return rotate(dy, *ctx.saved_tensors, transposed=True), None, None
-
-
-def ours(q, k, cos, sin):
-    return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
 def operands(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -63,7 +59,8 @@ def rows_for(device: str, dtype: torch.dtype) -> list[dict]:
 
     torch._dynamo.reset()
     functions = {
-        "transformers": apply_rotary_pos_emb, "torch.compile": torch.compile(apply_rotary_pos_emb), "efftune": ours,
+        "transformers": apply_rotary_pos_emb, "torch.compile": torch.compile(apply_rotary_pos_emb),
+        "efftune": rotary_pair,
     }  # fmt: skip
     name = name_of(device, dtype)
     forwards = {label: lambda f=f: f(q, k, cos, sin) for label, f in functions.items()}

@@ -200,23 +200,27 @@ void bind_glu(uintptr_t gate, uintptr_t up, uintptr_t dy, uintptr_t y, uintptr_t
     glu(args, threads);
 }
 
-void bind_rotary(uintptr_t x, uintptr_t cos, uintptr_t sin, uintptr_t out, const std::array<int64_t, 4>& shape,
-                 const std::array<int64_t, 3>& x_stride, const std::array<int64_t, 3>& out_stride,
-                 const std::array<int64_t, 2>& cos_stride, const std::array<int64_t, 2>& sin_stride,
-                 const std::string& dtype, const std::string& table_dtype, bool transposed, int threads) {
-    const auto [batch, heads, tokens, size] = shape;
-    check(batch >= 0 && heads >= 0 && tokens >= 0 && size >= 0 && size % 2 == 0 && threads > 0,
+// Of a tensor (B, H, T, D): x, out, H, and the strides of B, H and T in x and in out.
+using RotaryTensor = std::tuple<uintptr_t, uintptr_t, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+
+RotaryHeads rotary_heads_of(const RotaryTensor& tensor) {
+    const auto& [x, out, heads, x_stride, out_stride] = tensor;
+    check(heads >= 0, "rotary takes sizes of at least 0.");
+    return {pointer<const void>(x), pointer<void>(out), heads, x_stride, out_stride};
+}
+
+void bind_rotary(const RotaryTensor& x, const std::optional<RotaryTensor>& also, uintptr_t cos, uintptr_t sin,
+                 int64_t batch, int64_t tokens, int64_t size, const std::array<int64_t, 2>& cos_stride,
+                 const std::array<int64_t, 2>& sin_stride, const std::string& dtype, const std::string& table_dtype,
+                 bool transposed, int threads) {
+    check(batch >= 0 && tokens >= 0 && size >= 0 && size % 2 == 0 && threads > 0,
           "rotary takes sizes of at least 0, an even number of columns and at least one thread.");
-    const RotaryArgs args{pointer<const void>(x),
+    const RotaryArgs args{{rotary_heads_of(x), also ? rotary_heads_of(*also) : RotaryHeads{}},
                           pointer<const void>(cos),
                           pointer<const void>(sin),
-                          pointer<void>(out),
                           batch,
-                          heads,
                           tokens,
                           size,
-                          x_stride,
-                          out_stride,
                           cos_stride,
                           sin_stride,
                           dtype_from(dtype),

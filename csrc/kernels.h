@@ -135,13 +135,19 @@ struct ReluArgs {
 
 void relu(const ReluArgs& args, int threads);
 
-struct RotaryArgs {
-    const void *x, *cos, *sin;
+struct RotaryHeads {
+    const void* x;
     void* out;
-    int64_t batch, heads, tokens, size;             // of x (B, H, T, D); elements of a row are adjacent everywhere
-    std::array<int64_t, 3> x_stride, out_stride;    // from sample to sample, head to head, token to token
+    int64_t heads;
+    std::array<int64_t, 3> x_stride, out_stride;  // from sample to sample, head to head, token to token
+};
+
+struct RotaryArgs {
+    std::array<RotaryHeads, 2> tensors;  // (B, H, T, D), which differ in H; elements of a row are adjacent everywhere
+    const void *cos, *sin;
+    int64_t batch, tokens, size;
     std::array<int64_t, 2> cos_stride, sin_stride;  // from sample to sample (0: shared), token to token
-    Dtype dtype, table_dtype;                       // of x and out; of cos and sin
+    Dtype dtype, table_dtype;                       // of the tensors; of cos and sin
     bool transposed;
 };
 

@@ -1,5 +1,6 @@
 // Rotary position embedding of one token, all its heads. Compiled once per instruction set by multiversion.h, hence no
-// include guard and no headers. cos and sin of a token are widened once, in pieces, and serve all heads.
+// include guard and no headers. cos and sin of a token are widened once, in pieces, and serve all heads of
+// both tensors.
 
 constexpr int kRotaryPiece = 256, kRotaryLanes = 32;
 
@@ -41,12 +42,15 @@ template <class T>
 static inline void rotary_heads(const RotaryArgs& r, int64_t sample, int64_t token, int64_t from, int count,
                                 const RotaryTable& table) {
     using Storage = typename T::Storage;
-    const auto* x = static_cast<const Storage*>(r.x) + sample * r.x_stride[0] + token * r.x_stride[2] + from;
-    auto* y = static_cast<Storage*>(r.out) + sample * r.out_stride[0] + token * r.out_stride[2] + from;
-    for (int64_t head = 0; head < r.heads; ++head, x += r.x_stride[1], y += r.out_stride[1]) {
-        int i = 0;  // blocks of a constant length, or GCC peels and masks each of these short loops
-        for (; i + kRotaryLanes <= count; i += kRotaryLanes) rotary_block<T>(table, x, y, r.size / 2, i, kRotaryLanes);
-        if (i < count) rotary_block<T>(table, x, y, r.size / 2, i, count - i);
+    const int64_t half = r.size / 2;
+    for (const RotaryHeads& t : r.tensors) {
+        const auto* x = static_cast<const Storage*>(t.x) + sample * t.x_stride[0] + token * t.x_stride[2] + from;
+        auto* y = static_cast<Storage*>(t.out) + sample * t.out_stride[0] + token * t.out_stride[2] + from;
+        for (int64_t head = 0; head < t.heads; ++head, x += t.x_stride[1], y += t.out_stride[1]) {
+            int i = 0;  // blocks of a constant length, or GCC peels and masks each of these short loops
+            for (; i + kRotaryLanes <= count; i += kRotaryLanes) rotary_block<T>(table, x, y, half, i, kRotaryLanes);
+            if (i < count) rotary_block<T>(table, x, y, half, i, count - i);
+        }
     }
 }
 

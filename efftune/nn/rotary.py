@@ -14,22 +14,24 @@ from efftune.errors import refuse_second_derivative
 from efftune.linear.function import applied
 from efftune.ops.rotary import composition
 from efftune.ops.rotary import rotary as rotate
+from efftune.ops.rotary import rotary_pair as rotate_pair
 
 
 class _Rotary(torch.autograd.Function):
-    """Of several tensors at once: a model turns q and k with one cos and sin, and a Function costs as much on the host
-    as what it calls."""
+    """Of one tensor, or of q and k with one cos and sin: a Function costs as much on the host as what it calls."""
 
     @staticmethod
     def forward(ctx, cos, sin, *xs):
         ctx.save_for_backward(cos, sin)
         ctx.set_materialize_grads(False)
-        return tuple([rotate(x, cos, sin) for x in xs])
+        return rotate(xs[0], cos, sin) if len(xs) == 1 else rotate_pair(*xs, cos, sin)
 
     @staticmethod
     def backward(ctx, *dys):
         refuse_second_derivative("rotary")
         cos, sin = ctx.saved_tensors
+        if len(dys) == 2 and dys[0] is not None and dys[1] is not None:
+            return None, None, *rotate_pair(*dys, cos, sin, transposed=True)
         return None, None, *[None if dy is None else rotate(dy, cos, sin, transposed=True) for dy in dys]
 
 
@@ -53,13 +55,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return composition(x, cos.unsqueeze(1), sin.unsqueeze(1)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rotate(x, cos, sin)
-    return _apply(cos, sin, x)[0]
+    return _apply(cos, sin, x)
 
 
 def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotary` of q and of k, outside torch.compile."""
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate_pair(q, k, cos, sin)
     return _apply(cos, sin, q, k)
 
 

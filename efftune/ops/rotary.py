@@ -21,10 +21,15 @@ def composition(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -
     return torch.cat([x1 * c1 - x2 * s1, x2 * c2 + x1 * s2], -1)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _check(x: Tensor, also: Tensor | None, cos: Tensor, sin: Tensor) -> None:
     if x.ndim != 4 or x.dtype not in _FLOATS:
         raise ValueError(f"rotary takes x (B, H, T, D), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
     b, _, t, d = x.shape
+    if also is not None and (also.ndim != 4 or also.dtype != x.dtype or (also.shape[0], *also.shape[2:]) != (b, t, d)):
+        raise ValueError(
+            f"rotary takes two tensors that differ in the number of heads only, not {x.dtype} {tuple(x.shape)} and "
+            f"{also.dtype} {tuple(also.shape)}."
+        )
     if d % 2:
         raise ValueError(f"rotary turns pairs of columns i and D/2 + i; it takes an even D, not {d}.")
     if cos.shape != sin.shape or cos.shape not in ((b, t, d), (1, t, d)):
@@ -38,27 +43,35 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _fake(x, cos, sin, transposed):
-    _check(x, cos, sin)
-    return torch.empty_like(x)
+def _both(x: Tensor, also: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if also is None else (x, also)
 
 
-def _reference(x, cos, sin, transposed):
-    out = _fake(x, cos, sin, transposed)
-    x, cos, sin = (t if t.dtype == torch.float64 else t.float() for t in (x, cos, sin))
-    return out.copy_(composition(x, cos.unsqueeze(1), sin.unsqueeze(1), transposed))
+def _fake(x, also, cos, sin, transposed):
+    _check(x, also, cos, sin)
+    return [torch.empty_like(t) for t in _both(x, also)]
 
 
-rotary_op = Op("rotary(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor", _reference, _fake)
+def _reference(x, also, cos, sin, transposed):
+    outs, wide = _fake(x, also, cos, sin, transposed), torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)
+    for t, out in zip(_both(x, also), outs, strict=True):
+        out.copy_(composition(t.to(wide), cos, sin, transposed))
+    return outs
 
 
-def _cpp_why_not(x, cos, sin, transposed):
-    return cpp_float_why_not(x, cos, sin, apart=True)
+# A model turns q and k at the same place: one call reads cos and sin once, and costs the host half as much as two.
+rotary_op = Op("rotary(Tensor x, Tensor? also, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", _reference, _fake)
 
 
-def _triton_why_not(x, cos, sin, transposed):
-    if not (rows_adjacent(x) and rows_adjacent(cos) and rows_adjacent(sin)):
-        return "the kernels take rows whose elements are adjacent"
+def _cpp_why_not(x, also, cos, sin, transposed):
+    return cpp_float_why_not(*_both(x, also), cos, sin, apart=True)
+
+
+def _triton_why_not(x, also, cos, sin, transposed):
+    for t in (*_both(x, also), cos, sin):
+        if not rows_adjacent(t):
+            return "the kernels take rows whose elements are adjacent"
     if x.dtype == torch.float64:
         return "float64 is computed by the reference"
     return triton_why_not(x, cos, sin)
@@ -70,17 +83,22 @@ def _steps(table: Tensor) -> tuple[int, int]:
     return (sample if table.shape[0] > 1 else 0), token
 
 
+def _of_cpp(x: Tensor, out: Tensor) -> tuple:
+    return x.data_ptr(), out.data_ptr(), x.shape[1], x.stride()[:3], out.stride()[:3]
+
+
 @rotary_op.backend("cpp", "cpu", why_not=_cpp_why_not)
-def _cpp(x, cos, sin, transposed):
-    out = _fake(x, cos, sin, transposed)
+def _cpp(x, also, cos, sin, transposed):
+    outs = _fake(x, also, cos, sin, transposed)
+    b, _, t, d = x.shape
     extension("_cpu").rotary(
-        x.data_ptr(),
+        _of_cpp(x, outs[0]),
+        None if also is None else _of_cpp(also, outs[1]),
         cos.data_ptr(),
         sin.data_ptr(),
-        out.data_ptr(),
-        x.shape,
-        x.stride()[:3],
-        out.stride()[:3],
+        b,
+        t,
+        d,
         _steps(cos),
         _steps(sin),
         dtype_name(x.dtype),
@@ -88,16 +106,16 @@ def _cpp(x, cos, sin, transposed):
         transposed,
         torch.get_num_threads(),
     )
-    return out
+    return outs
 
 
 @rotary_op.backend("triton", "cuda", why_not=_triton_why_not)
-def _triton(x, cos, sin, transposed):
+def _triton(x, also, cos, sin, transposed):
     from efftune.triton_kernels.rotary import rotary
 
-    out = _fake(x, cos, sin, transposed)
-    rotary(x, cos, sin, out, transposed)
-    return out
+    outs = _fake(x, also, cos, sin, transposed)
+    rotary(_both(x, also), outs, cos, sin, (*_steps(cos), *_steps(sin)), transposed)
+    return outs
 
 
 def _adjacent(t: Tensor) -> Tensor:
@@ -122,4 +140,13 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
         shapes or dtypes.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; the halves as in GPT-NeoX and transformers.
     """
-    return rotary_op(_adjacent(x), _adjacent(cos), _adjacent(sin), transposed)
+    return rotary_op(_adjacent(x), None, _adjacent(cos), _adjacent(sin), transposed)[0]
+
+
+def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """`rotary` of q (B, H, T, D) and k (B, G, T, D), with the same bits, in one call.
+
+    Raises: ValueError as rotary, and for a k that differs from q in more than its number of heads.
+    """
+    first, second = rotary_op(_adjacent(q), _adjacent(k), _adjacent(cos), _adjacent(sin), transposed)
+    return first, second

@@ -6,7 +6,7 @@ import torch
 
 from efftune import use_backend
 from efftune.ops._available import extension
-from efftune.ops.rotary import rotary, rotary_op
+from efftune.ops.rotary import rotary, rotary_op, rotary_pair
 from tests.budget import assert_within_budget
 from tests.ops.backends import BACKENDS, on, skip_truncation
 
@@ -81,13 +81,29 @@ def test_strides(backend, transposed):
         assert torch.equal(result, expected)
         assert result.stride() == torch.empty_like(same if same.stride(-1) == 1 else expected.contiguous()).stride()
     for args in ((merged, *tables), (wide, cos, sin)):
-        assert rotary_op.select(*args, transposed).name == "cpp"
+        assert rotary_op.select(args[0], None, *args[1:], transposed).name == "cpp"
     one = on(backend, rotary, x, cos[:1], sin[:1], transposed)
     assert torch.equal(on(backend, rotary, x, *(t[:1].expand(2, 4, 16) for t in (cos, sin)), transposed), one)
     heads = x[:, :1].expand(2, 3, 4, 16)
     assert torch.equal(
         on(backend, rotary, heads, cos, sin, transposed), on(backend, rotary, heads.clone(), cos, sin, transposed)
     )
+
+
+@pytest.mark.parametrize("backend", RUNS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(4, 2), (1, 3), (8, 8), (3, 0), (0, 2)])
+def test_a_pair_is_two(backend, transposed, dtype, heads):
+    """With the bits of two calls, however each of them lies in memory."""
+    q, cos, sin = operands((2, heads[0], 5, 34), dtype, shared=True)
+    k = operands((2, heads[1], 5, 34), dtype)[0] * 2
+    merged = torch.cat([q, k], 1).transpose(1, 2).contiguous().transpose(1, 2)
+    for pair in ((q, k), (q, k.contiguous()), merged.split(heads, 1), (q, k.mT.contiguous().mT)):
+        together = on(backend, rotary_pair, *pair, cos, sin, transposed)
+        for x, result in zip(pair, together, strict=True):
+            alone = on(backend, rotary, x, cos, sin, transposed)
+            assert torch.equal(result, alone) and result.stride() == alone.stride()
 
 
 @pytest.mark.parametrize("backend", RUNS)
@@ -137,6 +153,9 @@ def test_errors(backend):
         ):
             with pytest.raises(ValueError, match=sentence):
                 rotary(*args)
+        for k in (x[:1], x[:, :, :3], x[..., :4], x[0], x.bfloat16()):
+            with pytest.raises(ValueError, match="differ in the number of heads only"):
+                rotary_pair(x, k, table, table)
 
 
 def test_forced_backend_refuses():
@@ -144,18 +163,21 @@ def test_forced_backend_refuses():
     with use_backend("cpp"), pytest.raises(RuntimeError, match="computed by the reference"):
         rotary(x, cos, sin)
     with use_backend("cpp"), pytest.raises(RuntimeError, match="adjacent"):
-        rotary_op(x.float().mT.contiguous().mT, cos.float(), sin.float(), False)
+        rotary_op(x.float().mT.contiguous().mT, None, cos.float(), sin.float(), False)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="adjacent"):
+        rotary_op(x.float(), x.float().mT.contiguous().mT, cos.float(), sin.float(), False)
 
 
 def test_opcheck_and_compile():
     torch._dynamo.reset()
     x, cos, sin = operands((2, 3, 5, 8), torch.float32)
-    for args in ((x, cos, sin, False), (x.contiguous()[..., 4:], cos[:1, :, :4], sin[:1, :, :4], True)):
+    part = x.contiguous()[..., 4:]
+    for args in ((x, None, cos, sin, False), (part, part[:, :1], cos[:1, :, :4], sin[:1, :, :4], True)):
         torch.library.opcheck(rotary_op.overload, args)
 
     def f(x, cos, sin):
         y = rotary(x, cos, sin)
-        return y + 1, rotary(y, cos, sin, transposed=True)
+        return y + 1, *rotary_pair(y, x[:, :1], cos, sin, transposed=True)
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(x, cos, sin), f(x, cos, sin), strict=True))
