@@ -218,7 +218,7 @@ def test_a_graph_of_a_step_is_the_step(recipe, device):
 def capturing(device, monkeypatch):
     if device == "cpu":
         with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             yield
     else:

@@ -110,9 +110,9 @@ def glu(gate: torch.Tensor, up: torch.Tensor | None, y: torch.Tensor, activation
 
 
 def glu_backward(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, dgate: torch.Tensor, dup: torch.Tensor, activation
+    dy: torch.Tensor, gate: torch.Tensor, up, dgate: torch.Tensor, dup: torch.Tensor | None, activation: str
 ) -> None:
-    """dy, gate, up (M, F) with adjacent elements in a row; dgate, dup (M, F) contiguous."""
+    """dy, gate, up (M, F) with adjacent elements in a row; dgate and, with up, dup (M, F) contiguous."""
     if gate.numel() == 0:
         return
     grid, block = _grid(gate)

@@ -133,14 +133,14 @@ def _forward(x, weight, bias, y, mean, rstd, eps, offset, saved) -> None:
     block, warps = _block(x.shape[1])
     rms_norm_kernel[(x.shape[0],)](
         *(x, weight, bias, y, mean, rstd, x.shape[1], eps, offset),
-        *(mean.numel() > 0, saved, weight is not None, bias is not None, block),
+        *(mean is not None, saved, weight is not None, bias is not None, block),
         num_warps=warps,
         enable_fp_fusion=True,
     )
 
 
 def rms_norm(x, weight, bias, y, mean, rstd, eps: float, offset: float) -> None:
-    """x, y (M, K), weight, bias (K,) or None, mean, rstd (M,); an empty mean: not centred. All contiguous."""
+    """x, y (M, K), weight, bias (K,) or None, mean, rstd (M,); without a mean: not centred. All contiguous."""
     _forward(x, weight, bias, y, mean, rstd, eps, offset, False)
 
 
@@ -150,29 +150,29 @@ def rms_norm_apply(x, weight, bias, y, mean, rstd, offset: float) -> None:
 
 
 def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight, mean, rstd, dx, dweight, dbias, offset: float) -> None:
-    """dy, x, dx (M, K); dweight, dbias (K,) f32, or empty where they are not wanted. All contiguous."""
+    """dy, x, dx (M, K); dweight, dbias (K,) f32, or None where they are not wanted. All contiguous."""
     m, k = x.shape
     # A partition that follows from M alone, so that it does not change with the GPU.
     # With fewer than 8 rows each the sums over rows would cost more than a sixth of what x, dy and dx do.
     rows_each = max(8, triton.cdiv(m, 512))
     programs = triton.cdiv(m, rows_each)
-    partial = dweight.new_empty(programs, dweight.numel())
+    partial = None if dweight is None else dweight.new_empty(programs, k)
     block, warps = _block(k, backward=True)
     fused = block <= WIDEST
     if m:
         rms_norm_backward_kernel[(programs,)](
             *(dy, x, weight, mean, rstd, dx, partial, m, k, rows_each, offset),
-            *(mean.numel() > 0, weight is not None, fused and dweight.numel() > 0, block),
+            *(mean is not None, weight is not None, fused and dweight is not None, block),
             num_warps=warps,
             enable_fp_fusion=True,
         )
-        if dweight.numel() and not fused:
+        if dweight is not None and not fused:
             rms_norm_weight_kernel[(programs, triton.cdiv(k, 1024))](
-                dy, x, mean, rstd, partial, m, k, rows_each, mean.numel() > 0, 1024, enable_fp_fusion=True
+                dy, x, mean, rstd, partial, m, k, rows_each, mean is not None, 1024, enable_fp_fusion=True
             )
-    if dweight.numel():
+    if dweight is not None:
         torch.sum(partial, 0, out=dweight)
-    if dbias.numel():  # torch reads dy once more; a second sum in the kernel would cost registers
+    if dbias is not None:  # torch reads dy once more; a second sum in the kernel would cost registers
         torch.sum(dy, 0, dtype=dbias.dtype, out=dbias)
 
 

@@ -52,7 +52,7 @@ class _Glu(torch.autograd.Function):
         dgate, dup = glu_backward(rows, gate, up[0] if up else None, activation)
         if bits := saved[parts:]:
             dgate = relu_backward(rows * up[0], bits[0])
-        return None, None, None, None, reshaped(dgate, dy.shape), reshaped(dup, dy.shape) if up else None
+        return None, None, None, None, reshaped(dgate, dy.shape), None if dup is None else reshaped(dup, dy.shape)
 
 
 _apply = applied(_Glu)

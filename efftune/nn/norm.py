@@ -26,27 +26,28 @@ class _Norm(torch.autograd.Function):
         held = keep.hold(rows.detach(), seed)
         if isinstance(held, Handle):
             held.keep()
-        statistics = (rstd, mean) if center else (rstd,)
+        statistics = (rstd,) if mean is None else (rstd, mean)
         parameters = tuple([p.detach() for p in (weight, bias) if p is not None])
         again = partial(_again, offset, center, weight is not None)
         handle = Handle(again, (held, *statistics), parameters)
         made.append(handle)
-        saved, structure = flatten((held, mean, rstd) if weight is None else (held, mean, rstd, weight))
+        saved, structure = flatten((held, *statistics) if weight is None else (held, *statistics, weight))
         ctx.save_for_backward(*saved)
-        ctx.call = handle.once, structure, offset, None if bias is None else bias.dtype
+        ctx.call = handle.once, structure, offset, center, None if bias is None else bias.dtype
         return reshaped(y, x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("A norm of efftune.nn")
-        once, structure, offset, bias_dtype = ctx.call
+        once, structure, offset, center, bias_dtype = ctx.call
         once.drop()
-        held, mean, rstd, *rest = unflatten(ctx.saved_tensors, structure)
+        held, rstd, *rest = unflatten(ctx.saved_tensors, structure)
         _, need_weight, need_bias = ctx.needs_input_grad[4:]
-        x, weight = load(held), rest[0] if rest else None
+        x, mean = load(held), rest.pop(0) if center else None
+        weight = rest[0] if rest else None
         dx, dw, db = rms_norm_backward(as_matrix(dy), x, weight, mean, rstd, offset, need_weight, need_bias)
-        dw = _cast(dw, weight.dtype) if weight is not None and need_weight else None
-        db = _cast(db, bias_dtype) if need_bias else None
+        dw = None if dw is None or weight is None else _cast(dw, weight.dtype)
+        db = None if db is None else _cast(db, bias_dtype)
         return None, None, None, None, reshaped(dx, dy.shape), dw, db
 
 
@@ -58,7 +59,7 @@ def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _again(offset: float, center: bool, has_weight: bool, x: Tensor, rstd: Tensor, *rest: Tensor) -> Tensor:
-    mean, parameters = (rest[0], rest[1:]) if center else (rstd.new_empty(0), rest)
+    mean, parameters = (rest[0], rest[1:]) if center else (None, rest)
     weight = parameters[0] if has_weight else None
     bias = parameters[-1] if len(parameters) > has_weight else None
     return rms_norm_apply(x, weight, bias, mean, rstd, offset)

@@ -28,14 +28,14 @@ def extension(name: str) -> Any:
     return _load(name)[0]
 
 
-# Asked at every call, of small tensors too: loops and properties, since a generator costs as much as a small kernel and
-# `device.type` four times `is_cpu`.
+# Asked at every call, of small tensors too: loops and properties, since a generator costs as much as a small kernel,
+# `device.type` ten times `is_cpu`, and `isinstance(1.0, Tensor)`, which torch answers in Python, as much as three
+# properties.
 
 
-def cpp_why_not(*args: Any, contiguous: bool = True) -> str | None:
-    """Of the tensors among the arguments."""
-    for t in args:
-        if isinstance(t, torch.Tensor):
+def cpp_why_not(*tensors: torch.Tensor | None, contiguous: bool = True) -> str | None:
+    for t in tensors:
+        if t is not None:
             if not t.is_cpu:
                 return "the C++ kernels run on the CPU"
             if contiguous and not t.is_contiguous():
@@ -50,11 +50,16 @@ def rows_adjacent(t: torch.Tensor) -> bool:
     return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
 
 
-def cpp_float_why_not(*args: Any, apart: bool = False) -> str | None:
+def adjacent(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy of it that `rows_adjacent` holds for."""
+    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
+
+
+def cpp_float_why_not(*tensors: torch.Tensor | None, apart: bool = False) -> str | None:
     """`cpp_why_not` of kernels that compute in float32, whose tensors are contiguous or have their rows `apart`; one
     loop instead of three."""
-    for t in args:
-        if isinstance(t, torch.Tensor):
+    for t in tensors:
+        if t is not None:
             if not t.is_cpu:
                 return "the C++ kernels run on the CPU"
             if t.dtype == torch.float64:
@@ -87,14 +92,13 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_why_not(*args: Any) -> str | None:
-    """Of the tensors among the arguments."""
+def triton_why_not(*tensors: torch.Tensor | None) -> str | None:
     if not _has_triton():
         return "triton is not installed"
     if (reason := versions.why_not("triton")) is not None:
         return reason
-    for t in args:
-        if isinstance(t, torch.Tensor) and t.is_cpu and not interpreted():
+    for t in tensors:
+        if t is not None and t.is_cpu and not interpreted():
             return (
                 "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the "
                 "CPU"

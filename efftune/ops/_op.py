@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _LIB = torch.library.Library("efftune", "FRAGMENT")
 
@@ -79,7 +80,7 @@ class Op:
         OPS[self.name] = self
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or not _direct(args):
+        if is_compiling() or not _direct(args):
             return self.overload(*args)
         return self.select(*args).run(*args)
 
@@ -138,6 +139,11 @@ def _direct(args: tuple) -> bool:
             elif kind not in _NUMBERS or (several and kind is not int and kind is not float):
                 return False
     return True
+
+
+def contiguous_like(x: Tensor) -> Tensor:
+    # Told the layout, torch takes half as long again, and where it is told nothing it takes that of x.
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _on_device(run: Callable) -> Callable:

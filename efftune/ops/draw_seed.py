@@ -25,7 +25,8 @@ draw_seed_op = Op("draw_seed(Tensor where) -> Tensor", _reference, _fake, tags=(
 
 def capturing() -> bool:
     """Whether what the current stream does becomes a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # Nothing is captured before CUDA is initialised, and `is_available` counts the devices at each call.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture() -> None:

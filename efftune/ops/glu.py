@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
-from efftune.ops._op import Op
+from efftune.ops._available import adjacent, cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
+from efftune.ops._op import Op, contiguous_like
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SQRT_2_PI = math.sqrt(2 / math.pi)
@@ -61,13 +61,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _empty_like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)  # half the time of new_empty(t.shape)
-
-
 def _fake(gate, up, activation):
     _check(gate, up, activation)
-    return _empty_like(gate)
+    return contiguous_like(gate)
 
 
 def _reference(gate, up, activation):
@@ -82,37 +78,37 @@ def _backward_fake(dy, gate, up, activation):
         raise ValueError(
             f"glu_backward takes dy like gate, {gate.dtype} {tuple(gate.shape)}, not {dy.dtype} {tuple(dy.shape)}."
         )
-    return _empty_like(gate), gate.new_empty(0) if up is None else _empty_like(up)
+    return [contiguous_like(gate)] if up is None else [contiguous_like(gate), contiguous_like(up)]
 
 
 def _backward_reference(dy, gate, up, activation):
-    dgate, dup = _backward_fake(dy, gate, up, activation)
+    outputs = _backward_fake(dy, gate, up, activation)
     value, slope = _CURVES[activation]
     wide, dy = _wide(gate), _wide(dy)
-    if up is None:
-        return dgate.copy_(dy * slope(wide)), dup
-    return dgate.copy_(dy * _wide(up) * slope(wide)), dup.copy_(dy * value(wide))
+    gradients = [dy * slope(wide)] if up is None else [dy * _wide(up) * slope(wide), dy * value(wide)]
+    return [output.copy_(gradient) for output, gradient in zip(outputs, gradients, strict=True)]
 
 
 glu_op = Op("glu(Tensor gate, Tensor? up, str activation) -> Tensor", _reference, _fake)
-glu_backward_op = Op(
-    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation) -> (Tensor, Tensor)",
+glu_backward_op = Op(  # dgate and, with up, dup
+    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation) -> Tensor[]",
     _backward_reference,
     _backward_fake,
 )
 
 
 def _cpp_why_not(*args):
-    return cpp_float_why_not(*args, apart=True)
+    return cpp_float_why_not(*args[:-1], apart=True)  # without the activation's name
 
 
 def _triton_why_not(*args):
-    for t in args:
-        if isinstance(t, Tensor) and not rows_adjacent(t):
+    tensors = args[:-1]
+    for t in tensors:
+        if t is not None and not rows_adjacent(t):
             return "the kernels take rows whose elements are adjacent"
-    if args[0].dtype == torch.float64:
+    if tensors[0].dtype == torch.float64:
         return "float64 is computed by the reference"
-    return triton_why_not(*args)
+    return triton_why_not(*tensors)
 
 
 def _run_cpp(dy, gate, up, activation, y, dgate, dup):
@@ -131,9 +127,9 @@ def _cpp(gate, up, activation):
 
 @glu_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
 def _backward_cpp(dy, gate, up, activation):
-    dgate, dup = _backward_fake(dy, gate, up, activation)
-    _run_cpp(dy, gate, up, activation, None, dgate, dup)
-    return dgate, dup
+    outputs = _backward_fake(dy, gate, up, activation)
+    _run_cpp(dy, gate, up, activation, None, outputs[0], None if up is None else outputs[1])
+    return outputs
 
 
 @glu_op.backend("triton", "cuda", why_not=_triton_why_not)
@@ -149,13 +145,9 @@ def _triton(gate, up, activation):
 def _backward_triton(dy, gate, up, activation):
     from efftune.triton_kernels.glu import glu_backward
 
-    dgate, dup = _backward_fake(dy, gate, up, activation)
-    glu_backward(dy, gate, up, dgate, dup, activation)
-    return dgate, dup
-
-
-def _adjacent(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
+    outputs = _backward_fake(dy, gate, up, activation)
+    glu_backward(dy, gate, up, outputs[0], None if up is None else outputs[1], activation)
+    return outputs
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
@@ -172,17 +164,18 @@ def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202, eq. 5; Hendrycks and Gimpel 2016, arXiv:1606.08415; So et al. 2021,
         arXiv:2109.08668 (relu²).
     """
-    return glu_op(_adjacent(gate), None if up is None else _adjacent(up), activation)
+    return glu_op(adjacent(gate), None if up is None else adjacent(up), activation)
 
 
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
+def glu_backward(dy: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None]:
     """dgate = dy · up · act'(gate), dup = dy · act(gate); dgate = dy · act'(gate) where up is None.
 
     Args:
         dy: (M, F), dtype of gate, any strides.   gate, up, activation: as given to glu.
-    Returns: dgate (M, F) and dup (M, F), dtype of gate, contiguous; dup is empty (0,) without up. act'(0) of relu is 0.
+    Returns: dgate (M, F) and dup (M, F), dtype of gate, contiguous; dup is None without up. act'(0) of relu is 0.
     Numerics: all arithmetic in f32 (f64 for an f64 gate), each result rounded once.
     Saved for backward: nothing.
     Raises: ValueError as glu, and for a dy of another shape or dtype than gate.
     """
-    return glu_backward_op(_adjacent(dy), _adjacent(gate), None if up is None else _adjacent(up), activation)
+    dgate, *dup = glu_backward_op(adjacent(dy), adjacent(gate), None if up is None else adjacent(up), activation)
+    return dgate, dup[0] if dup else None

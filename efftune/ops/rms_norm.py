@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 
 from efftune.ops._available import cpp_float_why_not, dtype_name, extension, triton_why_not
-from efftune.ops._op import Op
+from efftune.ops._op import Op, contiguous_like
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 _FLOATS = (*_STORED, torch.float64)
 MAX_TRITON_COLUMNS = 16384  # one program holds a row
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -29,55 +25,66 @@ def _gain(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
     return wide + offset if offset else wide
 
 
-def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+def _normalised(x: Tensor, mean: Tensor | None, rstd: Tensor) -> Tensor:
     x = x.to(_wide(x))
-    return (x - mean[:, None] if mean.numel() else x) * rstd[:, None]
+    return (x if mean is None else x - mean[:, None]) * rstd[:, None]
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> None:
-    if x.ndim != 2 or x.dtype not in _FLOATS:
-        raise ValueError(f"rms_norm takes x (M, K), float64 | 32 | 16 or bfloat16, not {x.dtype} {tuple(x.shape)}.")
-    if x.shape[1] == 0:
+    dtype = x.dtype
+    if x.ndim != 2 or dtype not in _FLOATS:
+        raise ValueError(f"rms_norm takes x (M, K), float64 | 32 | 16 or bfloat16, not {dtype} {tuple(x.shape)}.")
+    columns = x.shape[1]
+    if columns == 0:
         raise ValueError("rms_norm needs at least one column: a row of no elements has no mean.")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue
-        if t.shape != x.shape[1:]:
-            raise ValueError(f"rms_norm needs a {name} ({x.shape[1]},) for x {tuple(x.shape)}, not {tuple(t.shape)}.")
-        if t.dtype not in _FLOATS or t.dtype == torch.float64 != x.dtype:
+        if t.ndim != 1 or t.numel() != columns:
+            raise ValueError(f"rms_norm needs a {name} ({columns},) for x {tuple(x.shape)}, not {tuple(t.shape)}.")
+        if t.dtype != dtype and t.dtype not in _STORED:
             raise ValueError(f"rms_norm takes a floating-point {name}, float64 only with x, not {t.dtype}.")
 
 
-def _check_saved(x: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def _check_saved(x: Tensor, mean: Tensor | None, rstd: Tensor) -> None:
     m, wide = x.shape[0], _wide(x)
-    if rstd.shape != (m,) or mean.shape not in ((m,), (0,)):
-        raise ValueError(
-            f"rms_norm needs rstd ({m},) and mean ({m},) or (0,) for x {tuple(x.shape)}, as the forward returned them, "
-            f"not {tuple(rstd.shape)} and {tuple(mean.shape)}."
-        )
-    if rstd.dtype != wide or mean.dtype != wide:
-        raise ValueError(f"rms_norm takes mean and rstd in {wide}, not {mean.dtype} and {rstd.dtype}.")
+    for name, t in (("rstd", rstd), ("mean", mean)):
+        if t is None:
+            continue
+        if t.ndim != 1 or t.numel() != m:
+            raise ValueError(
+                f"rms_norm needs {name} ({m},) for x {tuple(x.shape)}, as the forward returned it, not "
+                f"{tuple(t.shape)}."
+            )
+        if t.dtype != wide:
+            raise ValueError(f"rms_norm takes mean and rstd in {wide}, not {name} in {t.dtype}.")
+
+
+def _empty(x: Tensor, size: int) -> Tensor:
+    # A third of the time is the dtype, if it is given.
+    return x.new_empty(size) if x.dtype == _wide(x) else x.new_empty(size, dtype=torch.float32)
 
 
 def _fake(x, weight, bias, eps, offset, center):
     _check(x, weight, bias)
-    m, wide = x.shape[0], _wide(x)
-    return _empty_like(x), x.new_empty(m if center else 0, dtype=wide), x.new_empty(m, dtype=wide)
+    m = x.shape[0]
+    return [contiguous_like(x), _empty(x, m), _empty(x, m)] if center else [contiguous_like(x), _empty(x, m)]
 
 
 def _reference(x, weight, bias, eps, offset, center):
     _check(x, weight, bias)
     wide = x.to(_wide(x))
-    mean = wide.mean(1) if center else wide.new_empty(0)
-    centred = wide - mean[:, None] if center else wide
+    mean = wide.mean(1) if center else None
+    centred = wide if mean is None else wide - mean[:, None]
     rstd = (centred.square().mean(1) + eps).rsqrt()
-    return _apply_reference(x, weight, bias, mean, rstd, offset), mean, rstd
+    y = _apply_reference(x, weight, bias, mean, rstd, offset)
+    return [y, rstd] if mean is None else [y, rstd, mean]
 
 
 def _apply_fake(x, weight, bias, mean, rstd, offset):
     _check(x, weight, bias)
     _check_saved(x, mean, rstd)
-    return _empty_like(x)
+    return contiguous_like(x)
 
 
 def _apply_reference(x, weight, bias, mean, rstd, offset):
@@ -93,59 +100,72 @@ def _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
         raise ValueError(
             f"rms_norm_backward takes dy like x, {x.dtype} {tuple(x.shape)}, not {dy.dtype} {tuple(dy.shape)}."
         )
-    k, wide = x.shape[1], _wide(x)
-    dweight = x.new_empty(k if need_weight else 0, dtype=wide)
-    return _empty_like(x), dweight, x.new_empty(k if need_bias else 0, dtype=wide)
+    k = x.shape[1]
+    return [contiguous_like(x), *[_empty(x, k) for need in (need_weight, need_bias) if need]]
 
 
 def _backward_reference(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
-    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
+    dx = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)[0]
     wide, x_hat = dy.to(_wide(x)), _normalised(x, mean, rstd)
     g = wide * _gain(x, weight, offset)
     inner = g - x_hat * (g * x_hat).mean(1, keepdim=True)
-    if mean.numel():
+    if mean is not None:
         inner = inner - g.mean(1, keepdim=True)
     dx.copy_(inner * rstd[:, None])
-    return (
-        dx,
-        (wide * x_hat).sum(0) if need_weight else dweight,
-        wide.sum(0) if need_bias else dbias,
-    )
+    return [dx, *([(wide * x_hat).sum(0)] if need_weight else ()), *([wide.sum(0)] if need_bias else ())]
 
 
-rms_norm_op = Op(
-    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool center) "
-    "-> (Tensor, Tensor, Tensor)",
+# The operators return what there is, as a list: an empty tensor in place of what is not wanted costs a sixth of a call.
+rms_norm_op = Op(  # y, rstd and, if centred, mean
+    "rms_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, float offset, bool center) -> Tensor[]",
     _reference,
     _fake,
 )
 rms_norm_apply_op = Op(
-    "rms_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float offset) -> Tensor",
+    "rms_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, float offset) -> Tensor",
     _apply_reference,
     _apply_fake,
 )
-rms_norm_backward_op = Op(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, float offset, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor)",
+rms_norm_backward_op = Op(  # dx and, as needed, dweight and dbias
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? mean, Tensor rstd, float offset, "
+    "bool need_weight, bool need_bias) -> Tensor[]",
     _backward_reference,
     _backward_fake,
 )
 
 
-def _triton_why_not(*args):
-    for t in args:
-        if isinstance(t, Tensor):
+def _wanted(outputs: list[Tensor], need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias of what `rms_norm_backward_op` returns."""
+    return outputs[0], outputs[1] if need_weight else None, outputs[-1] if need_bias else None
+
+
+def _triton_why_not(x, *others):
+    for t in (x, *others):
+        if t is not None:
             if not t.is_contiguous():
                 return "the Triton kernel takes contiguous tensors"
             if t.dtype == torch.float64:
                 return "float64 is computed by the reference"
-    if args[0].shape[1] > MAX_TRITON_COLUMNS:
-        return f"{args[0].shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    return triton_why_not(args[0])
+    if x.shape[1] > MAX_TRITON_COLUMNS:
+        return f"{x.shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
+    return triton_why_not(x)
+
+
+# Of each operator the tensors among its arguments.
+def _of_forward(why_not):
+    return lambda x, weight, bias, eps, offset, center: why_not(x, weight, bias)
+
+
+def _of_apply(why_not):
+    return lambda x, weight, bias, mean, rstd, offset: why_not(x, weight, bias, mean, rstd)
+
+
+def _of_backward(why_not):
+    return lambda dy, x, weight, mean, rstd, offset, *need: why_not(dy, x, weight, mean, rstd)
 
 
 def _pointers(*tensors: Tensor | None) -> list[int]:
-    return [t.data_ptr() if t is not None and t.numel() else 0 for t in tensors]
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
@@ -154,39 +174,39 @@ def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
-@rms_norm_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
+@rms_norm_op.backend("cpp", "cpu", why_not=_of_forward(cpp_float_why_not))
 def _cpp(x, weight, bias, eps, offset, center):
-    y, mean, rstd = _fake(x, weight, bias, eps, offset, center)
-    _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, False)
-    return y, mean, rstd
+    outputs = _fake(x, weight, bias, eps, offset, center)
+    _run_cpp(x, outputs[0], weight, bias, outputs[2] if center else None, outputs[1], offset, eps, False)
+    return outputs
 
 
-@rms_norm_apply_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
+@rms_norm_apply_op.backend("cpp", "cpu", why_not=_of_apply(cpp_float_why_not))
 def _apply_cpp(x, weight, bias, mean, rstd, offset):
     y = _apply_fake(x, weight, bias, mean, rstd, offset)
     _run_cpp(x, y, weight, bias, mean, rstd, offset, 0.0, True)
     return y
 
 
-@rms_norm_backward_op.backend("cpp", "cpu", why_not=cpp_float_why_not)
+@rms_norm_backward_op.backend("cpp", "cpu", why_not=_of_backward(cpp_float_why_not))
 def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)
-    pointers = _pointers(dy, x, gain, mean, rstd, *outputs)
+    pointers = _pointers(dy, x, gain, mean, rstd, *_wanted(outputs, need_weight, need_bias))
     extension("_cpu").norm_backward(*pointers, *x.shape, dtype_name(x.dtype), torch.get_num_threads())
     return outputs
 
 
-@rms_norm_op.backend("triton", "cuda", why_not=_triton_why_not)
+@rms_norm_op.backend("triton", "cuda", why_not=_of_forward(_triton_why_not))
 def _triton(x, weight, bias, eps, offset, center):
     from efftune.triton_kernels.rms_norm import rms_norm
 
-    y, mean, rstd = _fake(x, weight, bias, eps, offset, center)
-    rms_norm(x, weight, bias, y, mean, rstd, eps, offset)
-    return y, mean, rstd
+    outputs = _fake(x, weight, bias, eps, offset, center)
+    rms_norm(x, weight, bias, outputs[0], outputs[2] if center else None, outputs[1], eps, offset)
+    return outputs
 
 
-@rms_norm_apply_op.backend("triton", "cuda", why_not=_triton_why_not)
+@rms_norm_apply_op.backend("triton", "cuda", why_not=_of_apply(_triton_why_not))
 def _apply_triton(x, weight, bias, mean, rstd, offset):
     from efftune.triton_kernels.rms_norm import rms_norm_apply
 
@@ -195,13 +215,13 @@ def _apply_triton(x, weight, bias, mean, rstd, offset):
     return y
 
 
-@rms_norm_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
+@rms_norm_backward_op.backend("triton", "cuda", why_not=_of_backward(_triton_why_not))
 def _backward_triton(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     from efftune.triton_kernels.rms_norm import rms_norm_backward
 
-    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
-    rms_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, offset)
-    return dx, dweight, dbias
+    outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
+    rms_norm_backward(dy, x, weight, mean, rstd, *_wanted(outputs, need_weight, need_bias), offset)
+    return outputs
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -215,7 +235,7 @@ def rms_norm(
     eps: float = 1e-6,
     offset: float = 0.0,
     center: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """y = (x - mean) · rstd · (offset + weight) + bias, row by row, with rstd = 1 / √(mean((x - mean)²) + eps).
 
     RMSNorm is center=False, where mean counts as 0; LayerNorm is center=True.
@@ -224,19 +244,20 @@ def rms_norm(
         x: (M, K) f64 | f32 | bf16 | f16, any strides.
         weight, bias: (K,) or None, in a dtype of their own (f64 only with an f64 x). Without a weight the factor is 1.
         offset: 0, or 1 where the weight is stored less 1, as in Gemma.   eps: in units of x².
-    Returns: y (M, K), dtype of x, contiguous; mean (M,), empty (0,) if not centred; rstd (M,). Statistics are f32 (f64
-        for an f64 x). No gradient: see rms_norm_backward.
+    Returns: y (M, K), dtype of x, contiguous; mean (M,), None if not centred; rstd (M,). Statistics are f32 (f64 for an
+        f64 x). No gradient: see rms_norm_backward.
     Numerics: all arithmetic in f32 (f64 for an f64 x), y rounded once. The variance takes a second pass over the row,
         so a large mean does not cancel it.
     Saved for backward: nothing here; the caller keeps x and the statistics, 4 or 8 bytes a row.
     Raises: ValueError for an x that is not (M, K) with K of at least 1, or a weight or bias that is not (K,).
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; Ba et al. 2016, arXiv:1607.06450, eq. 3.
     """
-    return rms_norm_op(x.contiguous(), _contiguous(weight), _contiguous(bias), eps, offset, center)
+    y, rstd, *mean = rms_norm_op(x.contiguous(), _contiguous(weight), _contiguous(bias), eps, offset, center)
+    return y, mean[0] if mean else None, rstd
 
 
 def rms_norm_apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, offset: float = 0.0
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor, offset: float = 0.0
 ) -> Tensor:
     """y of rms_norm again, from its saved statistics: equal bit for bit on the backend that computed them.
 
@@ -254,12 +275,12 @@ def rms_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     offset: float = 0.0,
     need_weight: bool = True,
     need_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)), g = dy · (offset + weight), x̂ = (x - mean) · rstd; without mean(g)
     if not centred. dweight = Σ_rows dy · x̂, dbias = Σ_rows dy.
 
@@ -267,12 +288,13 @@ def rms_norm_backward(
         dy: (M, K), dtype of x, any strides (expanded too).   x, weight, offset: as given to rms_norm.
         mean, rstd: as rms_norm returned them.
         need_weight, need_bias: compute dweight, dbias.
-    Returns: dx (M, K), dtype of x; dweight (K,) and dbias (K,), f32 (f64 for an f64 x), empty (0,) if not needed.
+    Returns: dx (M, K), dtype of x; dweight (K,) and dbias (K,), f32 (f64 for an f64 x), None if not needed.
     Numerics: all arithmetic in f32 (f64 for an f64 x), dx rounded once. Sums over rows are deterministic: the same
         bits whatever the number of threads.
     Saved for backward: nothing. The C++ and Triton backends take a buffer of M / 64 rows (Triton: at most 512) of K.
     Raises: ValueError as rms_norm_apply, and for a dy of another shape or dtype than x.
     """
-    return rms_norm_backward_op(
+    outputs = rms_norm_backward_op(
         dy.contiguous(), x.contiguous(), _contiguous(weight), mean, rstd, offset, need_weight, need_bias
     )
+    return _wanted(outputs, need_weight, need_bias)

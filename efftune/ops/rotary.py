@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
+from efftune.ops._available import adjacent, cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
 from efftune.ops._op import Op
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,10 +118,6 @@ def _triton(x, also, cos, sin, transposed):
     return outs
 
 
-def _adjacent(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
-
-
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
     """y1 = x1∘cos1 - x2∘sin1, y2 = x2∘cos2 + x1∘sin2, where 1 and 2 are the halves of the columns: x∘cos +
     rotate_half(x)∘sin with rotate_half(x) = (-x2, x1).
@@ -140,7 +136,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Ten
         shapes or dtypes.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; the halves as in GPT-NeoX and transformers.
     """
-    return rotary_op(_adjacent(x), None, _adjacent(cos), _adjacent(sin), transposed)[0]
+    return rotary_op(adjacent(x), None, adjacent(cos), adjacent(sin), transposed)[0]
 
 
 def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
@@ -148,5 +144,5 @@ def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool
 
     Raises: ValueError as rotary, and for a k that differs from q in more than its number of heads.
     """
-    first, second = rotary_op(_adjacent(q), _adjacent(k), _adjacent(cos), _adjacent(sin), transposed)
+    first, second = rotary_op(adjacent(q), adjacent(k), adjacent(cos), adjacent(sin), transposed)
     return first, second

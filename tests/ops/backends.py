@@ -50,7 +50,7 @@ def on(backend, function, *args, **kwargs):
         pytest.skip("Triton is not interpreted in this process")
     with use_backend(name), cuda_on_cpu() if backend == ("cuda", "cpu") else nullcontext():
         result = function(*(a.to(device) if isinstance(a, torch.Tensor) and a.ndim else a for a in args), **kwargs)
-    return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
+    return tuple(None if r is None else r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
 
 
 def skip_truncation(backend, dtype, exact=False):

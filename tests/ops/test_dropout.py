@@ -86,7 +86,7 @@ def test_a_graph_that_would_repeat_its_draws_is_not_captured(monkeypatch, keep):
     layer = Linear.from_linear(torch.nn.Linear(8, 8), keep=keep)
     x = torch.randn(4, 8)
     layer(x)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(EfftuneError, match="one draw in every replay.*; capture a recipe that draws nothing, or run"):
         layer(x)
