@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
 from efftune.linear.contracts import Base, Delta, Keep, Need
@@ -27,7 +28,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, source, seed, x, bias, *tensors):
         base, delta, keep = axes
-        num_w, shape, compiling = len(need.w), x.shape, torch.compiler.is_compiling()
+        num_w, shape, compiling = len(need.w), x.shape, is_compiling()
         matrix = len(shape) == 2
         rows = x if matrix else x.reshape(-1, shape[-1])
         y, saved = delta.forward(base, keep, rows, bias, tensors[:num_w], tensors[num_w:], seed, need, source)
@@ -57,7 +58,7 @@ class LinearFunction(torch.autograd.Function):
             with use_backend(backend):
                 dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
         if dx is not None and shape is not None:
-            dx = dx.view(shape)
+            dx = dx.view(*shape)  # not of `shape`: see `reshaped`
         return None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
 
 
@@ -67,7 +68,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable:
     below = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
         return below(*args)
 

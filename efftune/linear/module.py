@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from efftune.errors import EfftuneError
 from efftune.hooks import hooked
@@ -114,7 +115,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not is_compiling():
             source = source_of(x, create=self.keep.random or self.delta.random)
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
@@ -93,11 +94,11 @@ def glu(gate: Tensor, up: Tensor | None, activation: str, keep: Keep | None = No
         with `up`. For relu alone, whatever the keep, only that eighth: the layer that reads y keeps y.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return composition(gate, up, activation)  # the compiler fuses it, and recomputes it in backward
     needed = torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad))
     if not needed:  # nothing is kept for this layer, so that a handle would not be free
-        return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(gate.shape)
+        return activate(as_matrix(gate), None if up is None else as_matrix(up), activation).view(*gate.shape)
     if activation == "relu" and up is None:
         return _Relu.apply(gate)
     keep = Exact() if keep is None else keep

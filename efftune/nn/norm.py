@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
 from efftune.linear import Exact
@@ -71,7 +72,7 @@ def _norm(x, weight, bias, eps, offset, center, keep) -> Tensor:
     if not (
         torch.is_grad_enabled() and (x.requires_grad or trains)
     ):  # nothing is kept of x for this layer, so that a handle would not be free
-        return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(x.shape)
+        return normalize(as_matrix(x), weight, bias, eps, offset, center)[0].view(*x.shape)
     seed = draw_seed() if keep.random else None
     made: list[Handle] = []
     y = _apply(keep, (eps, offset, center), seed, made, x, weight, bias)
@@ -91,7 +92,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, offset: float 
     Under torch.compile, whatever the keep: torch's own composition, which the compiler fuses and recomputes.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         scaled = weight if weight is None or offset == 0 else weight + offset
         return F.rms_norm(x, (x.shape[-1],), None if scaled is None else scaled.to(x.dtype), eps)
     return _norm(x, weight, None, eps, offset, False, keep)
@@ -104,7 +105,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     torch does.
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x = x.float()

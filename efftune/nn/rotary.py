@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
 from efftune.linear.function import applied
@@ -51,7 +52,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises: ValueError for other shapes and dtypes.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return composition(x, cos.unsqueeze(1), sin.unsqueeze(1)).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rotate(x, cos, sin)
@@ -73,7 +74,7 @@ _MARK = "_efftune_rotary"
 
 def mark(module: nn.Module, args: Any, output: Any) -> None:
     """A forward hook for a rotary embedding: its (cos, sin) lead to `rotary`."""
-    if not torch.compiler.is_compiling() and isinstance(output, tuple) and len(output) == 2:
+    if not is_compiling() and isinstance(output, tuple) and len(output) == 2:
         set_marked(output[0])
 
 
@@ -107,7 +108,7 @@ def _switch(original: Callable) -> Callable:
     @functools.wraps(original)
     def switch(*args, **kwargs):
         # Under torch.compile the compiler fuses the formula, and marks are not looked at.
-        if not torch.compiler.is_compiling() and len(args) == 4 and not kwargs and is_marked(args[2]):
+        if not is_compiling() and len(args) == 4 and not kwargs and is_marked(args[2]):
             q, k, cos, sin = args
             if _fits(q, k, cos, sin, narrow):
                 return rotary_pair(q, k, cos, sin)

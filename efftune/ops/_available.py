@@ -28,6 +28,12 @@ def extension(name: str) -> Any:
     return _load(name)[0]
 
 
+@functools.cache
+def kernels(name: str) -> Any:
+    """The module `efftune.triton_kernels.<name>`, which imports triton; an import statement costs 0.8 µs each time."""
+    return importlib.import_module(f"efftune.triton_kernels.{name}")
+
+
 # Asked at every call, of small tensors too: loops and properties, since a generator costs as much as a small kernel,
 # `device.type` ten times `is_cpu`, and `isinstance(1.0, Tensor)`, which torch answers in Python, as much as three
 # properties.
@@ -52,7 +58,7 @@ def rows_adjacent(t: torch.Tensor) -> bool:
 
 def adjacent(t: torch.Tensor) -> torch.Tensor:
     """t, or a copy of it that `rows_adjacent` holds for."""
-    return t if t.is_contiguous() or rows_adjacent(t) else t.contiguous()
+    return t if rows_adjacent(t) else t.contiguous()
 
 
 def cpp_float_why_not(*tensors: torch.Tensor | None, apart: bool = False) -> str | None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from efftune.errors import EfftuneError
-from efftune.ops._op import Op
+from efftune.ops._op import Op, _direct
+
+
+def _drawn() -> Tensor:
+    refuse_capture()
+    return torch.randint(0, 2**62, (), device="cpu")
 
 
 def _reference(where: Tensor) -> Tensor:
-    refuse_capture()
-    return torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu")
+    return _drawn()
 
 
 def _fake(where: Tensor) -> Tensor:
@@ -47,4 +52,4 @@ def draw_seed() -> Tensor:
     the forward's result depends on it (LoRA's dropout); for a keep that draws see docs/adding-an-axis.md.
     Raises: EfftuneError while a CUDA graph is being captured.
     """
-    return draw_seed_op(torch.empty(0, device="cpu"))
+    return _drawn() if not is_compiling() and _direct(()) else draw_seed_op(torch.empty(0, device="cpu"))

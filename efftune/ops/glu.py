@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import adjacent, cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
+from efftune.ops._available import (
+    adjacent,
+    cpp_float_why_not,
+    dtype_name,
+    extension,
+    kernels,
+    rows_adjacent,
+    triton_why_not,
+)
 from efftune.ops._op import Op, contiguous_like
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -134,19 +142,15 @@ def _backward_cpp(dy, gate, up, activation):
 
 @glu_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(gate, up, activation):
-    from efftune.triton_kernels.glu import glu
-
     y = _fake(gate, up, activation)
-    glu(gate, up, y, activation)
+    kernels("glu").glu(gate, up, y, activation)
     return y
 
 
 @glu_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _backward_triton(dy, gate, up, activation):
-    from efftune.triton_kernels.glu import glu_backward
-
     outputs = _backward_fake(dy, gate, up, activation)
-    glu_backward(dy, gate, up, outputs[0], None if up is None else outputs[1], activation)
+    kernels("glu").glu_backward(dy, gate, up, outputs[0], None if up is None else outputs[1], activation)
     return outputs
 
 

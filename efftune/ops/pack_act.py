@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (*_STORED, torch.float64)
 _FRACTION = 2**17  # codes are computed in units of 2^-17: a 16-bit draw and the half that centres it
 _SMALLEST = 2.0**-100  # least scale of a group that is not constant: 2^17 / scale stays finite
 
 
 def _row_stride(x: Tensor) -> int | None:
     """Elements from one row (last dimension) to the next if one number says it and rows are dense, else None."""
+    if x.ndim > 0 and x.is_contiguous():
+        return x.shape[-1]
     if x.ndim == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
         return None
     stride, expected = x.shape[-1], None
@@ -77,19 +80,19 @@ def _check_layout(name, bits, group):
 
 
 def _fake(x, bits, group, seed, stream):
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2 or x.ndim == 0:
+    if x.dtype not in _FLOATS or x.ndim == 0:
         raise ValueError(
             f"pack_act takes x (..., K) in float64, float32, bfloat16 or float16, not {x.dtype} with {x.ndim} "
             "dimensions."
         )
     _check_layout("pack_act", bits, group)
-    if seed is not None and (seed.device.type != "cpu" or seed.dtype != torch.int64 or seed.ndim != 0):
+    if seed is not None and (not seed.is_cpu or seed.dtype != torch.int64 or seed.ndim != 0):
         raise ValueError("pack_act takes its seed as a 0-d int64 tensor on the CPU; make it with draw_seed().")
     if not 0 <= stream < 2**32:
         raise ValueError(f"pack_act takes a stream in [0, 2^32), not {stream}; hash the parameter's name to 32 bits.")
     *lead, cols = x.shape
-    codes = x.new_empty((*lead, (cols * bits + 7) // 8), dtype=torch.uint8)
-    return codes, x.new_empty((*lead, (cols + group - 1) // group, 2), dtype=torch.bfloat16)
+    codes = x.new_empty(*lead, (cols * bits + 7) // 8, dtype=torch.uint8)
+    return codes, x.new_empty(*lead, (cols + group - 1) // group, 2, dtype=torch.bfloat16)
 
 
 pack_op = Op(
@@ -108,7 +111,7 @@ def _unpack_reference(codes, stats, bits, group, cols, dtype):
 
 def _unpack_fake(codes, stats, bits, group, cols, dtype):
     _check_layout("unpack_act", bits, group)
-    if codes.dtype != torch.uint8 or stats.dtype != torch.bfloat16 or not dtype.is_floating_point or dtype.itemsize < 2:
+    if codes.dtype != torch.uint8 or stats.dtype != torch.bfloat16 or dtype not in _FLOATS:
         raise ValueError(
             f"unpack_act makes float64, float32, bfloat16 or float16 from codes in uint8 and stats in bfloat16, not "
             f"{dtype} from {codes.dtype} and {stats.dtype}."
@@ -120,7 +123,7 @@ def _unpack_fake(codes, stats, bits, group, cols, dtype):
             f"unpack_act needs codes (..., {width}) and stats (..., {groups}, 2) for {cols} columns of {bits} bits in "
             f"groups of {group}, not {tuple(codes.shape)} and {tuple(stats.shape)}."
         )
-    return codes.new_empty((*lead, cols), dtype=dtype)
+    return codes.new_empty(*lead, cols, dtype=dtype)
 
 
 unpack_op = Op(
@@ -201,19 +204,17 @@ def _unpack_cpp(codes, stats, bits, group, cols, dtype):
 
 @pack_op.backend("triton", "cuda", why_not=_pack_triton_why_not)
 def _pack_triton(x, bits, group, seed, stream):
-    from efftune.triton_kernels.pack_act import pack_act
-
     codes, stats = _fake(x, bits, group, seed, stream)
-    pack_act(x, codes, stats, _row_stride(x), bits, group, None if seed is None else int(seed), stream)
+    kernels("pack_act").pack_act(
+        x, codes, stats, _row_stride(x), bits, group, None if seed is None else int(seed), stream
+    )
     return codes, stats
 
 
 @unpack_op.backend("triton", "cuda", why_not=_unpack_triton_why_not)
 def _unpack_triton(codes, stats, bits, group, cols, dtype):
-    from efftune.triton_kernels.pack_act import unpack_act
-
     out = _unpack_fake(codes, stats, bits, group, cols, dtype)
-    unpack_act(codes, stats, out, bits, group)
+    kernels("pack_act").unpack_act(codes, stats, out, bits, group)
     return out
 
 

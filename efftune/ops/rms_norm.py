@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_float_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_float_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._op import Op, contiguous_like
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -199,28 +199,22 @@ def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
 
 @rms_norm_op.backend("triton", "cuda", why_not=_of_forward(_triton_why_not))
 def _triton(x, weight, bias, eps, offset, center):
-    from efftune.triton_kernels.rms_norm import rms_norm
-
     outputs = _fake(x, weight, bias, eps, offset, center)
-    rms_norm(x, weight, bias, outputs[0], outputs[2] if center else None, outputs[1], eps, offset)
+    kernels("rms_norm").rms_norm(x, weight, bias, outputs[0], outputs[2] if center else None, outputs[1], eps, offset)
     return outputs
 
 
 @rms_norm_apply_op.backend("triton", "cuda", why_not=_of_apply(_triton_why_not))
 def _apply_triton(x, weight, bias, mean, rstd, offset):
-    from efftune.triton_kernels.rms_norm import rms_norm_apply
-
     y = _apply_fake(x, weight, bias, mean, rstd, offset)
-    rms_norm_apply(x, weight, bias, y, mean, rstd, offset)
+    kernels("rms_norm").rms_norm_apply(x, weight, bias, y, mean, rstd, offset)
     return y
 
 
 @rms_norm_backward_op.backend("triton", "cuda", why_not=_of_backward(_triton_why_not))
 def _backward_triton(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
-    from efftune.triton_kernels.rms_norm import rms_norm_backward
-
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
-    rms_norm_backward(dy, x, weight, mean, rstd, *_wanted(outputs, need_weight, need_bias), offset)
+    kernels("rms_norm").rms_norm_backward(dy, x, weight, mean, rstd, *_wanted(outputs, need_weight, need_bias), offset)
     return outputs
 
 

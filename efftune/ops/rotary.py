@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import adjacent, cpp_float_why_not, dtype_name, extension, rows_adjacent, triton_why_not
+from efftune.ops._available import (
+    adjacent,
+    cpp_float_why_not,
+    dtype_name,
+    extension,
+    kernels,
+    rows_adjacent,
+    triton_why_not,
+)
 from efftune.ops._op import Op
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,10 +119,8 @@ def _cpp(x, also, cos, sin, transposed):
 
 @rotary_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(x, also, cos, sin, transposed):
-    from efftune.triton_kernels.rotary import rotary
-
     outs = _fake(x, also, cos, sin, transposed)
-    rotary(_both(x, also), outs, cos, sin, (*_steps(cos), *_steps(sin)), transposed)
+    kernels("rotary").rotary(_both(x, also), outs, cos, sin, (*_steps(cos), *_steps(sin)), transposed)
     return outs
 
 

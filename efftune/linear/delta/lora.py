@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
@@ -97,7 +98,8 @@ class LoRA(Delta):
         z = dropout(x, self.lora_dropout, seed, DROPOUT_STREAM) if self.lora_dropout else x
         if self.lora_dropout and source is not None:
             source = _dropped(x, source, self.lora_dropout, seed)
-        h = _scaled_product(z, a.t(), self.scale)  # (M, R)
+        scale = self.scale  # F.linear transposes a without a tensor in Python for it
+        h = F.linear(z, a) if scale == 1.0 else _scaled_product(z, a.t(), scale)  # (M, R)
         y = base.linear(w, x, (h, b), bias)
         kept = keep.save(z, source, seed) if need.p[0] else ()
         return y, (h, *kept) if need.p[1] else kept
@@ -107,7 +109,7 @@ class LoRA(Delta):
         h, kept = (saved[0], saved[1:]) if need.p[1] else (None, saved)
         dx = da = db = None
         if need.p[1]:
-            db = dy.t() @ h  # (N, R); laid out as lora_b is, so that autograd need not copy it
+            db = torch.mm(dy.t(), h)  # (N, R); laid out as lora_b is, so that autograd need not copy it
         if need.p[0] or need.x:
             dh = _scaled_product(dy, b, self.scale)  # (M, R)
             if need.p[0]:
