@@ -49,8 +49,7 @@ def _rank_first_why_not(x: Tensor, *_) -> str | None:
 def _rank_first(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # The large product reads y in its epilogue, while other tiles are still multiplied: the pass over y costs no time
     # of its own. What is rounded on the way is the small term.
-    y = torch.mm(h, b.t()) if bias is None else torch.addmm(bias, h, b.t())
-    return y.addmm_(x, w.t())
+    return F.linear(h, b, bias).addmm_(x, w.t())
 
 
 @OP.backend("torch", "cpu", "cuda")

@@ -31,6 +31,6 @@ class Exact(Keep):
 def product_t(g: Tensor, z: Tensor) -> Tensor:
     """gᵀ·z."""
     # For few columns (a LoRA rank) gᵀ is laid out first: on the CPU the product then runs at its full rate, and the
-    # copy is small, M·S elements.
+    # copy is small, M·S elements. A GPU reads either layout.
     g_t = g.t()
-    return torch.mm(g_t.contiguous() if 8 * g.shape[1] <= z.shape[1] else g_t, z)
+    return torch.mm(g_t.contiguous() if g.is_cpu and 8 * g.shape[1] <= z.shape[1] else g_t, z)
