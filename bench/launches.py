@@ -35,7 +35,7 @@ from efftune.ops.pack_act import pack_act, unpack_act
 from efftune.ops.perturb import perturb_many_
 from efftune.ops.relu import relu, relu_backward
 from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
-from efftune.ops.rotary import rotary
+from efftune.ops.rotary import rotary_pair
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
 
@@ -109,7 +109,7 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "glu_backward": lambda: [glu_backward(dy, x, dy, a) for a in acts],
         "relu": lambda: relu(x),
         "relu_backward": lambda: relu_backward(dy, bits),
-        "rotary": lambda: [rotary(q, cos, sin, transposed) for transposed in both],
+        "rotary": lambda: [rotary_pair(q, q[:, :1], cos, sin, transposed) for transposed in both],
         "int8_dequantize": lambda: int8_dequantize(stored, scales, 64, dtype),
         "lowrank_linear": lambda: lowrank_linear(x, w, h, b, None),
         "row_norms": lambda: row_norms(x),

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._divide import divide
-from efftune.ops._op import Op
+from efftune.ops._op import Op, contiguous_like
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ def _check(x, p, seed, stream):
 
 def _fake(x, p, seed, stream):
     _check(x, p, seed, stream)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x)
 
 
 dropout_op = Op("dropout(Tensor x, float p, Tensor seed, SymInt stream) -> Tensor", _reference, _fake)
@@ -81,10 +81,8 @@ def _cpp(x, p, seed, stream):
 
 @dropout_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(x, p, seed, stream):
-    from efftune.triton_kernels.dropout import dropout
-
     out = _fake(x, p, seed, stream)
-    dropout(x, out, _threshold(p), 1 / (1 - p), int(seed), stream)
+    kernels("dropout").dropout(x, out, _threshold(p), 1 / (1 - p), int(seed), stream)
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
@@ -69,10 +69,8 @@ def _cpp(codes, scales, group, dtype):
 
 @int8_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(codes, scales, group, dtype):
-    from efftune.triton_kernels.int8 import int8_dequantize
-
     out = _fake(codes, scales, group, dtype)
-    int8_dequantize(codes, scales, out, group)
+    kernels("int8").int8_dequantize(codes, scales, out, group)
     return out
 
 

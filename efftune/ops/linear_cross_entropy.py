@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from efftune.errors import refuse_second_derivative
-from efftune.ops._available import cpp_why_not, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, extension, kernels, triton_why_not
 from efftune.ops._op import Op, forced_backend, use_backend
 
 BLOCK = 2**21  # elements of the weight that are widened at a time
@@ -80,9 +80,7 @@ def _cpp_tile(z, bias, targets, norm, loss, dy, dz, first, vocabulary, ignore_in
 
 
 def _triton_tile(*args):
-    from efftune.triton_kernels.linear_cross_entropy import linear_cross_entropy
-
-    linear_cross_entropy(*args)
+    kernels("linear_cross_entropy").linear_cross_entropy(*args)
 
 
 # ---- products ----

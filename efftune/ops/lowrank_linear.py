@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import triton_why_not
+from efftune.ops._available import kernels, triton_why_not
 from efftune.ops._op import Op, forced_backend
 
 MAX_TRITON_RANK = 256
@@ -79,9 +79,7 @@ def _triton_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | N
 
 @OP.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    from efftune.triton_kernels.lowrank_linear import lowrank_linear as launch
-
-    return launch(x, w, h, b, bias)
+    return kernels("lowrank_linear").lowrank_linear(x, w, h, b, bias)
 
 
 def lowrank_linear(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

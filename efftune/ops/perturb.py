@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,11 +119,11 @@ def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
 
 @perturb_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(w, out, a, seeds, stream, offset, dist, rounding, threshold):
-    from efftune.triton_kernels.perturb import perturb
-
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     first, signs, stochastic = seeds[0] if seeds else 0, dist == "rademacher", rounding == "stochastic"
-    perturb(w, out, a.contiguous(), _seeds_beside(w, seeds), first, stream, offset, signs, stochastic, threshold)
+    kernels("perturb").perturb(
+        w, out, a.contiguous(), _seeds_beside(w, seeds), first, stream, offset, signs, stochastic, threshold
+    )
     _written(out)
 
 
@@ -230,10 +230,8 @@ def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
 @perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
 @_many
 def _triton_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
-    from efftune.triton_kernels.perturb import perturb_many
-
     first = seeds[0] if seeds else 0
-    perturb_many(w, out, a, _seeds_beside(a, seeds), first, streams, signs, stochastic, thresholds)
+    kernels("perturb").perturb_many(w, out, a, _seeds_beside(a, seeds), first, streams, signs, stochastic, thresholds)
 
 
 def _scalar(a: float, w: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
-from efftune.ops._op import Op
+from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._op import Op, contiguous_like
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,7 +15,7 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16)
 def _fake(x):
     if x.dtype not in (*_STORED, torch.float64):
         raise ValueError(f"relu takes float64 | 32 | 16 or bfloat16, not {x.dtype}.")
-    return x.new_empty(x.shape), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return contiguous_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 def _reference(x):
@@ -31,7 +31,7 @@ def _backward_fake(dy, bits):
             f"relu_backward takes dy in float64 | 32 | 16 or bfloat16, and its bits ({(dy.numel() + 7) // 8},) in "
             f"uint8, not {dy.dtype} and {bits.dtype} {tuple(bits.shape)}."
         )
-    return dy.new_empty(dy.shape)
+    return contiguous_like(dy)
 
 
 def _backward_reference(dy, bits):
@@ -80,19 +80,15 @@ def _backward_cpp(dy, bits):
 
 @relu_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(x):
-    from efftune.triton_kernels.relu import relu
-
     y, bits = _fake(x)
-    relu(x, y, bits)
+    kernels("relu").relu(x, y, bits)
     return y, bits
 
 
 @relu_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _backward_triton(dy, bits):
-    from efftune.triton_kernels.relu import relu_backward
-
     dx = _backward_fake(dy, bits)
-    relu_backward(dy, bits, dx)
+    kernels("relu").relu_backward(dy, bits, dx)
     return dx
 
 

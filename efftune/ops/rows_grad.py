@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,10 +75,8 @@ def _cpp(g, idx, weight, rows):
 # copy, took 2.2 times as long on an H200 (1.3 in float32; docs/log.md).
 @rows_grad_op.backend("triton", "cuda", why_not=_triton_why_not)
 def _triton(g, idx, weight, rows):
-    from efftune.triton_kernels.rows_grad import scale_rows
-
     _fake(g, idx, weight, rows)
-    return scale_rows(g, idx, weight).t() @ rows
+    return kernels("rows_grad").scale_rows(g, idx, weight).t() @ rows
 
 
 rows_grad_op.backend("torch", "cuda")(_reference)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, triton_why_not
+from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, kernels, triton_why_not
 from efftune.ops._op import Op
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +61,8 @@ def _norms_cpp(x):
 
 @row_norms_op.backend("triton", "cuda", why_not=_norms_triton_why_not)
 def _norms_triton(x):
-    from efftune.triton_kernels.sample_rows import row_norms
-
     out = _norms_fake(x)
-    row_norms(x, out)
+    kernels("sample_rows").row_norms(x, out)
     return out
 
 
@@ -207,9 +205,7 @@ def _select_triton_why_not(scores, *_):
 @select_rows_op.backend("triton", "cuda", why_not=_select_triton_why_not)
 def _select_triton(*args):
     """The reference, whose generator would be two thirds of its operations."""
-    from efftune.triton_kernels.sample_rows import words
-
-    return _select_reference(*args, words=words)
+    return _select_reference(*args, words=kernels("sample_rows").words)
 
 
 def select_rows(
@@ -301,12 +297,10 @@ def _sample_cpp(*args):
 
 @sample_rows_op.backend("triton", "cuda", why_not=_sample_triton_why_not)
 def _sample_triton(*args):
-    from efftune.triton_kernels.sample_rows import gather_rows
-
     def select(*a):
         return (_select_triton if _select_cuda_why_not(*a) else _select_cuda)(*a)
 
-    return _sample_by(_norms_triton, select, gather_rows, *args)
+    return _sample_by(_norms_triton, select, kernels("sample_rows").gather_rows, *args)
 
 
 def sample_rows(
