@@ -25,14 +25,14 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx, cos, sin, *xs):
         ctx.save_for_backward(cos, sin)
         ctx.set_materialize_grads(False)
-        return rotate(xs[0], cos, sin) if len(xs) == 1 else rotate_pair(*xs, cos, sin)
+        return rotate(xs[0], cos, sin) if len(xs) == 1 else rotate_pair(xs[0], xs[1], cos, sin)
 
     @staticmethod
     def backward(ctx, *dys):
         refuse_second_derivative("rotary")
         cos, sin = ctx.saved_tensors
         if len(dys) == 2 and dys[0] is not None and dys[1] is not None:
-            return None, None, *rotate_pair(*dys, cos, sin, transposed=True)
+            return None, None, *rotate_pair(dys[0], dys[1], cos, sin, transposed=True)
         return None, None, *[None if dy is None else rotate(dy, cos, sin, transposed=True) for dy in dys]
 
 

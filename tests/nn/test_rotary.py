@@ -67,6 +67,21 @@ def test_cos_and_sin_are_all_that_is_kept():
     assert saved_bytes(lambda: rotary(x.detach(), cos, sin), nn.Module()) == 0
 
 
+def test_a_pair_has_the_gradients_of_each():
+    x, cos, sin = operands((2, 4, 9, 16), torch.float32)
+    q, k = x.requires_grad_(), x[:, :2].detach().requires_grad_()
+    alone = [torch.autograd.grad(rotary(t, cos, sin).square().sum(), t)[0] for t in (q, k)]
+
+    def squares():
+        return [y.square().sum() for y in rotary_pair(q, k, cos, sin)]
+
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(sum(squares()), (q, k)), alone, strict=True))
+    for i, t in enumerate((q, k)):  # the other's result is not used
+        assert torch.equal(torch.autograd.grad(squares()[i], t)[0], alone[i])
+    frozen = rotary_pair(q.detach(), k, cos, sin)[1]
+    assert torch.equal(torch.autograd.grad(frozen.square().sum(), k)[0], alone[1])
+
+
 def test_no_second_derivative():
     x, cos, sin = operands((1, 2, 3, 4), torch.float32)
     x.requires_grad_()

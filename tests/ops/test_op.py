@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import efftune
 from efftune.ops._op import _direct, use_backend
+from efftune.ops.draw_seed import draw_seed
 from efftune.ops.glu import glu, glu_backward, glu_op
 from efftune.ops.rms_norm import rms_norm
 
@@ -118,6 +119,15 @@ def test_dispatch_modes_see_operators():
     with Calls() as calls:
         efftune.nn.glu.glu(gate, None, "silu").sum().backward()
     assert GLU in calls.seen and torch.ops.efftune.glu_backward.default in calls.seen
+
+
+def test_a_seed_is_the_same_on_both_ways():
+    torch.manual_seed(3)
+    directly = draw_seed()
+    torch.manual_seed(3)
+    with Calls() as calls:
+        seen = draw_seed()
+    assert torch.ops.efftune.draw_seed.default in calls.seen and torch.equal(directly, seen)
 
 
 def test_function_modes_see_operators():
