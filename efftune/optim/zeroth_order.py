@@ -127,7 +127,6 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.directions = 0  # so far, of which these:
         self.skipped = self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
         self.thresholds: dict[str, float | None] = {}
-        self.used: frozenset[int] = frozenset()  # ids of the parameters that the last forward passes used
         self.base = ""  # fingerprint of the model before the first step
 
     def named(self, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -167,7 +166,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             together[self.scale(name), t.dtype, t.device].append(i)
         made: list[Tensor] = list(w)
         for (scale, dtype, device), at in together.items():
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
             key = eps * scale, wide, device
             if key not in self.amounts:
                 self.amounts[key] = torch.full((), eps * scale, dtype=wide, device=device)

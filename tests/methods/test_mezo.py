@@ -60,7 +60,7 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("small, calls", [(2**24, 5), (0, 11)])
 def test_blocks_are_perturbed_in_one_call_to_the_same_bits(dtype, small, calls, monkeypatch):
-    """By what was used in the step before, and no more than `SMALL` together, or than one module needs."""
+    """If they are no larger than `SMALL`, or than what one module needs; in every step alike, whatever was used."""
     monkeypatch.setattr("efftune.methods.zeroth_order._estimate.SMALL", small)
     torch.manual_seed(0)
     model = Blocks().to(dtype)
@@ -72,12 +72,12 @@ def test_blocks_are_perturbed_in_one_call_to_the_same_bits(dtype, small, calls, 
     largest = max(p.nbytes for p in model.parameters())
     for also in (False, False, True, False):
         made.clear()
-        known = optimizer.used
         with torch.no_grad(), perturbed(model, optimizer, 0.5, seed=3) as used:
             y = model(x, also)
-        optimizer.used = frozenset(used)
-        moved = {n for n, p in model.named_parameters() if id(p) in used}
-        assert not any("uncalled" in n for n in moved) and any("rests" in n for n in moved) == also
+        trains = {n for n, p in model.named_parameters() if id(p) in used}
+        assert not any("uncalled" in n for n in trains) and any("rests" in n for n in trains) == also
+        moved = {n for names in made for n in names}
+        assert trains <= moved and any("uncalled" in n for n in moved) == bool(small)
         other = copy.deepcopy(model)
         for n in moved:
             p = other.get_parameter(n)
@@ -86,11 +86,77 @@ def test_blocks_are_perturbed_in_one_call_to_the_same_bits(dtype, small, calls, 
             assert torch.equal(y, other(x, also))
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert [p.data_ptr() for p in model.parameters()] == pointers
-        if known == used:
-            assert len(made) == calls
+        assert len(made) == calls + (0 if small else 2 * also)
         if not small:
             size = {n: p.nbytes for n, p in model.named_parameters()}
             assert max(sum(map(size.get, names)) for names in made) <= largest + 8 * dtype.itemsize  # with its bias
+
+
+class PerTask(nn.Module):
+    """One layer and a weight for each task, put into it by forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(6, 6)) for _ in range(2)])
+        self.layer = nn.Linear(6, 6, bias=False)
+        self.layer.weight = self.weights[0]
+
+    def forward(self, x, task):
+        self.layer.weight = self.weights[task]
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_what_a_module_holds_when_it_is_called_is_perturbed(in_blocks):
+    torch.manual_seed(0)
+    model = PerTask()
+    whole = nn.ModuleList([model, None]) if in_blocks else model
+    tuner = efftune.apply(whole, "mezo")
+    optimizer, x = tuner.optimizer(lr=1e-2), torch.randn(5, 6)
+    for task in (0, 1, 0, 1):
+        before = [p.detach().clone() for p in model.weights]
+        tuner.backward(x, lambda _, x, task=task: model(x, task).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, b) for p, b in zip(model.weights, before, strict=True)]
+        assert moved == [task == 0, task == 1]
+
+
+class Tied(nn.Module):
+    """A weight that its layer uses, and its block besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return x + torch.tanh(self.encode(x)) @ self.encode.weight
+
+
+def test_a_resumed_run_goes_on_with_the_same_losses():
+    def started():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Module())
+        model[1].blocks = nn.ModuleList([Tied(), Tied()])
+        model[1].forward = lambda x: model[1].blocks[1](model[1].blocks[0](x))
+        tuner = efftune.apply(model, "mezo")
+        return model, tuner, tuner.optimizer(lr=1e-2)
+
+    def losses(cut):
+        torch.manual_seed(1)
+        at, x, found = started(), torch.randn(5, 6), []
+        for step in range(4):
+            if step == cut:
+                new = started()
+                for old, fresh in zip((at[0], at[2], at[1]), (new[0], new[2], new[1]), strict=True):
+                    fresh.load_state_dict(old.state_dict())
+                at = new
+            found.append(float(at[1].backward(x, lambda m, x: m(x).square().mean())))
+            at[2].step()
+            at[2].zero_grad()
+        return found
+
+    assert losses(None) == losses(2)
 
 
 def test_an_exception_inside_a_block_restores_the_weights():

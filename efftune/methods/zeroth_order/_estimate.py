@@ -105,7 +105,7 @@ class ZerothOrder(Method):
             )
         if step == 0 and not optimizer.base:
             optimizer.base = fingerprint(model)
-        shown, used = [], set()
+        shown, used = [], set[int]()
         with evaluation_mode(model), Perturbation(model, optimizer) as perturbation:
             for index, (seed, weight) in enumerate(self.directions(model, step)):
                 plus, mine = loss_at(model, batch, loss_fn, perturbation, self.eps, seed)
@@ -119,7 +119,6 @@ class ZerothOrder(Method):
                 optimizer.accumulate(seed, a * (weight / self.samples), mine)
                 shown.append(loss)
                 used |= mine
-        optimizer.used = frozenset(used)
         if step == 0:
             look(self, optimizer, used)
         return torch.stack(shown).mean()
@@ -183,8 +182,8 @@ class Perturbation:
     """Within it, and within `by`, every module computes with w + eps·z for those of its own parameters that train.
 
     A call costs the host a launch, however small its parameters are. So the members of a ModuleList (the blocks of a
-    model), or parts of them, perturb when they are called what was used inside them in the last step, in one call, as
-    long as that is no larger than what one module needs anyway, or `SMALL`. All others perturb their own.
+    model), or parts of them, perturb all that is inside them in one call, as long as that is no larger than what one
+    module needs anyway, or `SMALL`. A module perturbs what it holds when it is called and nobody around it has.
     """
 
     def __init__(self, model: nn.Module, optimizer: ZerothOrderSGD):
@@ -200,14 +199,12 @@ class Perturbation:
         modules = list(self.model.modules())
         own = {m: found for m in modules if (found := self._trained(m))}
         most = max([SMALL, *(sum(p.nbytes for p in found) for found in own.values())])
-        known = {m: [p for p in found if id(p) in self.optimizer.used] for m, found in own.items()}
-        watched = {m: {id(p): p for p in found} for m, found in own.items()}
+        inside: dict[nn.Module, dict[int, nn.Parameter]] = {m: {} for m in modules if m._parameters}
         for module in modules:
             for block in module if isinstance(module, nn.ModuleList) else ():
-                for part, inside in parts(block, known, most):
-                    watched[part] = inside | watched.get(part, {})
-        for module, parameters in watched.items():
-            self._watch(module, parameters, {id(p) for p in own.get(module, ())})
+                inside.update(parts(block, own, most) if block is not None else ())
+        for module, parameters in inside.items():
+            self._watch(module, parameters)
         return self
 
     def __exit__(self, *_) -> None:
@@ -217,28 +214,27 @@ class Perturbation:
     def _trained(self, module: nn.Module) -> list[nn.Parameter]:
         return [p for p in module._parameters.values() if p is not None and id(p) in self.names]
 
-    def _watch(self, module: nn.Module, parameters: dict[int, nn.Parameter], own: set[int]) -> None:
+    def _watch(self, module: nn.Module, inside: dict[int, nn.Parameter]) -> None:
         stack, dirty, used, names = self.stack, self.dirty, self.used, self.names
         restores = False  # whether the module has the hook that does: most perturb nothing, inside a block that did
 
         @on_parameters
         def enter(module: nn.Module, args) -> None:
             nonlocal restores
+            own = {id(p): p for p in self._trained(module)}  # a forward may have put another there since
             used.update(own)
-            if dirty.issuperset(parameters):
-                if restores:
-                    stack.append([])
-                return
-            clean = {key: (p, p.data) for key, p in parameters.items() if key not in dirty}
-            if not restores:
+            clean = {key: (p, p.data) for key, p in (inside | own).items() if key not in dirty}
+            if clean and not restores:
                 self.handles.append(module.register_forward_hook(leave, always_call=True))
                 restores = True
-            stack.append(list(clean.values()))
-            w = [data for _, data in clean.values()]
-            made = self.optimizer.perturbed([names[key] for key in clean], w, self.eps, self.seed)
-            dirty.update(clean)
-            for (p, _), data in zip(clean.values(), made, strict=True):
-                p.data = data
+            if restores:
+                stack.append(list(clean.values()))
+            if clean:
+                w = [data for _, data in clean.values()]
+                made = self.optimizer.perturbed([names[key] for key in clean], w, self.eps, self.seed)
+                dirty.update(clean)
+                for (p, _), data in zip(clean.values(), made, strict=True):
+                    p.data = data
 
         @on_parameters
         def leave(module: nn.Module, args, output) -> None:
@@ -265,13 +261,13 @@ class Perturbation:
 
 
 def parts(
-    block: nn.Module, known: dict[nn.Module, list[nn.Parameter]], most: int
+    block: nn.Module, own: dict[nn.Module, list[nn.Parameter]], most: int
 ) -> Iterator[tuple[nn.Module, dict[int, nn.Parameter]]]:
-    """The block, or the largest of its parts that are small enough, each with the known parameters inside it."""
-    inside = {id(p): p for m in block.modules() for p in known.get(m, ())}
+    """The block, or the largest of its parts that are small enough, each with the parameters inside it."""
+    inside = {id(p): p for m in block.modules() for p in own.get(m, ())}
     if isinstance(block, nn.ModuleList | nn.ModuleDict) or sum(p.nbytes for p in inside.values()) > most:
         for child in block.children():  # a list is not called
-            yield from parts(child, known, most)
+            yield from parts(child, own, most)
     elif len(inside) > 1:
         yield block, inside
 

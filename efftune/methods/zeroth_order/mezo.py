@@ -13,9 +13,9 @@ class Mezo(ZerothOrder):
 
     Whatever else the recipe says trains is what is perturbed: all weights, adapters, a part of the layers. Runs in
     evaluation mode (no dropout), so that both signs see one function. Every layer is perturbed into a scratch copy as
-    it is called and gets its own tensors back after it, so the weights are bit for bit what they were; small layers of
-    a block together, from the second step on. A weight that
-    some module uses without calling the one that owns it is not perturbed there. The loss need not be differentiable.
+    it is called and gets its own tensors back after it, so the weights are bit for bit what they were; the layers of a
+    block together, where they are small. A weight that some module uses without calling the one that owns it is not
+    perturbed there, unless the block that both are in is. The loss need not be differentiable.
     Gradient accumulation: all micro-batches of a step share z, and their scalars add. A direction with a loss that is
     NaN or Inf is left out and counted; `efftune train` stops where no loss of a step is finite. With torch.distributed
     the processes exchange scalars only.
