@@ -34,7 +34,7 @@ RECIPES = {
     "full(target_modules='mlp')": (3e-3, 12, 0.95),
     "lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4, target_modules='q_proj|v_proj', lora_alpha=8.0, use_rslora=True)": (1e-2, 15, 0.99),
-    "lora(r=4, lora_dropout=0.1, dtype=None)": (1e-2, 15, 0.95),
+    "lora(r=4, lora_dropout=0.1, dtype=None)": (1.5e-2, 12, 0.95),
     "lora(r=4, freeze_a=True)": (1e-2, 12, 0.97),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4) + int8": (1e-2, 12, 0.95),
