@@ -491,7 +491,7 @@ def test_a_step_takes_the_memory_of_inference_and_of_the_largest_layer(recipe, t
     """Over the default model in bfloat16: two forward passes, the largest layer's trained weights, and 1 %."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = torch.randint(0, MODEL["vocab_size"], (4, 128))
+    ids = torch.randint(0, MODEL["vocab_size"], (2, 64))
     data = {"input_ids": ids, "labels": ids}
     tuner = efftune.apply(
         LlamaForCausalLM(LlamaConfig(**MODEL | {"tie_word_embeddings": tie})).bfloat16().eval(), recipe
