@@ -176,7 +176,7 @@ def float64_loss(model, ids):
 
 def test_four_micro_batches_equal_one(case):
     """Losses as means over equal micro-batches, scaled by 1/4: the same gradient up to float32 sums. Of zeroth order,
-    whose scalar is a difference of losses over 2ε, in float64: in float32 rounding alone can be as large as the step."""
+    whose scalar is a difference of losses over 2ε, in float64: rounding in float32 may be a large part of the step."""
     recipe, device = case
     results = []
     for parts in (1, 4):
