@@ -64,3 +64,7 @@ def pytest_collection_finish():
     """What imports and collecting made stays to the end: the garbage collector need not look through it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what still lives when the interpreter ends would be reported as a leak by some extensions
