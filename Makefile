@@ -33,20 +33,32 @@ test-latest: .venv-latest/ready
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/python -m pytest -q -n 2 tests/ops tests/linear tests/nn tests/interop tests/methods/test_contract.py
 
-# torch first, and pinned: it is the big download, and nothing that follows may replace it.
-.venv/torch: constraints.txt
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
+
+# Two at a time, since neither needs the other: packages are unpacked while csrc is compiled, without torch.
+.venv/ready: .venv/bin/python constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
+	$(MAKE) -j2 .venv/packages .venv/kernels
+	touch $@
+
+# torch first, and pinned: it is the big download, and nothing that follows may replace it.
+.venv/packages: build/test.txt constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt torch
+	$(PY) -m pip install --quiet -c constraints.txt -r build/test.txt
 	touch $@
 
-.venv/ready: .venv/torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
+.venv/kernels: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PY) -m pip install --quiet --no-deps -e .
 	touch $@
 
-.venv/lint: .venv/ready
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+.venv/lint: .venv/ready build/dev.txt
+	$(PY) -m pip install --quiet -c constraints.txt -r build/dev.txt
 	touch $@
+
+build/%.txt: .ci/requirements.py pyproject.toml
+	mkdir -p build
+	$(PYTHON) $< $* > $@
 
 .venv-latest/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv-latest

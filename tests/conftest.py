@@ -3,6 +3,7 @@ times the work; a test about threads sets its own number. Where there is no GPU,
 variable is read when a kernel is decorated, so it is set here, before anything imports one.
 """
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes; read by OpenMP at its start, so before torch
@@ -57,3 +58,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """What imports and collecting made stays to the end: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # what still lives when the interpreter ends would be reported as a leak by some extensions

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -157,10 +159,15 @@ def test_a_log_replays_to_the_same_bits(recipe, dtype, tmp_path):
     assert any(not torch.equal(p, before[name]) for name, p in again.named_trained().items())
 
 
+@functools.cache
+def unbroken(recipe):
+    return train(*started(recipe), range(9))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("at", [3, 4, 5])
 def test_a_run_resumed_within_a_round_goes_on_bit_for_bit(recipe, at, tmp_path):
-    whole = train(*started(recipe), range(9))
+    whole = unbroken(recipe)
     tuner, optimizer, scheduler = started(recipe)
     train(tuner, optimizer, scheduler, range(at))
     watch = state.Watch(tuner.model)

@@ -228,8 +228,8 @@ def test_exact_directional_derivative_on_a_quadratic():
 def test_the_estimate_is_unbiased():
     """Mean of a·z over seeds against the gradient, Bonferroni-bounded; and E|ĝ|² = (d + 2)|g|² within its error."""
     torch.manual_seed(0)
-    model = Perceptron(layers=1).double()  # two tensors, which must not share their draws
-    x, target = torch.randn(16, 8, dtype=torch.float64), torch.randn(16, 8, dtype=torch.float64)
+    model = Perceptron()  # six tensors, which must not share their draws
+    x, target = torch.randn(16, 8), torch.randn(16, 8)
 
     def loss(m, _):
         return (m(x) - target).square().mean()
@@ -237,7 +237,7 @@ def test_the_estimate_is_unbiased():
     loss(model, None).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    tuner = efftune.apply(model, "mezo(eps=1e-4)")
+    tuner = efftune.apply(model, "mezo(eps=1e-3)")  # in float32, whose draws C++ makes, with 1e-4 of rounding
     optimizer = tuner.optimizer(lr=0.0)
     names = [n for n, _ in model.named_parameters()]
     estimates = []
@@ -248,9 +248,9 @@ def test_the_estimate_is_unbiased():
         optimizer.pending.clear()
         zs = [perturb(torch.zeros_like(model.get_parameter(n)), 1.0, seed=seed, stream=stream_of(n)) for n in names]
         estimates.append(a * torch.cat([z.flatten() for z in zs]))
-    stack = torch.stack(estimates)
+    stack, gradient = torch.stack(estimates).double(), gradient.double()
     z_score = (stack.mean(0) - gradient) / (stack.std(0) / len(stack) ** 0.5)
-    assert z_score.abs().max() < 4.7  # 72 entries, p < 1e-3 in all
+    assert z_score.abs().max() < 4.7  # 216 entries, p < 1e-3 in all
     squares = stack.square().sum(1)
     expected = (len(gradient) + 2) * gradient.square().sum()
     assert (squares.mean() - expected).abs() < 4 * squares.std() / len(squares) ** 0.5
@@ -322,7 +322,7 @@ def test_samples_are_averaged_and_one_point_is_unbiased():
     gradient = (Smooth().theta.detach() + torch.arange(8)).cos()
 
     def estimates(recipe, steps):
-        model = Smooth()
+        model = Smooth().float()  # whose draws C++ makes
         tuner = efftune.apply(model, recipe)
         optimizer = tuner.optimizer(lr=1.0)
         before, found = model.theta.detach().clone(), []
@@ -332,7 +332,7 @@ def test_samples_are_averaged_and_one_point_is_unbiased():
             optimizer.step()
             found.append(before - model.theta.detach())
             model.theta.data.copy_(before)
-        return torch.stack(found)
+        return torch.stack(found).double()
 
     variance = {}
     for recipe in ("mezo(eps=1e-3)", "mezo(eps=1e-3, samples=4)", "mezo(eps=1e-2, points=1)"):
@@ -557,7 +557,7 @@ def test_a_step_takes_the_memory_of_inference_and_of_the_largest_layer(recipe, t
     """Over the default model in bfloat16: two forward passes, the largest layer's trained weights, and 1 %."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    ids = torch.randint(0, MODEL["vocab_size"], (4, 128))
+    ids = torch.randint(0, MODEL["vocab_size"], (2, 64))
     data = {"input_ids": ids, "labels": ids}
     tuner = efftune.apply(
         LlamaForCausalLM(LlamaConfig(**MODEL | {"tie_word_embeddings": tie})).bfloat16().eval(), recipe
