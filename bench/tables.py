@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[1]
 FILES = ("README.md", "docs/benchmarks.md")
 
 
+def named(row: dict) -> str:
+    """The variant, and the commit of a row that is kept from another run than the others."""
+    return row["variant"] + (f" (at {row['commit'][:10]})" if "commit" in row else "")
+
+
 def timings(data: dict) -> list[str]:
     """One line per variant of a harness file; times relative to the first variant of the job. "Host" is the time until
     the calls returned; on a CPU that is the median, and files made before it was taken lack it."""
@@ -30,7 +35,7 @@ def timings(data: dict) -> list[str]:
         time, host, peak = row["median_s"] * 1e3, row.get("host_s"), row["peak_bytes"] / 2**20
         called = "" if host is None or row["device"] == "cpu" else f"{host * 1e3:.3f} ms"
         lines.append(
-            f"| {row['name']} | {row['variant']} | {time:.3f} ms | {called} | {relative} | {ceiling} | {peak:.1f} |"
+            f"| {row['name']} | {named(row)} | {time:.3f} ms | {called} | {relative} | {ceiling} | {peak:.1f} |"
         )
     if not any(row.get("host_s") and row["device"] != "cpu" for row in data["rows"]):
         lines = [without_column(line, 4) for line in lines]
@@ -66,7 +71,7 @@ def models(data: dict) -> list[str]:
             continue
         time, host, peak = row["median_s"] * 1e3, row["host_s"] * 1e3, row["peak_bytes"] / 2**30
         numbers = f"{time:.0f} ms | {host:.0f} ms | {row['tokens_per_s']:,.0f} | {peak:.2f}"
-        lines.append(f"| {row['name']} | {row['variant']} | {numbers} |")
+        lines.append(f"| {row['name']} | {named(row)} | {numbers} |")
     return lines
 
 

@@ -43,7 +43,7 @@ def _rank_first_why_not(x: Tensor, *_) -> str | None:
 
 
 # The order is the default: the first that does not refuse. On an H200 (bench/lowrank_linear.py) "rank_first" takes
-# 1.10 to 1.13 times as long as the product alone, "torch" 1.12 to 1.18, the fused kernel 1.24 to 1.31: what it saves is
+# 1.10 to 1.14 times as long as the product alone, "torch" 1.12 to 1.18, the fused kernel 1.24 to 1.31: what it saves is
 # one pass over y, which is less than what a product loses in it against cuBLAS.
 @OP.backend("rank_first", "cuda", why_not=_rank_first_why_not)
 def _rank_first(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

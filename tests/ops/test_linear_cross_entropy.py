@@ -499,11 +499,10 @@ def test_compile():
 
 def with_the_product_of_a_gpu(made, targets, dy, **settings):
     """run(naive, torch.float32) from logits that are the GPU's own product of 16-bit operands with float32 results: its
-    tensor cores truncate terms where a CPU's sum rounds. Rows are as far apart as ours, so that it takes the kernel."""
+    tensor cores truncate terms where a CPU's sum rounds. In the same parts, since kernels differ in their order."""
     hidden, weight, bias = made
-    rows, columns = len(hidden), len(weight)
-    z = torch.empty(rows, module._stride(columns, hidden.device), device=hidden.device)[:, :columns]
-    torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=z)
+    z = torch.empty(len(hidden), module._stride(len(weight), hidden.device), device=hidden.device)[:, : len(weight)]
+    module._logits(hidden, weight, hidden.dtype, z)
     z = (z + bias.float()).requires_grad_()
     loss = losses(z, targets, **settings)
     dz = torch.autograd.grad(loss, z, dy)[0]

@@ -444,7 +444,7 @@ def test_many_tensors_are_many_calls(backend, dtype, dist, rounding, count):
             assert torch.equal(new, result[at : at + n])
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0][0] != "reference"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_in_place_takes_no_memory_and_else_that_of_the_result(backend, rounding):
     w = weights(2**15, torch.bfloat16)
