@@ -106,10 +106,10 @@ class LoRA(Delta):
 
     def backward(self, base, keep, dy, w, p, saved, seed, need):
         a, b = _as(p, dy.dtype)
-        h, kept = (saved[0], saved[1:]) if need.p[1] else (None, saved)
+        kept = saved[1:] if need.p[1] else saved
         dx = da = db = None
         if need.p[1]:
-            db = torch.mm(dy.t(), h)  # (N, R); laid out as lora_b is, so that autograd need not copy it
+            db = torch.mm(dy.t(), saved[0])  # (N, R); laid out as lora_b is, so that autograd need not copy it
         if need.p[0] or need.x:
             dh = _scaled_product(dy, b, self.scale)  # (M, R)
             if need.p[0]:
