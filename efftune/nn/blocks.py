@@ -25,6 +25,7 @@ from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
 from efftune.wrappers import is_compiled
 
+Known = dict[Any, tuple[Any, Any]]  # what was found on stand-ins: those of a model's blocks are alike
 OURS = (RMSNorm, LayerNorm, GatedMLP, Activation)
 GATED = ("gate_proj", "up_proj", "down_proj")
 
@@ -68,6 +69,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     Parameters are shared and keep their names."""
     done = Blocks()
     twins: dict[nn.Module, nn.Module | None] = {}  # a module that stands in two places stays one
+    known: Known = {}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is None or hooked(child):
@@ -76,7 +78,7 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
                 child.keep = cast(Any, keep or child.keep)  # of an earlier recipe, or the model's own
                 continue
             if child not in twins:
-                twins[child] = twin(child, keep or Exact())
+                twins[child] = twin(child, keep or Exact(), known)
             new = twins[child]
             if new is not None:
                 parent._modules[name] = new.train(child.training)
@@ -86,10 +88,10 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     return done
 
 
-def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
+def twin(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
     """The module of efftune.nn that computes what `module` does, over the same parameters and with its attributes (an
     epsilon under another name, sizes, act_fn), which other code may read; None if there is none."""
-    new = _same(module, keep)
+    new = _same(module, keep, known)
     if new is not None:
         children = {name: child for name, child in module._modules.items() if name not in new._modules}
         for name, value in (vars(module) | children).items():
@@ -97,7 +99,7 @@ def twin(module: nn.Module, keep: Keep) -> nn.Module | None:
     return new
 
 
-def _same(module: nn.Module, keep: Keep) -> nn.Module | None:
+def _same(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
     kind = type(module)
     if any(p.is_meta for p in module.parameters()) or is_compiled(module):
         return None
@@ -105,54 +107,70 @@ def _same(module: nn.Module, keep: Keep) -> nn.Module | None:
         layer = cast(nn.LayerNorm, module)
         return LayerNorm(layer.weight, layer.bias, layer.eps, keep)
     if kind.__name__.endswith("RMSNorm"):
-        return _rms_norm(module, keep)
+        found = _once(known, _offset, module)
+        return found and RMSNorm(cast(nn.Parameter, module._parameters["weight"]), *found[:2], keep, found[2])
     if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
-        return _gated_mlp(module, keep)
+        parts: list[Any] = [getattr(module, name) for name in GATED]
+        if not all(hasattr(part, "in_features") for part in parts):
+            return None
+        activation = _once(known, _gated, module, GATED)
+        return activation and GatedMLP(*parts, activation=activation, keep=keep)
     if not module._modules and not module._parameters and not module._buffers:
-        activation = recognise(module)
+        activation = _once(known, recognise, module)
         if activation is None or (activation == "relu" and not keep.random):
             return None  # torch's ReLU keeps its output, which the next layer reads anyway
         return Activation(activation, keep)
     return None
 
 
-def _rms_norm(module: nn.Module, keep: Keep) -> nn.Module | None:
+def _once(known: Known, question: Callable[[Any], Any], module: nn.Module, children: tuple[str, ...] = ()) -> Any:
+    """question(module), asked once of modules that have the same stand-in."""
+    key = probe.likeness(module, *children)
+    if key is None:
+        return None
+    if (question, key[0]) not in known:
+        known[question, key[0]] = question(module), key[1]
+    return known[question, key[0]][0]
+
+
+def _offset(module: nn.Module) -> tuple[float, float, bool | None] | None:
+    """The eps and the offset with which the module is an RMSNorm, and whether it promotes; None if it is none."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     alone = len(module._parameters) == 1 and not module._modules and not module._buffers and probe.takes_one(module)
     if weight is None or weight.ndim != 1 or not isinstance(eps, float) or not alone:
         return None
     old, width = probe.stand_in(module), len(weight)
+    if old is None:
+        return None
     for offset in (0.0, 1.0):
-        new = RMSNorm(cast(nn.Parameter, old.weight), eps, offset)
-        if probe.same(old, new, width):
-            return RMSNorm(weight, eps, offset, keep, probe.promotes(old, width))
+        if probe.same(old, RMSNorm(old.weight, eps, offset), width):
+            return eps, offset, probe.promotes(old, width)
     return None
 
 
-def _gated_mlp(module: nn.Module, keep: Keep) -> nn.Module | None:
-    parts: list[Any] = [getattr(module, name) for name in GATED]
+def _gated(module: nn.Module) -> str | None:
+    """The activation with which the module is a gated MLP; None if it is none."""
     act = getattr(module, "act_fn", None)
     activation = recognise(cast(Callable[[Tensor], Tensor], act)) if callable(act) else None
-    if activation is None or not all(hasattr(part, "in_features") for part in parts):
-        return None
-    if module._parameters or module._buffers or not probe.takes_one(module):
+    if activation is None or module._parameters or module._buffers or not probe.takes_one(module):
         return None
     small = probe.linear(16, 8), probe.linear(16, 8), probe.linear(8, 16)
     old = probe.stand_in(module, **dict(zip(GATED, small, strict=True)))
-    if not probe.same(old, GatedMLP(*small, activation), 8):
-        return None
-    return GatedMLP(*parts, activation=activation, keep=keep)
+    return activation if old is not None and probe.same(old, GatedMLP(*small, activation), 8) else None
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name under which `glu` knows the element-wise function `act`, or None."""
-    if isinstance(act, nn.Module):
-        if act._modules or act._parameters or act._buffers or hooked(act) or not probe.takes_one(act):
-            return None
-        act = probe.stand_in(act)
+    if isinstance(act, nn.Module) and (
+        act._modules or act._parameters or act._buffers or hooked(act) or not probe.takes_one(act)
+    ):
+        return None
+    old = probe.stand_in(act)
+    if old is None:
+        return None
     return next(
-        (name for name in ACTIVATIONS if probe.same_function(act, partial(composition, up=None, activation=name))), None
+        (name for name in ACTIVATIONS if probe.same_function(old, partial(composition, up=None, activation=name))), None
     )
 
 

@@ -2,35 +2,187 @@
 
 What is tried is a copy with small random weights, for fresh ones hide what is done with them (a norm's ones, zeros of
 an MLP that starts as nothing), and real ones take time. It is tried in training and in evaluation mode, on inputs so
-small that an epsilon shows and so large that a clamp does, with its derivative, and it must not draw.
+small that an epsilon shows and so large that a clamp does, with its derivative, and it must neither draw nor remember
+anything. A copy is made by pickling: the bytes tell also whether a call has changed it, and which copies would be alike.
 """
 
 from __future__ import annotations
 
 import inspect
+import io
+import pickle
+import random
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SCALES = tuple(2.0**e for e in (-20, -10, 0, 5, 10, 20))  # from below the eps of any norm to beyond any clamp
+LARGE = 2**26  # elements of tensors that are no parameters; with more, a module is not copied
+SHARED = (type, ModuleType, torch.jit.ScriptFunction, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
-def stand_in(module: nn.Module, **children: nn.Module | None) -> nn.Module:
-    """A copy of `module` on the CPU, with random parameters of its own and `children` in the place of those of these
-    names; the others are copied, too. Nothing of the module's is touched when the copy changes its mode or dtype."""
-    made = object.__new__(type(module))
-    own = vars(made)
-    own.update(vars(module))
-    own["_parameters"] = {
-        n: None if p is None else nn.Parameter(_random(tuple(p.shape))) for n, p in own["_parameters"].items()
-    }
-    own["_buffers"] = {n: None if b is None else b.detach().to("cpu") for n, b in own["_buffers"].items()}
-    kept = {n: m for n, m in own["_modules"].items() if n not in children}
-    own["_modules"] = {n: None if m is None else stand_in(m) for n, m in kept.items()} | children
+def stand_in(given: Any, **children: nn.Module | None) -> Any:
+    """A copy of a module, or of another callable, on the CPU; None where it cannot be copied. A module's parameters are
+    random ones of its own, and `children` stand in the place of those of these names. Whatever else it refers to is
+    copied, so that nothing that the copy does reaches the original; only classes and the functions of Python modules
+    are the same, and a module outside of it that it refers to is not copied, but makes it None."""
+    instead: dict[int, Any] = {id(given._modules[name]): child for name, child in children.items()}
+    inside = _inside(given, instead)
+    for module in inside:
+        instead[id(module)] = object.__new__(type(module))
+        for p in module._parameters.values():
+            if p is not None:
+                instead[id(p)] = nn.Parameter(_random(tuple(p.shape)))
+    try:
+        data, parts = _written(given, inside)
+        made = _Reader(data, [instead[id(part)] if id(part) in instead else _part(part) for part in parts]).load()
+    except Exception:  # locks, files, compiled code: there are too many kinds of what cannot be copied
+        return None
+    if not isinstance(given, nn.Module):
+        return made
+    for module, (_, state) in zip(inside, made, strict=True):
+        vars(instead[id(module)]).update(state)
+    return instead[id(given)]
+
+
+def likeness(given: Any, *children: str) -> tuple[Any, Any] | None:
+    """What a stand-in with other `children` is made of, as a key that is the same for blocks that differ in their
+    weights only, and what has to be held while the key is in use; None where there is no stand-in."""
+    names = {id(given._modules[name]): name for name in children}
+    inside = _inside(given, names)
+    names |= {id(p): tuple(p.shape) for m in inside for p in m._parameters.values() if p is not None}
+    names |= {id(module): "module" for module in inside}
+    try:
+        data, parts = _written(given, inside)
+    except Exception:
+        return None
+    return (data, *(names.get(id(part), id(part)) for part in parts)), parts
+
+
+def state(given: Any) -> tuple[Any, Any]:
+    """What a callable, as a module, remembers: two are equal if it has changed nothing between, in place or not. The
+    second of the pair has to be held meanwhile."""
+    data, parts = _written(given, _inside(given, {}))
+    return (data, [(id(part), part._version if isinstance(part, Tensor) else 0) for part in parts]), parts
+
+
+def _inside(given: Any, without: dict) -> list[nn.Module]:
+    """The modules in a module, itself the first, and not those inside of some."""
+    found: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module | None) -> None:
+        if module is not None and id(module) not in without and id(module) not in found:
+            found[id(module)] = module
+            for child in module._modules.values():
+                visit(child)
+
+    visit(given if isinstance(given, nn.Module) else None)
+    return list(found.values())
+
+
+def _written(given: Any, inside: list[nn.Module]) -> tuple[bytes, list]:
+    """The state as bytes, with a number for each tensor, module, class and function, and what the numbers stand for."""
+    file = io.BytesIO()
+    writer = _Writer(file)
+    writer.dump([(type(m), vars(m)) for m in inside] if isinstance(given, nn.Module) else given)
+    return file.getvalue(), writer.parts
+
+
+class _Writer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.parts: list = []
+        self.places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if isinstance(obj, _Same):
+            obj = obj.value
+        elif not isinstance(obj, (Tensor, nn.Module, *SHARED)) and not _global(obj):
+            return None
+        if id(obj) not in self.places:
+            self.places[id(obj)] = len(self.parts)
+            self.parts.append(obj)
+        return self.places[id(obj)]
+
+    def reducer_override(self, obj: Any, /) -> Any:
+        if not isinstance(obj, FunctionType):
+            return NotImplemented
+        cells = [cell.cell_contents for cell in obj.__closure__ or ()]
+        return _function, (_Same(obj), cells, obj.__defaults__, obj.__kwdefaults__, vars(obj))
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, data: bytes, parts: list):
+        super().__init__(io.BytesIO(data))
+        self.parts = parts
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        return self.parts[pid]
+
+
+class _Same:
+    """Stands for an object that is written as itself."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def _global(value: Any) -> bool:
+    """Whether it is a function without state: of a Python module's, or built in and bound to nothing that changes."""
+    if isinstance(value, BuiltinFunctionType):
+        return isinstance(value.__self__, (type, ModuleType, type(None)))
+    if not isinstance(value, FunctionType):
+        return False
+    home = sys.modules.get(value.__module__)
+    return home is not None and vars(home).get(value.__qualname__) is value
+
+
+def _function(old: FunctionType, cells: list, defaults: Any, kwdefaults: Any, attributes: dict) -> FunctionType:
+    made = FunctionType(old.__code__, old.__globals__, old.__name__, defaults, tuple(CellType(c) for c in cells))
+    made.__kwdefaults__ = kwdefaults
+    vars(made).update(attributes)
     return made
+
+
+def _part(value: Any) -> Any:
+    """What a copy has in the place of a tensor, a class or a function."""
+    if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.numel() > LARGE):
+        raise pickle.PicklingError
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _numbers(state: Any) -> bytes:
+    return state.numpy().tobytes() if isinstance(state, Tensor) else pickle.dumps(state)
+
+
+@contextmanager
+def generators() -> Iterator[Callable[[], bool]]:
+    """Gives the global generators their states back at the end. What it yields tells whether one of them has drawn."""
+    kept: list[tuple[Callable, Callable]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (random.getstate, random.setstate),
+    ]
+    if "numpy" in sys.modules:
+        kept.append((sys.modules["numpy"].random.get_state, sys.modules["numpy"].random.set_state))
+    if torch.cuda.is_initialized():
+        kept += [
+            (partial(torch.cuda.get_rng_state, i), partial(torch.cuda.set_rng_state, device=i))
+            for i in range(torch.cuda.device_count())
+        ]
+    before = [get() for get, _ in kept]
+    numbers = [_numbers(value) for value in before]
+    try:
+        yield lambda: [_numbers(get()) for get, _ in kept] != numbers
+    finally:
+        for (_, put), value in zip(kept, before, strict=True):
+            put(value)
 
 
 def linear(n: int, k: int) -> nn.Linear:
@@ -101,19 +253,22 @@ def near(a: Tensor, b: Tensor, each: float | None) -> bool:
 
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """function(x) and the gradient of its sum with random weights; None where it fails, draws, or changes x."""
+    """function(x) and the gradient of its sum with random weights; None where it fails, draws, or changes x or what it
+    remembers."""
     given = x.clone().requires_grad_()
     with (
-        torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False),
+        generators() as drawn, torch.enable_grad(), torch.autocast("cpu", enabled=False),
         warnings.catch_warnings(action="ignore"),  # torch's RMSNorm says which of its kernels it takes
     ):  # fmt: skip
         copy = given * 1  # a leaf cannot be changed in place, and this can
-        before = torch.get_rng_state()
         try:
+            before, _held = state(function)
             y = function(copy)
-            if not isinstance(y, Tensor) or copy._version or not torch.equal(before, torch.get_rng_state()):
+            if not isinstance(y, Tensor) or copy._version:
                 return None
             slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
+            if drawn() or state(function)[0] != before:
+                return None
         except Exception:  # it wants other arguments, or is no function of x: it is something else
             return None
     return y.detach(), slope

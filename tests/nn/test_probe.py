@@ -1,0 +1,150 @@
+"""What is tried before a swap: on a copy from which nothing comes back, that remembers nothing, in many forms of x."""
+
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import efftune
+from efftune.linear.keep.quantized import Quantized
+from efftune.nn import probe
+from efftune.nn.blocks import install, recognise
+from tests.nn.test_blocks import Mlp, Norm
+
+
+class Counter:
+    def __init__(self):
+        self.calls, self.seen = 0, []
+
+    def add(self, x):
+        self.calls += 1
+        self.seen.append(float(x.detach().abs().max()))
+
+
+def closure():
+    calls, seen = 0, []
+
+    def note(x):
+        nonlocal calls
+        calls += 1
+        seen.append(float(x.abs().max()))
+
+    note.seen = lambda: (calls, list(seen))
+    return note
+
+
+EFFECTS = {  # what a module holds, what its forward does with it, and what is seen of it
+    "attribute": (lambda: 0, lambda m, x: setattr(m, "held", m.held + 1), lambda held: held),
+    "tensor": (lambda: torch.zeros(()), lambda m, x: m.held.add_(x.abs().max()), float),
+    "new tensor": (lambda: torch.zeros(()), lambda m, x: setattr(m, "held", x.abs().mean()), float),
+    "dict": (dict, lambda m, x: m.held.update(top=float(x.abs().max())), dict),
+    "list": (list, lambda m, x: m.held.append(x), len),
+    "inner list": (lambda: {"a": [[]]}, lambda m, x: m.held["a"][0].append(1), lambda held: len(held["a"][0])),
+    "set": (set, lambda m, x: m.held.add(float(x.abs().max())), len),
+    "object": (Counter, lambda m, x: m.held.add(x), lambda held: (held.calls, held.seen)),
+    "namespace": (SimpleNamespace, lambda m, x: setattr(m.held, "top", float(x.abs().max())), lambda held: vars(held)),
+    "method": (lambda: Counter().add, lambda m, x: m.held(x), lambda held: held.__self__.calls),
+    "built-in method": (lambda: [].append, lambda m, x: m.held(1), lambda held: len(held.__self__)),
+    "closure": (closure, lambda m, x: m.held(x), lambda held: held.seen()),
+    "generator": (random.Random, lambda m, x: m.held.random(), lambda held: held.getstate()),
+    "lock": (lambda: (threading.Lock(), []), lambda m, x: m.held[1].append(1), lambda held: len(held[1])),
+    "other module": (lambda: [nn.Linear(2, 2)], lambda m, x: setattr(m.held[0], "n", 1), lambda h: hasattr(h[0], "n")),
+    "python's draws": (int, lambda m, x: random.random(), lambda held: random.getstate()),
+    "numpy's draws": (int, lambda m, x: numpy.random.rand(), lambda held: str(numpy.random.get_state()[1:3])),
+    "torch's draws": (int, lambda m, x: torch.rand(1), lambda held: torch.get_rng_state().tolist()),
+}
+CANDIDATES = {"act": nn.SiLU, "mlp": Mlp, "inside": lambda: Mlp(nn.SiLU()), "norm": Norm}
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_what_has_effects_is_not_swapped_and_none_of_a_trial_reaches_it(candidate, effect):
+    make, do, look = EFFECTS[effect]
+    given = CANDIDATES[candidate]()
+    target = given.act_fn if candidate == "inside" else given
+    plain, target.held = type(target), make()
+    name = "OneRMSNorm" if candidate == "norm" else "One"
+
+    def forward(self, x):
+        do(self, x)
+        return plain.forward(self, x)
+
+    target.__class__ = type(name, (plain,), {"forward": forward})
+    before = look(target.held)
+    done = install(nn.Sequential(given), Quantized(8))
+    assert look(target.held) == before
+    assert not any(old in (given, target) for _, _, old, _ in done.swaps)
+    target.__class__ = type(name, (plain,), {})  # the effect was the reason, or that there is no copy
+    copied = effect not in ("lock", "other module")
+    assert any(old is target for _, _, old, _ in install(nn.Sequential(given), Quantized(8)).swaps) == copied
+
+
+def test_a_function_with_effects_as_activation():
+    class Act:
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return F.silu(x)
+
+    noted = []
+
+    def act(x):
+        noted.append(x)
+        return F.silu(x)
+
+    for function in (given := Act(), act):
+        mlp = Mlp(function)
+        assert recognise(function) is None and not install(nn.Sequential(mlp)).swaps
+    assert given.calls == 0 and not noted
+    assert recognise(lambda x: F.silu(x)) == "silu" and recognise(F.silu) == "silu"
+
+
+def test_a_copy_shares_nothing_that_changes_and_copies_no_weights():
+    given = Mlp(nn.SiLU())
+    given.alias, given.me, given.inner = [given.up_proj.weight], [given], {"act": given.act_fn}
+    given.register_buffer("scale", torch.ones(3))
+    children = {name: probe.linear(2, 2) for name in ("gate_proj", "up_proj")}
+    made = probe.stand_in(given, **children)
+    assert made.gate_proj is children["gate_proj"] and made.down_proj is not given.down_proj
+    assert made.me[0] is made and made.inner["act"] is made.act_fn is not given.act_fn
+    assert made.scale.data_ptr() != given.scale.data_ptr() and torch.equal(made.scale, given.scale)
+    assert not torch.equal(made.down_proj.weight, given.down_proj.weight)
+    given.scale = torch.empty(1).expand(probe.LARGE + 1)
+    assert probe.stand_in(given, **children) is None
+
+
+def test_a_side_output_keeps_its_value():
+    class WithAux(Mlp):
+        def __init__(self):
+            super().__init__(nn.SiLU())
+            self.aux = torch.zeros(())
+
+        def forward(self, x):
+            h = self.act_fn(self.gate_proj(x))
+            self.aux = h.abs().mean()
+            return self.down_proj(h * self.up_proj(x))
+
+    model, x = nn.Sequential(WithAux()), torch.randn(5, 8)
+    expected = model(x).square().mean() + model[0].aux
+    model[0].aux = torch.zeros(())
+    efftune.apply(model, "full")
+    torch.testing.assert_close(model(x).square().mean() + model[0].aux, expected)
+
+
+def test_blocks_that_are_alike_are_tried_once(monkeypatch):
+    tried = []
+    monkeypatch.setattr(probe, "same", lambda *args, same=probe.same: tried.append(args) or same(*args))
+    norms = [type("OneRMSNorm", (Norm,), {})() for _ in range(2)]  # of two classes
+    other = type(norms[0])()
+    other.eps = 1e-3
+    again = type(norms[0])(2.0)
+    model = nn.Sequential(*norms, again, other, *[Mlp() for _ in range(5)])
+    assert len(install(model).swaps) == 9 and len(tried) == 4
+    assert [m.eps for m in model[:4]] == [1e-6, 1e-6, 1e-6, 1e-3]
+    assert model[2].weight is again.weight and model[0].weight is norms[0].weight
