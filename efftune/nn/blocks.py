@@ -108,7 +108,10 @@ def _same(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
         return LayerNorm(layer.weight, layer.bias, layer.eps, keep)
     if kind.__name__.endswith("RMSNorm"):
         found = _once(known, _offset, module)
-        return found and RMSNorm(cast(nn.Parameter, module._parameters["weight"]), *found[:2], keep, found[2])
+        if found is None:
+            return None
+        eps, offset, promotes = found
+        return RMSNorm(module._parameters["weight"], eps, offset, keep, promotes)
     if set(GATED) <= set(module._modules) <= {*GATED, "act_fn"}:
         parts: list[Any] = [getattr(module, name) for name in GATED]
         if not all(hasattr(part, "in_features") for part in parts):

@@ -3,7 +3,7 @@
 What is tried is a copy with small random weights, for fresh ones hide what is done with them (a norm's ones, zeros of
 an MLP that starts as nothing), and real ones take time. It is tried in training and in evaluation mode, on inputs so
 small that an epsilon shows and so large that a clamp does, with its derivative, and it must neither draw nor remember
-anything. A copy is made by pickling: the bytes tell also whether a call has changed it, and which copies would be alike.
+anything. A copy is made by pickling: the bytes tell, too, whether a call has changed it and which copies would be alike.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ import torch
 from torch import Tensor, nn
 
 SCALES = tuple(2.0**e for e in (-20, -10, 0, 5, 10, 20))  # from below the eps of any norm to beyond any clamp
+FORMS = (  # dtype, shape without the width, and size of x
+    *((torch.float32, (2, 3), scale) for scale in SCALES),
+    (torch.bfloat16, (2, 3), 1.0),
+    (torch.float16, (2, 3), 8.0),  # a square times another, as in relu2, stays in its range
+    *((torch.float32, shape, 1.0) for shape in ((), (70,), (2, 1), (1, 130), (2, 2, 3), (2, 1, 2, 3))),
+)
 LARGE = 2**26  # elements of tensors that are no parameters; with more, a module is not copied
 SHARED = (type, ModuleType, torch.jit.ScriptFunction, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
@@ -202,41 +208,58 @@ def takes_one(module: nn.Module) -> bool:
 
 
 def same(old: nn.Module, new: nn.Module, width: int) -> bool:
-    """Whether two stand-ins give the same for x (2, 3, width): shape, dtype, values and gradient up to rounding, in
-    either mode, without drawing. In float32 for x of all sizes, in 16 bits, where squares overflow, of one."""
-    for dtype, scales in ((torch.float32, SCALES), (torch.bfloat16, (1.0,))):
+    """Whether two stand-ins give the same for x in all `FORMS`: shape, dtype, values and gradient up to rounding, in
+    either mode, without drawing. x of other than three dimensions counts only if `old` takes it."""
+    for seed, (dtype, shape, scale) in enumerate(FORMS):
         for module in (old, new):
             module.to(dtype)
-        for seed, scale in enumerate(scales):
-            x = (_random((2, 3, width), seed + 1) * scale).to(dtype)
-            for training in (True, False):
-                if not agree(old.train(training), new.train(training), x):
-                    return False
+        x = (_random((*shape, width), seed + 1) * scale).to(dtype)
+        for training in (True, False):
+            if not agree(old.train(training), new.train(training), x, optional=len(shape) != 2):
+                return False
     return True
 
 
 def promotes(module: nn.Module, width: int) -> bool | None:
     """Whether a stand-in in float32 gives float32 for a narrower x; None if it takes none."""
-    found = _run(module.to(torch.float32), _random((2, 3, width)).bfloat16())
+    try:
+        found = _run(module.to(torch.float32), _random((2, 3, width)).bfloat16())
+    except Exception:  # layers of two dtypes
+        return None
     return None if found is None else found[0].dtype == torch.float32
 
 
 def same_function(act: Callable[[Tensor], Tensor], formula: Callable[[Tensor], Tensor]) -> bool:
-    """Whether an element-wise function, a stand-in or no module, is the formula: where it bends and far out."""
+    """Whether an element-wise function, a stand-in or no module, is the formula: where it bends and far out, whatever
+    the shape and dtype of x."""
     far = torch.tensor([s * 2.0**e for e in (-10, 3.5, 4.5, 5.5, 7, 10, 20) for s in (1.0, -1.0)])
     x = torch.cat([torch.linspace(-8, 8, 1024), far])  # without 0, where slopes may differ
+    forms = [
+        x,
+        x.bfloat16(),
+        x.clamp(-128, 128).half(),
+        x.view(6, 173),
+        *(x.view(*ones, 2, 3, 173) for ones in ((), (1,), (1, 1))),
+    ]
     for training in (True, False):
         given = act.train(training) if isinstance(act, nn.Module) else act
         # The far ends of a curve are differences of large numbers in many a formula, so that the yardstick is x's size.
-        if not agree(given, formula, x, 16.0) or not agree(given, formula, x.to(torch.bfloat16), 16.0):
+        if not all(agree(given, formula, form, 16.0) for form in forms):
             return False
     return True
 
 
-def agree(old: Callable, new: Callable, x: Tensor, each: float | None = None) -> bool:
+def agree(old: Callable, new: Callable, x: Tensor, each: float | None = None, optional: bool = False) -> bool:
     """Whether two functions give the same for x, and the same gradient, up to the rounding of a few operations; as a
-    whole, or each element up to `each` ulps of the larger of 1 and the result."""
-    expected, actual = _run(old, x), _run(new, x)
+    whole, or each element up to `each` ulps of the larger of 1 and the result. `optional`: or `old` does not take x."""
+    try:
+        expected = _run(old, x)
+    except Exception:  # it wants other arguments, or is no function of x: it is something else
+        return optional
+    try:
+        actual = _run(new, x)
+    except Exception:
+        return False
     if expected is None or actual is None:
         return False
     return all(near(a, e, each) for a, e in zip(actual, expected, strict=True))
@@ -253,7 +276,7 @@ def near(a: Tensor, b: Tensor, each: float | None) -> bool:
 
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """function(x) and the gradient of its sum with random weights; None where it fails, draws, or changes x or what it
+    """function(x) and the gradient of its sum with random weights; None where it draws, or changes x or what it
     remembers."""
     given = x.clone().requires_grad_()
     with (
@@ -261,14 +284,11 @@ def _run(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] 
         warnings.catch_warnings(action="ignore"),  # torch's RMSNorm says which of its kernels it takes
     ):  # fmt: skip
         copy = given * 1  # a leaf cannot be changed in place, and this can
-        try:
-            before, _held = state(function)
-            y = function(copy)
-            if not isinstance(y, Tensor) or copy._version:
-                return None
-            slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
-            if drawn() or state(function)[0] != before:
-                return None
-        except Exception:  # it wants other arguments, or is no function of x: it is something else
+        before, _held = state(function)
+        y = function(copy)
+        if not isinstance(y, Tensor) or copy._version:
+            return None
+        slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
+        if drawn() or state(function)[0] != before:
             return None
     return y.detach(), slope

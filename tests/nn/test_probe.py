@@ -148,3 +148,58 @@ def test_blocks_that_are_alike_are_tried_once(monkeypatch):
     assert len(install(model).swaps) == 9 and len(tried) == 4
     assert [m.eps for m in model[:4]] == [1e-6, 1e-6, 1e-6, 1e-3]
     assert model[2].weight is again.weight and model[0].weight is norms[0].weight
+
+
+def halves(y):
+    """Clamped in float16 alone."""
+    return y.clamp(-2, 2) if y.dtype == torch.float16 else y
+
+
+def shifted(y, by):
+    return y if y.ndim < 2 else torch.cat([y[..., :by, :], y[..., by:, :] + y[..., :-by, :]], -2)
+
+
+class NormOverTwo(Norm):
+    dims = 4
+
+    def normal(self, x):
+        if x.ndim != self.dims:
+            return super().normal(x)
+        return x * torch.rsqrt(x.square().mean((-2, -1), keepdim=True) + self.eps)
+
+
+class FlattensMlp(Mlp):
+    """Takes three dimensions only, and is the same there."""
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        return super().forward(x.view(b * t, -1)).view(b, t, -1)
+
+
+OTHER = {
+    "mlp in float16": (Mlp, lambda m, x: m.down_proj(halves(m.act_fn(m.gate_proj(x)) * m.up_proj(x)))),
+    "norm in float16": (Norm, lambda m, x: m.weight * halves(m.normal(x))),
+    "act in float16": (nn.GELU, lambda m, x: halves(F.gelu(x))),
+    "mlp with a shift": (Mlp, lambda m, x: shifted(Mlp.forward(m, x), 4)),
+    "mlp with a long shift": (Mlp, lambda m, x: shifted(Mlp.forward(m, x), 100)),
+    "norm with a shift": (Norm, lambda m, x: shifted(Norm.forward(m, x), 16)),
+    "mlp of one token": (Mlp, lambda m, x: Mlp.forward(m, x) * (1 + (x.shape[-2:-1] == (1,)))),
+    **{f"norm over two of {n}": (type("Own", (NormOverTwo,), {"dims": n}), None) for n in (2, 3, 4, 5)},
+    **{f"mlp in {n}": (Mlp, lambda m, x, n=n: Mlp.forward(m, x) * (1 + (x.ndim == n))) for n in (1, 2, 3, 4, 5)},
+    **{f"act in {n}": (nn.SiLU, lambda m, x, n=n: F.silu(x) * (1 + (x.ndim == n))) for n in (1, 2, 3, 4, 5)},
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_what_is_another_function_in_one_form_of_x_is_left_alone(other):
+    kind, forward = OTHER[other]
+    name = "OtherRMSNorm" if issubclass(kind, Norm) else "Other"
+    changed = type(name, (kind,), {"forward": lambda self, x: forward(self, x)} if forward else {})()
+    same = type(name, (kind.__base__ if kind.__name__ == "Own" else kind,), {"dims": 0})()
+    net = nn.Sequential(changed, same)
+    install(net)
+    assert net[0] is changed and net[1] is not same
+
+
+def test_what_takes_three_dimensions_only_is_the_same_there():
+    assert len(install(nn.Sequential(FlattensMlp())).swaps) == 1
