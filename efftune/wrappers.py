@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
+from efftune.hooks import HOOKS, STATE_HOOKS
 
 _INSIDE, _CONTEXT, _IN_PLACE = "_orig_mod", "dynamo_ctx", "_compiled_call_impl"
 _SEVERAL_DEVICES = (
@@ -51,8 +52,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raises: EfftuneError, naming the module, where a recipe could not change `model` in place: wrappers for several
-    devices hold on to the parameters that they began with, a torch.jit module has its code fixed, and weights that
-    accelerate has offloaded are somewhere else."""
+    devices hold on to the parameters that they began with, a torch.jit module has its code fixed, weights that
+    accelerate has offloaded are somewhere else, and hooks on torch.compile's wrapper would go with it."""
     for name, module in model.named_modules():
         what = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
         if any(base.__name__ in _SEVERAL_DEVICES for base in type(module).__mro__):
@@ -64,6 +65,11 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise EfftuneError(
                 f"{what} is a torch.jit module, whose code is fixed; apply the recipe to the Python module that it was "
                 "made from."
+            )
+        if inside(module) is not None and any(getattr(module, kind) for kind in (*HOOKS, *STATE_HOOKS)):
+            raise EfftuneError(
+                f"{what} is torch.compile's wrapper, which is taken off, and has hooks of its own; register them on "
+                "the module inside."
             )
         if "_hf_hook" in vars(module) and any(p.is_meta for p in cast(nn.Module, module).parameters(recurse=False)):
             raise EfftuneError(

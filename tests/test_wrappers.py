@@ -146,6 +146,38 @@ def test_what_cannot_be_changed_in_place_is_refused_before_it_is_touched():
         )
 
 
+HOOKS = (
+    "forward", "forward_pre", "full_backward", "full_backward_pre", "state_dict_post", "state_dict_pre",
+    "load_state_dict_post", "load_state_dict_pre",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how, name", [("whole", "the model"), ("blocks", "layers.0"), ("norms", "layers.0.norm")])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_a_wrapper_are_refused_before_it_is_touched(kind, how, name):
+    given = compiled(how, "eager")
+    wrapper = next(m for m in given.modules() if isinstance(m, torch._dynamo.OptimizedModule))
+    handle = getattr(wrapper, f"register_{kind}_hook")(lambda *_: None)
+    modules, state = list(given.modules()), copy.deepcopy(given.state_dict())
+    with pytest.raises(EfftuneError, match=rf"{name} \(OptimizedModule\) is torch.compile's wrapper.* module inside"):
+        efftune.apply(given, "full")
+    assert list(given.modules()) == modules and untouched(given, state)
+    handle.remove()
+    efftune.apply(given, "full")
+
+
+@pytest.mark.parametrize("how", ["whole", "blocks", "norms"])
+def test_a_hook_on_the_module_inside_is_called(how):
+    given, x = compiled(how, "eager"), torch.randn(3, 8)
+    wrapper = next(m for m in given.modules() if isinstance(m, torch._dynamo.OptimizedModule))
+    wrapper._orig_mod.register_forward_hook(lambda module, args, y: y * 0)
+    expected = given(x)
+    tuner = efftune.apply(given, "full")
+    assert expected.eq(0).all() == (how == "whole")
+    torch.testing.assert_close(tuner.model(x), expected)
+    torch._dynamo.reset()
+
+
 class Redirecting(nn.Module):
     """Writes everything to the module inside, as wrappers do."""
 

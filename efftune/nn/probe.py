@@ -3,7 +3,7 @@
 What is tried is a copy with small random weights, for fresh ones hide what is done with them (a norm's ones, zeros of
 an MLP that starts as nothing), and real ones take time. It is tried in training and in evaluation mode, on inputs so
 small that an epsilon shows and so large that a clamp does, with its derivative, and it must neither draw nor remember
-anything. A copy is made by pickling: the bytes tell, too, whether a call has changed it and which copies would be alike.
+anything. A copy is made by pickling; its bytes tell, too, whether a call has changed it, and which are alike.
 """
 
 from __future__ import annotations
