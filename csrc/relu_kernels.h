@@ -13,7 +13,7 @@ static inline void relu_batch(const ReluArgs& a, int64_t begin, int count) {
     for (int i = 0; i < count; ++i) {
         const bool positive = !(T::load(x[i]) <= 0.0f);  // NaN, too
         on[i] = positive;
-        y[i] = positive ? x[i] : Storage(0);
+        y[i] = T::load(x[i]) < 0.0f ? Storage(0) : x[i];  // -0 and NaN stay, as in torch
     }
     for (int i = 0; i < count; i += 8) {
         uint64_t eight;

@@ -13,7 +13,8 @@ def relu_kernel(x_ptr, y_ptr, bits_ptr, count, BLOCK: tl.constexpr):
     mask = offs < count
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     off = x.to(tl.float32) <= 0.0  # NaN is not
-    tl.store(y_ptr + offs, tl.where(off, 0.0, x).to(y_ptr.dtype.element_ty), mask=mask)
+    y = tl.where(x.to(tl.float32) < 0.0, 0.0, x)  # -0 and NaN stay, as in torch
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     packed = tl.sum(tl.where(off, 0, 1) << bit[None, :], axis=1)
     tl.store(bits_ptr + offs_byte, packed.to(tl.uint8), mask=offs_byte * 8 < count)
 

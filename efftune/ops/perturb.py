@@ -350,5 +350,5 @@ def perturb_many(
 
 def _perturb_many(w, out, a, seed, streams, dist, rounding, thresholds):
     seeds = list(seed) if isinstance(seed, Sequence) else [seed]
-    limits = [math.inf if t is None else t for t in (thresholds or [None] * len(w))]
+    limits = [math.inf if t is None else t for t in ([None] * len(w) if thresholds is None else thresholds)]
     perturb_many_op(a.detach(), w, out, seeds, list(streams), dist, rounding, limits)

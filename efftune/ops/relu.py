@@ -22,7 +22,7 @@ def _reference(x):
     y, bits = _fake(x)
     on = (~(x <= 0)).flatten().to(torch.uint8)
     eights = F.pad(on, (0, -on.numel() % 8)).view(-1, 8) << torch.arange(8, device=x.device, dtype=torch.uint8)
-    return y.copy_(F.relu(x)), bits.copy_(eights.sum(-1))
+    return y.copy_(torch.where(x < 0, 0, x)), bits.copy_(eights.sum(-1))
 
 
 def _backward_fake(dy, bits):
@@ -93,7 +93,7 @@ def _backward_triton(dy, bits):
 
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = max(x, 0), and one bit an element that says whether its derivative is 1.
+    """y = max(x, 0), which is -0 for -0, and one bit an element that says whether its derivative is 1.
 
     Args:
         x: of any shape, f64 | f32 | bf16 | f16; a copy is made of one that is not contiguous.

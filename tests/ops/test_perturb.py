@@ -478,6 +478,9 @@ def test_many_tensors_of_several_kinds():
     assert perturb_many([], a, seed=3, streams=[]) == []
     with pytest.raises(ValueError, match="a stream and a threshold for each tensor, here 4, not 2"):
         perturb_many_(tensors, a, seed=3, streams=[1, 2])
+    for thresholds in ([], [0.1] * 5):
+        with pytest.raises(ValueError, match=f"here 4, not 4 and {len(thresholds)}"):
+            perturb_many(tensors, a, seed=3, streams=[1, 2, 3, 4], thresholds=thresholds)
     with pytest.raises(ValueError, match="a stream in "):
         perturb_many_(tensors, a, seed=3, streams=[1, 2, 3, -4])
     torch.library.opcheck(

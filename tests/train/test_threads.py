@@ -25,6 +25,15 @@ def test_the_faster_number_stays(fast):
     assert min(seconds, key=seconds.get) == fast
 
 
+@pytest.mark.parametrize("calls", range(3))
+def test_a_call_that_fails_leaves_the_number(calls):
+    """The first with all threads, the second with one."""
+    left = iter(range(calls))
+    with pytest.raises(StopIteration):
+        use_faster(lambda: next(left))
+    assert torch.get_num_threads() == 3
+
+
 def test_one_thread_is_not_timed():
     torch.set_num_threads(1)
     assert use_faster(lambda: pytest.fail("called")) == {} and torch.get_num_threads() == 1
