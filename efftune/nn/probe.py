@@ -208,16 +208,22 @@ def takes_one(module: nn.Module) -> bool:
 
 
 def same(old: nn.Module, new: nn.Module, width: int) -> bool:
-    """Whether two stand-ins give the same for x in all `FORMS`: shape, dtype, values and gradient up to rounding, in
-    either mode, without drawing. x of other than three dimensions counts only if `old` takes it."""
+    """Whether two stand-ins over the same parameters give the same for x in all `FORMS`, then for large parameters:
+    shape, dtype, values and gradient up to rounding, in either mode, without drawing. x of other than three dimensions
+    counts only if `old` takes it."""
     for seed, (dtype, shape, scale) in enumerate(FORMS):
         for module in (old, new):
             module.to(dtype)
-        x = (_random((*shape, width), seed + 1) * scale).to(dtype)
-        for training in (True, False):
-            if not agree(old.train(training), new.train(training), x, optional=len(shape) != 2):
-                return False
-    return True
+        if not _agree_in_both_modes(old, new, (_random((*shape, width), seed + 1) * scale).to(dtype)):
+            return False
+    with torch.no_grad():
+        for p in old.parameters():
+            p.mul_(2.0**10)  # what a norm gives is as large as its weight, whatever x
+    return _agree_in_both_modes(old, new, _random((2, 3, width)))
+
+
+def _agree_in_both_modes(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
+    return all(agree(old.train(mode), new.train(mode), x, optional=x.ndim != 3) for mode in (True, False))
 
 
 def promotes(module: nn.Module, width: int) -> bool | None:
@@ -232,8 +238,8 @@ def promotes(module: nn.Module, width: int) -> bool | None:
 def same_function(act: Callable[[Tensor], Tensor], formula: Callable[[Tensor], Tensor]) -> bool:
     """Whether an element-wise function, a stand-in or no module, is the formula: where it bends and far out, whatever
     the shape and dtype of x."""
-    far = torch.tensor([s * 2.0**e for e in (-10, 3.5, 4.5, 5.5, 7, 10, 20) for s in (1.0, -1.0)])
-    x = torch.cat([torch.linspace(-8, 8, 1024), far])  # without 0, where slopes may differ
+    far = torch.tensor([s * 2.0**e for e in (-10, 3.5, 4.5, 5.5, 7, 10, 20) for s in (1.0, -1.0)], device="cpu")
+    x = torch.cat([torch.linspace(-8, 8, 1024, device="cpu"), far])  # without 0, where slopes may differ
     forms = [
         x,
         x.bfloat16(),

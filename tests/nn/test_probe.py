@@ -179,6 +179,7 @@ class FlattensMlp(Mlp):
 OTHER = {
     "mlp in float16": (Mlp, lambda m, x: m.down_proj(halves(m.act_fn(m.gate_proj(x)) * m.up_proj(x)))),
     "norm in float16": (Norm, lambda m, x: m.weight * halves(m.normal(x))),
+    "norm that is clamped": (Norm, lambda m, x: Norm.forward(m, x).clamp(-100, 100)),
     "act in float16": (nn.GELU, lambda m, x: halves(F.gelu(x))),
     "mlp with a shift": (Mlp, lambda m, x: shifted(Mlp.forward(m, x), 4)),
     "mlp with a long shift": (Mlp, lambda m, x: shifted(Mlp.forward(m, x), 100)),
