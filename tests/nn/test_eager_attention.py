@@ -240,6 +240,35 @@ def test_a_second_model_is_untouched(family):
     assert "eager" not in ALL_ATTENTION_FUNCTIONS
 
 
+@pytest.mark.parametrize("where", ["attribute", "list", "buffer", "child"])
+def test_a_function_that_writes_into_its_module_is_left_alone(where, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    plain = modeling_llama.eager_attention_forward
+    kept = {"attribute": lambda m: m.seen, "list": lambda m: m.seen[0], "buffer": lambda m: int(m.count[0])}
+    kept["child"] = lambda m: int(m.dropout.count[0])
+
+    def noting(module, *args, **kwargs):
+        if where == "attribute":
+            module.seen = 1
+        elif where == "list":
+            module.seen[0] += 1
+        else:
+            (module if where == "buffer" else module.dropout).count += 1
+        return plain(module, *args, **kwargs)
+
+    made = eager("Llama")
+    attention = made.model.layers[0].self_attn
+    attention.seen, attention.dropout = [0] if where == "list" else 0, nn.Dropout(0.0)
+    for m in (attention, attention.dropout):
+        m.register_buffer("count", torch.zeros(1))
+    assert attention in module.modules(made)
+    module._known.pop(attention)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", noting)
+    assert attention not in module.modules(made) and kept[where](attention) == 0
+    module._known.clear()
+
+
 def test_what_computes_something_else_is_left_alone():
     import transformers
 
