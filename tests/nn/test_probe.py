@@ -14,7 +14,7 @@ import efftune
 from efftune.linear.keep.quantized import Quantized
 from efftune.nn import probe
 from efftune.nn.blocks import install, recognise
-from tests.nn.test_blocks import Mlp, Norm
+from tests.nn.test_same_function import Mlp, Norm
 
 
 class Counter:
