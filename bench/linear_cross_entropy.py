@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     shapes = [(torch.bfloat16, *shape, True), (torch.bfloat16, *shape, False), (torch.float32, *shape, True)]
     if device != "cpu" and not arguments.small:
         shapes += [(torch.bfloat16, 8192, 4096, 151936, True), (torch.bfloat16, 8192, 4096, 151936, False)]
+        shapes += [(torch.bfloat16, 4096, 2048, 50257, True)]  # an odd vocabulary
     shapes = shapes[:1] if arguments.first else shapes
     jobs = [
         Job(

@@ -26,8 +26,6 @@ def compile_module(module: str, form: str) -> list[str]:
     lines = []
     for name, case in importlib.import_module(f"efftune.triton_kernels.{module}").COMPILE_CASES.items():
         constants = case["constants"]
-        if form == "unaligned":
-            constants = case.get("constants_unaligned", constants)
         types = case["types"] | dict.fromkeys(constants, "constexpr")
         integers = {
             p.name for p in case["kernel"].params if not p.do_not_specialize and types[p.name] in ("i32", "i64")

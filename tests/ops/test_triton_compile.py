@@ -2,9 +2,8 @@
 CUDA's by nvcc, where there is one.
 
 A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
-Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps),
-"aligned", the integers that 16 divides in an aligned launch (all that are specialised, if it is not there), and
-"constants_unaligned", where another launch has others.
+Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps)
+and "aligned", the integers that 16 divides in an aligned launch (all that are specialised, if it is not there).
 
 Each is compiled in two forms, since a launch whose pointers and sizes 16 divides runs other code than one without.
 """
