@@ -230,6 +230,7 @@ def measure(
     jobs, where = list(jobs), environment(args.device)
     path = args.results / f"{name}-{kind(args.device)}.json"
     found: dict[str, list[dict]] = finished(path, where) if args.resume else {}
+    gc.freeze()  # what imports made stays: the collections below need not look through it
     for job in jobs:
         if job.name in found:
             continue

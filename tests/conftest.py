@@ -28,6 +28,7 @@ STARTS_PROCESSES = (
     "tests/methods/test_mezo.py::test_two_processes",
     "tests/methods/test_ferret.py::test_processes",
 )
+CUDA_ON_CPU = "tests/ops/test_cuda_on_cpu.py"  # compiles what other tests load
 COMPILES = "tests/ops/test_triton_compile.py"
 CONTRACT = "tests/methods/test_contract.py::"  # looks at one result of each recipe, which is expensive to make
 
@@ -36,6 +37,8 @@ def unit(nodeid: str) -> str:
     """What runs in one process of `pytest -n`, named by the nodeid: the processes share no fixtures."""
     if nodeid.startswith(STARTS_PROCESSES):
         return "processes"
+    if nodeid.startswith(CUDA_ON_CPU):
+        return CUDA_ON_CPU
     if nodeid.startswith(CONTRACT) and "[" in nodeid:
         return CONTRACT + nodeid.partition("[")[2]
     return nodeid
@@ -52,7 +55,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith((*STARTS_PROCESSES, COMPILES)))
+    items.sort(key=lambda item: not item.nodeid.startswith(COMPILES))
+    items.sort(key=lambda item: not item.nodeid.startswith((*STARTS_PROCESSES, CUDA_ON_CPU)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -197,15 +197,14 @@ def _same(function: Any, module: nn.Module) -> bool:
         call = partial(function, module, *given, scaling=0.5)
         masks = (mask.to(dtype), None)
         try:
-            with probe.generators() as drawn:
-                before, _held = probe.state(module)
+            with probe.watched(module) as untouched:
                 found = [call(attention_mask=m, dropout=0.0) for m in masks]
                 if not training:
                     found += [call(attention_mask=masks[0], dropout=0.5)]
-                if drawn():
-                    return False
-                out, dropped = call(attention_mask=masks[0], dropout=0.5)
-                if probe.state(module)[0] != before:
+                quiet = untouched()
+                with torch.random.fork_rng(devices=[]):
+                    out, dropped = call(attention_mask=masks[0], dropout=0.5)
+                if not (quiet and untouched()):
                     return False
         except Exception:  # it wants other arguments, so it is something else
             return False

@@ -169,8 +169,9 @@ def _numbers(state: Any) -> bytes:
 
 
 @contextmanager
-def generators() -> Iterator[Callable[[], bool]]:
-    """Gives the global generators their states back at the end. What it yields tells whether one of them has drawn."""
+def watched(given: Any) -> Iterator[Callable[[], bool]]:
+    """What it yields tells whether, since the beginning, no global generator has drawn and `given` remembers nothing (a
+    module is asked in the mode of then). The generators have their states back at the end."""
     kept: list[tuple[Callable, Callable]] = [
         (torch.get_rng_state, torch.set_rng_state),
         (random.getstate, random.setstate),
@@ -184,8 +185,9 @@ def generators() -> Iterator[Callable[[], bool]]:
         ]
     before = [get() for get, _ in kept]
     numbers = [_numbers(value) for value in before]
+    remembered, _held = state(given)
     try:
-        yield lambda: [_numbers(get()) for get, _ in kept] != numbers
+        yield lambda: [_numbers(get()) for get, _ in kept] == numbers and state(given)[0] == remembered
     finally:
         for (_, put), value in zip(kept, before, strict=True):
             put(value)
@@ -208,36 +210,47 @@ def takes_one(module: nn.Module) -> bool:
 
 
 def same(old: nn.Module, new: nn.Module, width: int) -> bool:
-    """Whether two stand-ins over the same parameters give the same for x in all `FORMS`, then for large parameters:
-    shape, dtype, values and gradient up to rounding, in either mode, without drawing. x of other than three dimensions
-    counts only if `old` takes it."""
-    for seed, (dtype, shape, scale) in enumerate(FORMS):
-        for module in (old, new):
-            module.to(dtype)
-        if not _agree_in_both_modes(old, new, (_random((*shape, width), seed + 1) * scale).to(dtype)):
-            return False
-    with torch.no_grad():
-        for p in old.parameters():
-            p.mul_(2.0**10)  # what a norm gives is as large as its weight, whatever x
-    return _agree_in_both_modes(old, new, _random((2, 3, width)))
+    """Whether two stand-ins over the same parameters give the same for x in all `FORMS`, and before for large
+    parameters: shape, dtype, values and gradient up to rounding, in either mode of `old`, without drawing or
+    remembering. x of other than three dimensions counts only if `old` takes it."""
+    for size in (2.0**10, 2.0**-10):  # what a norm gives is as large as its weight, whatever x
+        with torch.no_grad():
+            for p in old.parameters():
+                p.mul_(size)
+        forms = FORMS if size < 1 else FORMS[2:3]
+        with watched(old.train()) as untouched:
+            for seed, (dtype, shape, scale) in enumerate(forms):
+                for module in (old, new):
+                    module.to(dtype)
+                x = (_random((*shape, width), seed + 1) * scale).to(dtype)
+                if seed == 0 and not _same_once(old, new, x, None, untouched):
+                    return False
+                if not agree(old, new, x, optional=x.ndim != 3):
+                    return False
+            old.train()
+            if not untouched():
+                return False
+    return True
 
 
-def _agree_in_both_modes(old: nn.Module, new: nn.Module, x: Tensor) -> bool:
-    return all(agree(old.train(mode), new.train(mode), x, optional=x.ndim != 3) for mode in (True, False))
+def _same_once(old: Any, new: Callable, x: Tensor, each: float | None, untouched: Callable[[], bool]) -> bool:
+    """After one call: what changes and changes back does not show after two."""
+    return agree(old.__call__, new, x, each) and untouched()
 
 
 def promotes(module: nn.Module, width: int) -> bool | None:
     """Whether a stand-in in float32 gives float32 for a narrower x; None if it takes none."""
-    try:
-        found = _run(module.to(torch.float32), _random((2, 3, width)).bfloat16())
-    except Exception:  # layers of two dtypes
-        return None
+    with watched(module.to(torch.float32)):
+        try:
+            found = _run(module, _random((2, 3, width)).bfloat16())
+        except Exception:  # layers of two dtypes
+            return None
     return None if found is None else found[0].dtype == torch.float32
 
 
 def same_function(act: Callable[[Tensor], Tensor], formula: Callable[[Tensor], Tensor]) -> bool:
     """Whether an element-wise function, a stand-in or no module, is the formula: where it bends and far out, whatever
-    the shape and dtype of x."""
+    the shape and dtype of x; without drawing or remembering."""
     far = torch.tensor([s * 2.0**e for e in (-10, 3.5, 4.5, 5.5, 7, 10, 20) for s in (1.0, -1.0)], device="cpu")
     x = torch.cat([torch.linspace(-8, 8, 1024, device="cpu"), far])  # without 0, where slopes may differ
     forms = [
@@ -247,28 +260,32 @@ def same_function(act: Callable[[Tensor], Tensor], formula: Callable[[Tensor], T
         x.view(6, 173),
         *(x.view(*ones, 2, 3, 173) for ones in ((), (1,), (1, 1))),
     ]
-    for training in (True, False):
-        given = act.train(training) if isinstance(act, nn.Module) else act
+    is_module = isinstance(act, nn.Module)
+    with watched(act.train() if is_module else act) as untouched:
         # The far ends of a curve are differences of large numbers in many a formula, so that the yardstick is x's size.
-        if not all(agree(given, formula, form, 16.0) for form in forms):
+        if not (_same_once(act, formula, x, 16.0, untouched) and all(agree(act, formula, f, 16.0) for f in forms)):
             return False
-    return True
+        if is_module:
+            act.train()
+        return untouched()
 
 
 def agree(old: Callable, new: Callable, x: Tensor, each: float | None = None, optional: bool = False) -> bool:
     """Whether two functions give the same for x, and the same gradient, up to the rounding of a few operations; as a
-    whole, or each element up to `each` ulps of the larger of 1 and the result. `optional`: or `old` does not take x."""
+    whole, or each element up to `each` ulps of the larger of 1 and the result. A module `old` in either mode, the last
+    of them training. `optional`: or `old` does not take x."""
+    modes = (old.eval, old.train) if isinstance(old, nn.Module) else (lambda: old,)
     try:
-        expected = _run(old, x)
+        found = [_run(mode(), x) for mode in modes]
     except Exception:  # it wants other arguments, or is no function of x: it is something else
         return optional
     try:
         actual = _run(new, x)
     except Exception:
         return False
-    if expected is None or actual is None:
+    if actual is None or None in found:
         return False
-    return all(near(a, e, each) for a, e in zip(actual, expected, strict=True))
+    return all(near(a, e, each) for expected in found for a, e in zip(actual, expected, strict=True))
 
 
 def near(a: Tensor, b: Tensor, each: float | None) -> bool:
@@ -282,19 +299,15 @@ def near(a: Tensor, b: Tensor, each: float | None) -> bool:
 
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """function(x) and the gradient of its sum with random weights; None where it draws, or changes x or what it
-    remembers."""
+    """function(x) and the gradient of its sum with random weights; None where it changes x."""
     given = x.clone().requires_grad_()
     with (
-        generators() as drawn, torch.enable_grad(), torch.autocast("cpu", enabled=False),
+        torch.enable_grad(), torch.autocast("cpu", enabled=False),
         warnings.catch_warnings(action="ignore"),  # torch's RMSNorm says which of its kernels it takes
     ):  # fmt: skip
         copy = given * 1  # a leaf cannot be changed in place, and this can
-        before, _held = state(function)
         y = function(copy)
         if not isinstance(y, Tensor) or copy._version:
             return None
         slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
-        if drawn() or state(function)[0] != before:
-            return None
     return y.detach(), slope

@@ -19,7 +19,7 @@ def _threshold(p: float) -> int:
 
 def _reference(x, p, seed, stream):
     _check(x, p, seed, stream)
-    words = philox.dropout_word(int(seed), stream, torch.arange(x.numel(), device=x.device)).view(x.shape)
+    words = philox.dropout_word(int(seed), stream, 0, x.numel(), x.device).view(x.shape)
     keep = words >= _threshold(p)
     if x.dtype == torch.float64:
         return torch.where(keep, divide(x, 1 - p), 0.0)

@@ -64,7 +64,7 @@ def _reference(x, bits, group, seed, stream):
     position = position.masked_fill_(~finite[..., None], 0).flatten(-2)[..., :cols].to(torch.int64)
     draw = 2**15
     if seed is not None:
-        draw = philox.rounding_bits(int(seed), stream, torch.arange(x.numel(), device=x.device)).view(x.shape)
+        draw = philox.rounding_bits(int(seed), stream, 0, x.numel(), x.device).view(x.shape)
     whole = ((position + 2 * draw + 1) // _FRACTION).to(torch.uint8)
     if bits == 4:
         whole = torch.nn.functional.pad(whole, (0, cols % 2)).unflatten(-1, (-1, 2))

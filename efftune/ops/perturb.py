@@ -21,13 +21,13 @@ def _compute_dtype(w: Tensor) -> torch.dtype:
 
 def _reference(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
-    offsets = torch.arange(offset, offset + w.numel(), device=w.device)
+    place = stream, offset, w.numel(), w.device
     draw = philox.normal if dist == "normal" else philox.sign
     y = x = w.to(_compute_dtype(w))
     for a_k, seed in zip(a.reshape(-1), seeds, strict=True):
-        y = y + a_k * draw(seed, stream, offsets).view(w.shape).to(x.dtype)
+        y = y + a_k * draw(seed, *place).view(w.shape).to(x.dtype)
     if rounding == "stochastic" and seeds and w.dtype != torch.float64:
-        y = philox.round_stochastic(y, w.dtype, philox.rounding_bits(seeds[0], stream, offsets).view(w.shape))
+        y = philox.round_stochastic(y, w.dtype, philox.rounding_bits(seeds[0], *place).view(w.shape))
     small = x.abs() <= torch.full((), threshold, dtype=x.dtype, device=w.device)
     out.copy_(torch.where(small, y.to(w.dtype), w))
 

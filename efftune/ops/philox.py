@@ -28,6 +28,7 @@ GAUSSIAN, SIGN, ROUNDING, DROPOUT, ORDER, UNIFORM = range(6)
 _LOW = 0xFFFFFFFF
 
 Words = Callable[[int, Tensor, int, int], tuple[Tensor, ...]]
+Device = torch.device | str
 
 
 def philox(seed: int, block: Tensor, stream: int, purpose: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,54 +45,61 @@ def philox_words(c0, c1, c2, c3, k0: int, k1: int) -> tuple[Tensor, Tensor, Tens
     return c0, c1, c2, c3
 
 
-def _gather_word(words: tuple[Tensor, ...], which: Tensor) -> Tensor:
-    return torch.stack(words).gather(0, which[None]).squeeze(0)
+def _words(
+    purpose: int, per: int, seed: int, stream: int, start: int, count: int, device: Device, philox: Words = philox
+) -> tuple[Tensor, ...]:
+    """The four words of each block, `per` elements each, that `count` elements from `start` on lie in."""
+    blocks = torch.arange(start // per, (start + count + per - 1) // per, device=device)
+    return philox(seed, blocks, stream, purpose)
 
 
-def normal(seed: int, stream: int, offset: Tensor) -> Tensor:
-    """z ~ N(0, 1) in float64 for each int64 offset; |z| ≤ 6.77. u = (w0 + ½)·2⁻³² is rounded to float32."""
-    words = torch.stack(philox(seed, offset >> 2, stream, GAUSSIAN))
-    pair = ((offset >> 1) & 1)[None] * 2
-    radius_word, angle_word = words.gather(0, pair).squeeze(0), words.gather(0, pair + 1).squeeze(0)
-    u = (radius_word.to(torch.float32) + 0.5) * 2.0**-32
-    angle = angle_word.to(torch.float64) * (2 * math.pi / 2**32)
-    return torch.sqrt(-2 * torch.log(u.to(torch.float64))) * torch.where(offset & 1 == 0, angle.cos(), angle.sin())
+def _elements(each: Tensor, start: int, count: int) -> Tensor:
+    """Those of the elements of whole blocks, (blocks, elements of a block), which begin with the one of `start`."""
+    return each.flatten()[start % each.shape[1] :][:count]
 
 
-def sign(seed: int, stream: int, offset: Tensor) -> Tensor:
-    """±1 in float64, each with probability ½, for each int64 offset."""
-    word = _gather_word(philox(seed, offset >> 7, stream, SIGN), (offset >> 5) & 3)
-    return ((word >> (offset & 31)) & 1).to(torch.float64) * 2 - 1
+# Of `count` elements from offset `start` on, (count,): each block is drawn once.
 
 
-def rounding_bits(seed: int, stream: int, offset: Tensor) -> Tensor:
-    """16 random bits, int64, for each int64 offset."""
-    word = _gather_word(philox(seed, offset >> 3, stream, ROUNDING), (offset >> 1) & 3)
-    return (word >> (16 * (offset & 1))) & 0xFFFF
+def normal(seed: int, stream: int, start: int, count: int, device: Device = "cpu") -> Tensor:
+    """z ~ N(0, 1) in float64; |z| ≤ 6.77. u = (w0 + ½)·2⁻³² is rounded to float32."""
+    words = torch.stack(_words(GAUSSIAN, 4, seed, stream, start, count, device), 1)  # (blocks, 4)
+    u = (words[:, 0::2].to(torch.float32) + 0.5) * 2.0**-32
+    angle = words[:, 1::2].to(torch.float64) * (2 * math.pi / 2**32)
+    radius = torch.sqrt(-2 * torch.log(u.to(torch.float64)))
+    return _elements(torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1), start, count)
 
 
-def rounding_bits_from(seed: int, stream: int, offset: int, count: int, device: torch.device) -> Tensor:
-    """`rounding_bits` of `count` offsets from `offset` on, (count,): each block is drawn once for its eight."""
-    words = philox(seed, torch.arange(offset >> 3, (offset + count + 7) >> 3, device=device), stream, ROUNDING)
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], 1)
-    return halves.flatten()[offset & 7 : (offset & 7) + count]
+def sign(seed: int, stream: int, start: int, count: int, device: Device = "cpu") -> Tensor:
+    """±1 in float64, each with probability ½."""
+    words = torch.stack(_words(SIGN, 128, seed, stream, start, count, device), 1)
+    bits = words[:, :, None] >> torch.arange(32, device=device) & 1
+    return _elements(bits.flatten(1), start, count).to(torch.float64) * 2 - 1
 
 
-def dropout_word(seed: int, stream: int, offset: Tensor) -> Tensor:
-    """32 random bits, int64, for each int64 offset."""
-    return _gather_word(philox(seed, offset >> 2, stream, DROPOUT), offset & 3)
+def rounding_bits(seed: int, stream: int, start: int, count: int, device: Device = "cpu") -> Tensor:
+    """16 random bits, int64."""
+    words = torch.stack(_words(ROUNDING, 8, seed, stream, start, count, device), 1)
+    return _elements(torch.stack((words & 0xFFFF, words >> 16), 2).flatten(1), start, count)
 
 
-def order_word(seed: int, stream: int, offset: Tensor, philox: Words = philox) -> Tensor:
-    """32 random bits, int64, for each int64 offset."""
-    return _gather_word(philox(seed, offset >> 2, stream, ORDER), offset & 3)
+def dropout_word(seed: int, stream: int, start: int, count: int, device: Device = "cpu") -> Tensor:
+    """32 random bits, int64."""
+    return _elements(torch.stack(_words(DROPOUT, 4, seed, stream, start, count, device), 1), start, count)
 
 
-def uniform(seed: int, stream: int, offset: Tensor, philox: Words = philox) -> Tensor:
-    """u in [0, 1), a multiple of 2⁻⁵³ in float64, for each int64 offset."""
-    words, first = philox(seed, offset >> 1, stream, UNIFORM), 2 * (offset & 1)
-    bits = (_gather_word(words, first) << 21) | (_gather_word(words, first + 1) >> 11)
-    return bits.to(torch.float64) * 2.0**-53
+def order_word(
+    seed: int, stream: int, start: int, count: int, device: Device = "cpu", philox: Words = philox
+) -> Tensor:
+    """32 random bits, int64."""
+    return _elements(torch.stack(_words(ORDER, 4, seed, stream, start, count, device, philox), 1), start, count)
+
+
+def uniform(seed: int, stream: int, start: int, count: int, device: Device = "cpu", philox: Words = philox) -> Tensor:
+    """u in [0, 1), a multiple of 2⁻⁵³ in float64."""
+    words = torch.stack(_words(UNIFORM, 2, seed, stream, start, count, device, philox), 1)
+    bits = (words[:, 0::2] << 21) | (words[:, 1::2] >> 11)
+    return _elements(bits, start, count).to(torch.float64) * 2.0**-53
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:

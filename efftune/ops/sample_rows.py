@@ -146,10 +146,10 @@ def _select_reference(scores, k, seed, sampler, stream, words=philox.philox):
         rows = order[:k]
     else:
         if sampler == "systematic":
-            keys = philox.order_word(int(seed), stream, torch.arange(m, device=device), words)
-            line, u, d = keys.sort(stable=True).indices, philox.uniform(int(seed), stream, t[:1], words), t - c
+            keys = philox.order_word(int(seed), stream, 0, m, device, words)
+            line, u, d = keys.sort(stable=True).indices, philox.uniform(int(seed), stream, 0, 1, device, words), t - c
         else:
-            line, u, d = None, philox.uniform(int(seed), stream, t, words), t
+            line, u, d = None, philox.uniform(int(seed), stream, 0, k, device, words), t
         point = torch.minimum((u * rest.to(torch.float64)).to(torch.int64), rest - 1)
         if line is not None:
             point = _systematic(point, d.clamp(min=0), rest, n)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efftune.ops.perturb import perturb
-from efftune.ops.philox import round_stochastic, rounding_bits_from
+from efftune.ops.philox import round_stochastic, rounding_bits
 
 PIECE = 2**22  # entries of a tensor that are worked on at a time: what the scratch holds
 
@@ -78,6 +78,6 @@ def reconstruct(
             z.view(-1, width).mul_(numbers[:, i : i + 1])
             y.add_(z)  # addcmul_ would round once, on some devices
         if w.dtype.itemsize == 2:
-            y = round_stochastic(y, w.dtype, rounding_bits_from(seeds[0], stream, start, end - start, w.device))
+            y = round_stochastic(y, w.dtype, rounding_bits(seeds[0], stream, start, end - start, w.device))
         made[start:end] = y
     return out if out.is_contiguous() else out.copy_(made.view(w.shape))

@@ -40,6 +40,7 @@ def closure():
 
 EFFECTS = {  # what a module holds, what its forward does with it, and what is seen of it
     "attribute": (lambda: 0, lambda m, x: setattr(m, "held", m.held + 1), lambda held: held),
+    "flag and back": (bool, lambda m, x: setattr(m, "held", not m.held), bool),
     "tensor": (lambda: torch.zeros(()), lambda m, x: m.held.add_(x.abs().max()), float),
     "new tensor": (lambda: torch.zeros(()), lambda m, x: setattr(m, "held", x.abs().mean()), float),
     "dict": (dict, lambda m, x: m.held.update(top=float(x.abs().max())), dict),

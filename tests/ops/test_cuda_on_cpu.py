@@ -50,8 +50,7 @@ def test_perturb_is_the_cpu_kernel_with_a_fused_product(dtype, dist, rounding, s
         for a_k, seed in zip(a, seeds, strict=True):
             y = fused(a_k, perturb(torch.zeros(n), 1.0, seed=seed, **key), y)
         if rounding == "stochastic" and seeds and dtype != torch.float32:
-            offsets = torch.arange(offset, offset + n)
-            y = philox.round_stochastic(y, dtype, philox.rounding_bits(seeds[0], key["stream"], offsets))
+            y = philox.round_stochastic(y, dtype, philox.rounding_bits(seeds[0], key["stream"], offset, n))
         small = w.float().abs() <= (torch.inf if threshold is None else torch.tensor(threshold))
         on(CUDA, perturb, w, a, seed=seeds, rounding=rounding, threshold=threshold, out=out, **key)
         assert torch.equal(out, torch.where(small, y.to(dtype), w))

@@ -40,7 +40,7 @@ CASES = {
     "select_rows, wta": (3, lambda: sample_rows._select_reference(x(40), 7, SEED, "wta", 3)),
     "select_rows, crs": (2, lambda: sample_rows._select_reference(x(40), 7, SEED, "crs", 3)),
     "round_stochastic": (1, lambda: philox.round_stochastic(x(40), torch.float16, x(40, dtype=torch.int64))),
-    "normal": (0, lambda: philox.normal(7, 3, x(40, dtype=torch.int64))),
+    "normal": (0, lambda: philox.normal(7, 3, 0, 40, x(1).device)),
 }
 
 

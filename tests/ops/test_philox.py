@@ -38,11 +38,15 @@ def scalar_words(seed, block, stream, purpose):
 
 @pytest.mark.parametrize("seed, stream, offset", [(0, 0, 0), (-1, 2**32 - 1, 2**40 + 5), (2**62 + 3, 2**31, 2**33 - 3)])
 def test_layout(seed, stream, offset):
-    offsets = torch.arange(offset, offset + 300)
-    normal, sign = philox.normal(seed, stream, offsets), philox.sign(seed, stream, offsets)
-    bits, word = philox.rounding_bits(seed, stream, offsets), philox.dropout_word(seed, stream, offsets)
-    order, uniform = philox.order_word(seed, stream, offsets), philox.uniform(seed, stream, offsets)
-    for i, o in enumerate(offsets.tolist()):
+    place = seed, stream, offset, 300
+    normal, sign, bits, word, order, uniform = (
+        draw(*place)
+        for draw in (
+            philox.normal, philox.sign, philox.rounding_bits, philox.dropout_word, philox.order_word, philox.uniform,
+        )
+    )  # fmt: skip
+    assert all(len(drawn) == 300 for drawn in (normal, sign, bits, word, order, uniform))
+    for i, o in enumerate(range(offset, offset + 300)):
         w = scalar_words(seed, o >> 2, stream, philox.GAUSSIAN)
         w0, w1 = w[2:] if o & 2 else w[:2]
         u = (torch.tensor(float(w0), dtype=torch.float32) + 0.5).item() * 2.0**-32

@@ -8,7 +8,7 @@ from efftune import use_backend
 from efftune.ops._available import extension
 from efftune.ops.rotary import rotary, rotary_op, rotary_pair
 from tests.budget import assert_within_budget
-from tests.ops.backends import BACKENDS, on, skip_truncation
+from tests.ops.backends import BACKENDS, cases, on, skip_truncation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RUNS = [b for b in BACKENDS if b.values[0][0] != "cuda"]
@@ -90,20 +90,22 @@ def test_strides(backend, transposed):
     )
 
 
-@pytest.mark.parametrize("backend", RUNS)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(4, 2), (1, 3), (8, 8), (3, 0), (0, 2)])
-def test_a_pair_is_two(backend, transposed, dtype, heads):
+@pytest.mark.parametrize(
+    "backend, dtype, transposed, heads, form",
+    cases(RUNS, DTYPES, [False, True], [(4, 2), (1, 3), (8, 8), (3, 0), (0, 2)], ["plain", "copied", "split", "mT"]),
+)
+def test_a_pair_is_two(backend, dtype, transposed, heads, form):
     """With the bits of two calls, however each of them lies in memory."""
     q, cos, sin = operands((2, heads[0], 5, 34), dtype, shared=True)
     k = operands((2, heads[1], 5, 34), dtype)[0] * 2
-    merged = torch.cat([q, k], 1).transpose(1, 2).contiguous().transpose(1, 2)
-    for pair in ((q, k), (q, k.contiguous()), merged.split(heads, 1), (q, k.mT.contiguous().mT)):
-        together = on(backend, rotary_pair, *pair, cos, sin, transposed)
-        for x, result in zip(pair, together, strict=True):
-            alone = on(backend, rotary, x, cos, sin, transposed)
-            assert torch.equal(result, alone) and result.stride() == alone.stride()
+    if form == "split":
+        q, k = torch.cat([q, k], 1).transpose(1, 2).contiguous().transpose(1, 2).split(heads, 1)
+    else:
+        k = {"plain": k, "copied": k.contiguous(), "mT": k.mT.contiguous().mT}[form]
+    together = on(backend, rotary_pair, q, k, cos, sin, transposed)
+    for x, result in zip((q, k), together, strict=True):
+        alone = on(backend, rotary, x, cos, sin, transposed)
+        assert torch.equal(result, alone) and result.stride() == alone.stride()
 
 
 @pytest.mark.parametrize("backend", RUNS)

@@ -3,8 +3,9 @@ tensors through the operators' own CUDA backends. Needs a C++ compiler, and neit
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import shlex
@@ -12,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +25,29 @@ from efftune.ops import _available
 
 CSRC = Path(__file__).parents[3] / "csrc"
 HEADERS = Path(__file__).parent / "include"
+BUILT = Path(__file__).parents[3] / "build" / "tests"
 NAMES = sorted(p.stem for p in CSRC.glob("*.cu"))
 
 
-@functools.cache
-def _folder() -> Path:
-    folder = tempfile.mkdtemp(prefix="efftune-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def once(name: str, command: list[str]) -> Path:
+    """The file that `command` makes of csrc and of what lies beside it here, with the options -o and its name behind.
+    It is kept in build/tests, so that of the processes of the tests one makes it and the others wait for it."""
+    sources = [*CSRC.glob("*.*"), *Path(__file__).parents[1].rglob("*.h"), *Path(__file__).parents[1].rglob("*.cpp")]
+    digest = hashlib.sha256(repr((command, torch.__version__)).encode())
+    for source in sorted(sources):
+        digest.update(source.read_bytes())
+    stem, _, suffix = name.partition(".")
+    target = BUILT / f"{stem}-{digest.hexdigest()[:16]}.{suffix}"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with (BUILT / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            for old in BUILT.glob(f"{stem}-*.{suffix}"):
+                old.unlink()
+            beside = target.with_suffix(".new")
+            subprocess.run([*command, "-o", str(beside)], check=True)
+            beside.rename(target)
+    return target
 
 
 @functools.cache
@@ -46,31 +61,40 @@ def compiler() -> list[str]:
     return [*command, "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 
 
-def compile_kernels(source: Path, target: Path) -> Path:
+def of_kernels(source: Path) -> list[str]:
     """No contraction, as in the CPU build: what differs is then the fused product that the kernel asks for by name."""
     flags = ["-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{HEADERS}", f"-I{CSRC}"]
-    subprocess.run([*compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+    return [*compiler(), *flags, "-x", "c++", "-c", str(source)]
+
+
+def compile_kernels(source: Path, target: Path) -> Path:
+    subprocess.run([*of_kernels(source), "-o", str(target)], check=True)
     return target
 
 
 @functools.cache
 def _object(name: str) -> Path:
-    target = _folder() / f"{name}.o"
-    if name != "cuda_module":
-        return compile_kernels(CSRC / f"{name}.cu", target)
     # torch brings pybind11's headers
     include = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_path('include')}"]
-    subprocess.run([*compiler(), *include, "-c", str(CSRC / "cuda_module.cpp"), "-o", str(target)], check=True)
-    return target
+    of_module = [*compiler(), *include, "-c", str(CSRC / "cuda_module.cpp")]
+    return once(f"{name}.o", of_module if name == "cuda_module" else of_kernels(CSRC / f"{name}.cu"))
+
+
+def _linked(**other: Path) -> list[str]:
+    objects = [other.get(name) or _object(name) for name in [*NAMES, "cuda_module"]]
+    return [*compiler(), "-shared", *map(str, objects)]
 
 
 def link(folder: Path, **other: Path):
     """The module, with other objects in place of some of its own."""
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    objects = [other.get(name) or _object(name) for name in [*NAMES, "cuda_module"]]
-    subprocess.run([*compiler(), "-shared", *map(str, objects), "-o", str(target)], check=True)
+    subprocess.run([*_linked(**other), "-o", str(target)], check=True)
+    return _loaded(target)
+
+
+def _loaded(target: Path):
     # A name of its own: pybind11 gives a module of a known name back, from whatever file.
-    spec = importlib.util.spec_from_file_location(f"{folder.name}._cuda", target)
+    spec = importlib.util.spec_from_file_location(f"{target.parent.name}._cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -78,8 +102,8 @@ def link(folder: Path, **other: Path):
 
 @functools.cache
 def kernels():
-    """The module as csrc has it, compiled once a process."""
-    return link(_folder())
+    """The module as csrc has it, loaded once a process."""
+    return _loaded(once(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", _linked()))
 
 
 def _why_not(*tensors: torch.Tensor) -> str | None:
