@@ -95,6 +95,7 @@ def _case(pointer: str, r: int, transposed: bool) -> dict:
         "types": types | {"bias_ptr": f"*{pointer}"} | dict.fromkeys(("M", "N", "K", "R"), "i32"),
         "constants": flags | TILES | {"BLOCK_R": tile_r},
         "options": OPTIONS,
+        "targets": ("sm_90",),  # the operator takes no other
     }
 
 

@@ -2,8 +2,9 @@
 CUDA's by nvcc, where there is one.
 
 A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
-Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps)
-and "aligned", the integers that 16 divides in an aligned launch (all that are specialised, if it is not there).
+Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps),
+"aligned", the integers that 16 divides in an aligned launch (all that are specialised, if it is not there), and
+"targets", if it is for some alone.
 
 Each is compiled in two forms, since a launch whose pointers and sizes 16 divides runs other code than one without.
 """
