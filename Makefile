@@ -40,7 +40,8 @@ test-oldest: .venv-oldest/ready
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt setuptools pybind11
 
-# Two at a time, since neither needs the other: packages are unpacked while csrc is compiled, without torch.
+# Two at a time, since neither needs the other: packages are unpacked while csrc is compiled, without torch, in the time
+# that they leave.
 .venv/ready: .venv/bin/python constraints.txt pyproject.toml setup.py $(wildcard csrc/*)
 	$(MAKE) -j2 .venv/packages .venv/kernels
 	touch $@
@@ -49,11 +50,11 @@ test-oldest: .venv-oldest/ready
 .venv/packages: build/test.txt constraints.txt
 	$(PY) -m pip install --quiet --no-compile -c constraints.txt torch
 	$(PY) -m pip install --quiet --no-compile -c constraints.txt -r build/test.txt
-	-$(PY) -m compileall -q -x '$(NOT_IMPORTED)' .venv/lib/python*/site-packages > /dev/null
+	-$(PY) -m compileall -q -j 0 -x '$(NOT_IMPORTED)' .venv/lib/python*/site-packages > /dev/null
 	touch $@
 
 .venv/kernels: pyproject.toml setup.py $(wildcard csrc/*)
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	nice -n 19 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv/lint: .venv/ready build/dev.txt
