@@ -9,6 +9,9 @@ OLDEST := torch==2.11.0 triton==3.6.0 numpy==2.5.2 transformers==5.17.0
 # Files that no test or run imports as a rule: half of what is installed, which need not be compiled to bytecode.
 NOT_IMPORTED := transformers/models/(?!auto|llama|gpt2|bert|bloom)|/tests/|/networkx/|/fontTools/|/pip/
 
+# The programs that tests start import the package again, from bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test test-slow test-latest test-oldest train lint
 
 test: .venv/ready
