@@ -54,7 +54,7 @@ class BuildKernels(build_ext):
         if target.exists() and target.stat().st_mtime > newest_source():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = ["nvcc", "-shared", "-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        command = ["nvcc", "-shared", "-std=c++17", "-O1", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         command += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
         command += [f"-I{get_include()}", f"-I{sysconfig.get_path('include')}", *ext.sources, "-o", str(target)]
         subprocess.run(command, check=True, cwd=ROOT)
