@@ -26,7 +26,7 @@ def build(folder: Path, old: str = "", new: str = "") -> Path:
     assert not old or sum(text.count(old) for text in texts.values()) == 1
     for name, text in texts.items():
         (folder / name).write_text(re.sub("#pragma GCC target.*", "", text.replace(old, new) if old else text))
-    flags = "-O1 -ffp-contract=off -fopenmp -Wall -Wno-psabi -fsanitize=bounds -fsanitize-undefined-trap-on-error"
+    flags = "-O0 -ffp-contract=off -fopenmp -Wall -Wno-psabi -fsanitize=bounds -fsanitize-undefined-trap-on-error"
     flags = [*flags.split(), f"-I{folder}", f"-I{HERE}", f"-I{CSRC}"]
     subprocess.run([*compiler(), *flags, str(HERE / "main.cpp"), "-o", str(folder / "program")], check=True)
     return folder / "program"

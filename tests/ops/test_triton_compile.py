@@ -1,5 +1,5 @@
-"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, without register spills on sm_90;
-CUDA's by nvcc, where there is one.
+"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, every case of it for sm_90 without register
+spills and for one of the others; CUDA's by nvcc, where there is one.
 
 A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
 Triton spells them ("*bf16", "i32", "fp32"), in the order of the kernel's arguments; optionally "options" (num_warps),
