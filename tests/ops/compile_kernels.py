@@ -24,8 +24,8 @@ OTHERS = {"sm_80": GPUTarget("cuda", 80, 32), "gfx942": GPUTarget("hip", "gfx942
 
 
 def compile_module(module: str, form: str) -> list[str]:
-    """A line for each kernel, with what ptxas says for sm_90. Of the cases of one kernel every second is compiled for each
-    of the other targets, the first for both."""
+    """A line for each case, with what ptxas says for sm_90. Of the cases of one kernel every second is compiled for
+    each other target, the first for both."""
     lines, seen = [], collections.Counter()
     for name, case in importlib.import_module(f"efftune.triton_kernels.{module}").COMPILE_CASES.items():
         constants = case["constants"]

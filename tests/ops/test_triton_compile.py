@@ -1,4 +1,4 @@
-"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, every case of it for sm_90 without register
+"""Every kernel compiles without a GPU: Triton's for sm_80, sm_90 and gfx942, each case for sm_90 without register
 spills and for one of the others; CUDA's by nvcc, where there is one.
 
 A module of triton_kernels that has kernels exports COMPILE_CASES: {name: {"kernel", "types", "constants"}}, types as
