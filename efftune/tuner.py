@@ -16,7 +16,7 @@ from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_json, read_tensors, required
 from efftune.hooks import hooked
 from efftune.interop import peft
-from efftune.linear import Exact, Linear
+from efftune.linear import Linear
 from efftune.linear.contracts import Keep
 from efftune.linear.module import is_conv1d
 from efftune.memory.meter import saved_for_backward
@@ -111,8 +111,8 @@ def check_tied(model: nn.Module) -> None:
     """Raises EfftuneError where a weight trains by one layer and another, tied to it, only adds to it."""
     for name, layer in model.named_modules():
         if isinstance(layer, Linear):
-            trainable, _ = layer.delta.trainable(layer.base, layer.stored())
-            if any(w.requires_grad and not trains for w, trains in zip(layer.stored(), trainable, strict=True)):
+            learns = layer.delta.stored_learns(layer.base)
+            if any(getattr(layer, part).requires_grad and part not in learns for part in layer.base.names):
                 raise EfftuneError(
                     f"{name} adds {layer.delta} to a weight that a layer tied to it trains; leave one of them out."
                 )
@@ -310,8 +310,8 @@ class Tuner:
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
         tied = shared_parameters(self.model)
         for name, layer in layers:  # all refusals before the first change
-            shared = tied.get(id(layer.stored()[0]), [])
-            if shared and layer.delta.rows(layer.added(), 0, 0) is not None:
+            shared = tied.get(id(layer.stored().tensors[0]), [])
+            if shared and layer.delta.adds:
                 raise EfftuneError(
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
@@ -321,7 +321,7 @@ class Tuner:
     def remove(self) -> nn.Module:
         """Takes out everything that `apply` put in: blocks, adapters (not merged) and the layers' own storage. Weights
         that trained themselves keep what they have learned. Returns the model, now plain."""
-        return self._plain(lambda layer: Linear.from_linear(layer, delta=layer.delta.bare(), keep=Exact()).merge())
+        return self._plain(lambda layer: layer.remove())
 
     def _plain(self, make: Callable[[Linear], nn.Module]) -> nn.Module:
         for method in self.methods:
@@ -382,7 +382,7 @@ class Tuner:
                 kind = str(module.base), str(module.delta), str(keep)
             elif isinstance(module, nn.Linear) or is_conv1d(module):
                 full = id(module.weight) in trained
-                kind = type(module).__name__, "Full()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
+                kind = type(module).__name__, "Trained()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
             else:
                 continue
             count = kinds.setdefault(kind, [0, 0])

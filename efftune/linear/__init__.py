@@ -2,12 +2,11 @@
 
 from efftune.linear.base.dense import Dense
 from efftune.linear.base.int8 import Int8
-from efftune.linear.delta.full import Full
 from efftune.linear.delta.lora import LoRA
 from efftune.linear.delta.none import NoDelta
-from efftune.linear.delta.scales import Scales
+from efftune.linear.delta.trained import Trained
 from efftune.linear.keep.exact import Exact
 from efftune.linear.keep.nothing import Nothing
 from efftune.linear.module import Linear
 
-__all__ = ["Dense", "Exact", "Full", "Int8", "Linear", "LoRA", "NoDelta", "Nothing", "Scales"]
+__all__ = ["Dense", "Exact", "Int8", "Linear", "LoRA", "NoDelta", "Nothing", "Trained"]

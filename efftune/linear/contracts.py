@@ -1,9 +1,10 @@
 """The three axes of a Linear, y = base(W)·x + delta(x) while backward keeps keep(x), and what each of them promises.
 
-A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors; its tensors travel beside it in
-flat tuples: `w` (the stored weight), `p` (what the delta adds), `kept` (what keep saved; here a handle may stand for a
-tensor that is made again, see `handle.py`). Bases and keeps are leaves; the delta is the small program that calls them,
-forward and backward. So every delta works with every base and every keep, and a new kind is one file.
+A kind of base, delta or keep is a frozen dataclass that holds settings and no tensors. Its tensors travel beside it:
+the stored weight in a `Stored`, what the delta adds in the tuple `p`, what keep saved in the tuple `kept` (where a
+handle may stand for a tensor that is made again, see `handle.py`). Bases and keeps are leaves. The delta is the small
+program that calls them, forward and backward, through one `Call`. So every delta works with every base and every keep,
+and a new kind is one file.
 
 Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flattens leading dimensions.
 """
@@ -20,6 +21,7 @@ from efftune.linear.handle import Handle, Source
 
 Tensors = tuple[Tensor, ...]
 Kept = tuple[Tensor | Handle, ...]
+Gradients = tuple[Tensor | None, ...]
 
 
 class Need(NamedTuple):
@@ -34,6 +36,14 @@ class Need(NamedTuple):
         return self.x or self.bias or any(self.w) or any(self.p)
 
 
+class Stored(NamedTuple):
+    """W as a layer holds it: the base's tensors, and what cannot be read off them."""
+
+    tensors: Tensors
+    shape: tuple[int, int]  # (N, K)
+    dtype: torch.dtype  # the floating-point dtype that W has when it is asked for
+
+
 def brief(settings, name: str) -> str:
     """name(field=value, ...) of a dataclass, with the fields that differ from their defaults."""
     fields = [(f.name, getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)]
@@ -46,44 +56,52 @@ class Axis:
 
 
 class Base(Axis):
-    """How the weight W (N, K) is stored."""
+    """How the weight W (N, K) is stored, and what the product with it is taken of."""
 
-    names: ClassVar[tuple[str, ...]]  # of the tensors in w, as they appear in the state_dict
-    trains: ClassVar[bool] = False  # whether gradient descent on the stored tensors means anything
+    names: ClassVar[tuple[str, ...]]  # of the stored tensors, as they appear in the state_dict
+    learns: ClassVar[tuple[str, ...]] = ()  # those that gradient descent means something for
+    fixed: ClassVar[tuple[str, ...]] = ()  # floating-point ones that are no parameters, and keep their dtype in `.to()`
+    trains: ClassVar[bool] = False  # whether what learns can make W any matrix
 
     def store(self, weight: Tensor) -> Tensors:
-        """weight (N, K), floating point -> w."""
+        """Returns the tensors that stand for `weight` (N, K), a floating-point tensor."""
         raise NotImplementedError
 
-    def shape(self, w: Tensors) -> tuple[int, int]:
-        """(N, K)."""
+    def dtype(self, tensors: Tensors) -> torch.dtype | None:
+        """The dtype of W that the stored tensors tell: after `.to()` it is another one. None where they do not, and W
+        keeps the dtype it had when it was stored."""
+        return None
+
+    def enter(self, w: Stored, x: Tensor) -> Tensor:
+        """z (M, K'), what the product is taken of: x itself, or x rotated or rounded (straight-through training)."""
+        return x
+
+    def leave(self, w: Stored, dz: Tensor) -> Tensor:
+        """dL/dz (M, K'), which it may consume -> dL/dx (M, K)."""
+        return dz
+
+    def linear(self, w: Stored, z: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
+        """z·Wᵀ (+ h·Bᵀ, low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which it consumes) -> (M, N)."""
         raise NotImplementedError
 
-    def dtype(self, w: Tensors) -> torch.dtype:
-        """The floating-point dtype that W has when it is asked for."""
-        raise NotImplementedError
-
-    def linear(self, w: Tensors, x: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
-        """x·Wᵀ (+ h·Bᵀ, low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which it consumes) -> (M, N)."""
-        raise NotImplementedError
-
-    def linear_t(self, w: Tensors, dy: Tensor, low_rank=None, add=None) -> Tensor:
+    def linear_t(self, w: Stored, dy: Tensor, low_rank=None, add=None) -> Tensor:
         """dy·W (+ dh·A, low_rank = (dh (M, R), a (R, K))) (+ add (M, K), which it consumes) -> a fresh (M, K)."""
         raise NotImplementedError
 
-    def rows(self, w: Tensors, a: int, b: int, dtype: torch.dtype) -> Tensor:
-        """W[a:b] (b - a, K) in dtype."""
+    def rows(self, w: Stored, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """W[a:b] (b - a, K) in dtype: the matrix that a plain layer would have."""
         raise NotImplementedError
 
-    def weight_vjp(self, w: Tensors, dw_rows: Tensor, a: int, b: int) -> tuple[Tensor | None, ...]:
-        """dL/dW[a:b] -> the gradients of rows a..b of what is stored, one per tensor in w."""
+    def weight_vjp(self, w: Stored, dw_rows: Tensor, a: int, b: int) -> Gradients:
+        """dL/dW[a:b], W as the product with z has it -> the gradients of rows a..b of the stored tensors, or of a whole
+        tensor that has no rows of its own (then the parts are summed up). None where there is none."""
         raise NotImplementedError
 
 
 class Keep(Axis):
     """What backward keeps of a tensor z (M, K) that a later weight gradient gᵀ·z needs."""
 
-    keeps: ClassVar[bool] = True  # whether weight_grad can answer
+    keeps: ClassVar[bool] = True  # whether operands and weight_grad can answer
     random: ClassVar[bool] = False  # draws; then `seed` is a 0-d int64 tensor on the CPU, else None
     restores: ClassVar[bool] = False  # whether `hold` can answer: what norms, activations and attention keep with
 
@@ -92,9 +110,14 @@ class Keep(Axis):
         that read the same tensor took of it already; None where nothing is, and under torch.compile."""
         raise NotImplementedError
 
-    def weight_grad(self, g: Tensor, kept: Kept) -> Tensor:
-        """g (M, S), a column slice of a gradient as well as a whole one -> gᵀ·z̃ (S, K), exact or unbiased."""
+    def operands(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        """g (M, S) -> g̃ (L, S) and z̃ (L, K), L ≤ M, with gᵀ·z = g̃ᵀ·z̃, exactly or in the mean over the seed. What a
+        delta contracts in tiles, factors or entries; a kept input is made again once for all of them."""
         raise NotImplementedError
+
+    def weight_grad(self, g: Tensor, kept: Kept) -> Tensor:
+        """g (M, S) -> gᵀ·z̃ (S, K), exact or unbiased."""
+        return product_t(*self.operands(g, kept))
 
     def hold(self, z: Tensor, seed: Tensor | None, stream: int = 0) -> Tensor | Handle:
         """z (M, K) so that `handle.load` gives z̃: itself, or a handle to its codes. Several tensors that share a seed
@@ -102,20 +125,75 @@ class Keep(Axis):
         raise NotImplementedError
 
 
+def product_t(g: Tensor, z: Tensor) -> Tensor:
+    """gᵀ·z."""
+    # For few columns (a LoRA rank) gᵀ is laid out first: on the CPU the product then runs at its full rate, and the
+    # copy is small, M·S elements. A GPU reads either layout.
+    g_t = g.t()
+    return torch.mm(g_t.contiguous() if g.is_cpu and 8 * g.shape[1] <= z.shape[1] else g_t, z)
+
+
+class Call(NamedTuple):
+    """One call of a layer, forward or backward: all that a delta works with. A new thing to know is a field here and no
+    argument of every kind."""
+
+    base: Base
+    keep: Keep
+    w: Stored
+    p: Tensors
+    bias: Tensor | None  # in forward
+    seed: Tensor | None
+    need: Need
+    source: Source | None  # of x, in forward
+
+    def linear(self, x: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
+        """enter(x)·Wᵀ + bias with the optional terms of `Base.linear`."""
+        return self.base.linear(self.w, self.base.enter(self.w, x), low_rank, self.bias, add)
+
+    def linear_t(self, dy: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
+        """leave(dy·W) with the optional terms of `Base.linear_t`, which do not pass through `leave`."""
+        base = self.base
+        if type(base).leave is Base.leave:
+            return base.linear_t(self.w, dy, low_rank, add)
+        dx = base.leave(self.w, base.linear_t(self.w, dy))
+        if low_rank is not None:
+            dx = dx.addmm_(*low_rank)
+        return dx if add is None else dx.add_(add)
+
+    def save(self, z: Tensor, source: Source | None) -> Kept:
+        return self.keep.save(z, source, self.seed)
+
+    def operands(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
+        return self.keep.operands(g, kept)
+
+    def weight_grad(self, g: Tensor, kept: Kept) -> Tensor:
+        return self.keep.weight_grad(g, kept)
+
+    def no_dw(self) -> Gradients:
+        """The gradients of the stored tensors where none of them trains."""
+        return (None,) * len(self.w.tensors)
+
+
 class Delta(Axis):
     """What is trained, and the order in which the layer's work is done."""
 
     names: ClassVar[tuple[str, ...]] = ()  # of the tensors in p
+    learns: ClassVar[tuple[str, ...] | None] = None  # of p, those that train (may be a property); None: all
     trains: ClassVar[bool] = True
     random: ClassVar[bool] = False  # draws in training mode (may be a property)
 
-    def init(self, base: Base, w: Tensors) -> Tensors:
-        """Fresh p for the layer, on w's device."""
+    def init(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensors:
+        """Fresh p for a layer of (N, K), where W need not be read for it."""
         return ()
 
-    def trainable(self, base: Base, w: Tensors) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Which tensors of w and of p are parameters that train."""
-        return (False,) * len(w), (True,) * len(self.names)
+    def begin(self, weight: Tensor) -> tuple[Tensor, Tensors]:
+        """The dense weight (N, K), before a base stores it -> what is to be stored in its place, and fresh p. For a
+        delta whose start depends on W; it does not write to `weight`."""
+        return weight, self.init((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
+
+    def stored_learns(self, base: Base) -> tuple[str, ...]:
+        """The names of the stored tensors that train."""
+        return ()
 
     def needs_keep(self) -> bool:
         """Whether some gradient of this delta needs what `keep` saves."""
@@ -125,25 +203,27 @@ class Delta(Axis):
         """The same delta as it acts in evaluation mode."""
         return self
 
-    def bare(self) -> Delta:
-        """The delta of the same layer once this one is taken out: itself where it is the stored weight that trains."""
-        return self
-
     def why_not(self, base: Base, keep: Keep, shape: tuple[int, int]) -> str | None:
         """Why this delta cannot work over base and keep on a layer of (N, K): a sentence with the remedy, or None."""
         return None
 
-    def forward(self, base, keep, x, bias, w, p, seed, need: Need, source: Source | None) -> tuple[Tensor, Kept]:
-        """-> y (M, N), saved. Saves only what the gradients in `need` take; `source` is that of x, for keep.save."""
+    def forward(self, c: Call, x: Tensor) -> tuple[Tensor, Kept]:
+        """-> y (M, N), saved. Saves only what the gradients in `c.need` take."""
         raise NotImplementedError
 
-    def backward(self, base, keep, dy, w, p, saved, seed, need: Need):
-        """-> dx | None, gradients of w, gradients of p (None where not needed). The bias is the Function's business."""
+    def backward(self, c: Call, dy: Tensor, saved: Kept) -> tuple[Tensor | None, Gradients, Gradients]:
+        """-> dx | None, gradients of the stored tensors, gradients of p (None where not needed). The bias is the
+        Function's business."""
         raise NotImplementedError
 
-    def rows(self, p: Tensors, a: int, b: int) -> Tensor | None:
-        """ΔW[a:b] in float32, or None where what is trained is the stored weight itself."""
-        return None
+    def weight(self, c: Call, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """Rows a..b of the W that a plain layer would have, in dtype: the stored ones, where the delta adds nothing."""
+        return c.base.rows(c.w, a, b, dtype)
+
+    @property
+    def adds(self) -> bool:
+        """Whether that W is another than the stored one."""
+        return type(self).weight is not Delta.weight
 
 
 def check(base: Base, delta: Delta, keep: Keep, shape: tuple[int, int]) -> str | None:

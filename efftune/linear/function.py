@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
-from efftune.linear.contracts import Base, Delta, Keep, Need
+from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import forced_backend, use_backend
 
@@ -26,40 +26,42 @@ def only(x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
 class LinearFunction(torch.autograd.Function):
     # Tensors come flat: one inside a tuple argument would lose its gradient.
     @staticmethod
-    def forward(ctx, axes: tuple[Base, Delta, Keep], need: Need, source, seed, x, bias, *tensors):
+    def forward(ctx, axes: tuple[Base, Delta, Keep], what: tuple, need: Need, source, seed, x, bias, *tensors):
         base, delta, keep = axes
         num_w, shape, compiling = len(need.w), x.shape, is_compiling()
         matrix = len(shape) == 2
         rows = x if matrix else x.reshape(-1, shape[-1])
-        y, saved = delta.forward(base, keep, rows, bias, tensors[:num_w], tensors[num_w:], seed, need, source)
+        w = Stored(tensors[:num_w], *what)
+        y, saved = delta.forward(Call(base, keep, w, tensors[num_w:], bias, seed, need, source), rows)
         saved, structure = flatten(saved)
         source = None if source is None else weakref.ref(source)
         ctx.save_for_backward(seed, *tensors, *saved)
         backend = None if compiling else forced_backend()
         # One attribute: each costs as much as the others together.
-        ctx.call = axes, need, len(tensors), structure, source, backend, None if matrix else shape
+        ctx.call = axes, what, need, len(tensors), structure, source, backend, None if matrix else shape
         return y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dy):
         refuse_second_derivative("efftune.Linear")
-        (base, delta, keep), need, num_tensors, structure, source, backend, shape = ctx.call
+        (base, delta, keep), what, need, num_tensors, structure, source, backend, shape = ctx.call
         source = None if source is None else source()
         if source is not None:
             source.kept.clear()  # what reads the same tensor in another forward pass draws anew
         tensors = ctx.saved_tensors
         after_w, after_p = 1 + len(need.w), 1 + num_tensors  # behind the seed
-        w, p, saved = tensors[1:after_w], tensors[after_w:after_p], unflatten(tensors[after_p:], structure)
+        w, saved = Stored(tensors[1:after_w], *what), unflatten(tensors[after_p:], structure)
+        c = Call(base, keep, w, tensors[after_w:after_p], None, tensors[0], need, None)
         # One copy of an expanded dy here instead of one in each of the products below.
         dy = (dy if shape is None else dy.reshape(-1, dy.shape[-1])).contiguous()
         if backend is None:
-            dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
+            dx, dws, dps = delta.backward(c, dy, saved)
         else:
             with use_backend(backend):
-                dx, dws, dps = delta.backward(base, keep, dy, w, p, saved, tensors[0], need)
+                dx, dws, dps = delta.backward(c, dy, saved)
         if dx is not None and shape is not None:
             dx = dx.view(*shape)  # not of `shape`: see `reshaped`
-        return None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
+        return None, None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable:

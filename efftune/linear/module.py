@@ -11,9 +11,9 @@ from torch.compiler import is_compiling
 from efftune.errors import EfftuneError
 from efftune.hooks import hooked
 from efftune.linear.base.dense import Dense
-from efftune.linear.contracts import Base, Delta, Keep, Need, check
-from efftune.linear.delta.full import Full
+from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored, Tensors, check
 from efftune.linear.delta.none import NoDelta
+from efftune.linear.delta.trained import Trained
 from efftune.linear.function import apply_linear, as_matrix
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
@@ -26,12 +26,21 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def not_dense(base: Base) -> str:
+    """Why full fine-tuning cannot train a weight that is stored so."""
+    return (
+        f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16), or train "
+        "the scales by peqa"
+    )
+
+
 class Linear(nn.Module):
     """y = x · base(W)ᵀ + delta(x) + bias, while backward keeps keep(x). Made by `Linear.from_linear`.
 
     Args:
-        base: how W is stored, `Dense()` or `Int8(group=64)`.   w: its tensors, as `base.store(weight)` gives them.
-        delta: what is trained, `Full()`, `LoRA(r=16)` or `NoDelta()`.
+        base: how W is stored, `Dense()` or `Int8(group=64)`.   w: its tensors, as `base.store(weight)` gives them, and
+            the shape and dtype of W.
+        delta: what is trained, `Trained()`, `LoRA(r=16)` or `NoDelta()`.
         keep: what backward keeps of x, `Exact()`, `Quantized(bits)`, `Sampled(ratio)` or `Nothing()`.
         bias: (N,) or None; trains if it requires grad.   p: the delta's tensors; fresh ones if None.
     Shapes: x (..., K), y (..., N), both of W's dtype, or under autocast of autocast's.
@@ -45,24 +54,33 @@ class Linear(nn.Module):
     conv1d: type | None = None  # the class of the plain layer, where it is transformers' Conv1D
     scores: TokenScores | None = None  # of a keep that samples: which rows' gradients are expected to be large
 
-    def __init__(self, base: Base, w, delta: Delta, keep: Keep, bias: nn.Parameter | None = None, p=None):
+    def __init__(
+        self,
+        base: Base,
+        w: Stored,
+        delta: Delta,
+        keep: Keep,
+        bias: nn.Parameter | None = None,
+        p: Tensors | None = None,
+    ):
         super().__init__()
-        self.out_features, self.in_features = base.shape(w)
-        problem = check(base, delta, keep, (self.out_features, self.in_features))
+        self.out_features, self.in_features = w.shape
+        problem = check(base, delta, keep, w.shape)
         if problem is not None:
             raise EfftuneError(problem + ".")
-        self.base, self.delta, self.keep = base, delta, keep
+        self.base, self.delta, self.keep, self._dtype = base, delta, keep, w.dtype
         self._eval_delta = delta.eval()
-        p = delta.init(base, w) if p is None else p
-        w_trains, p_trains = delta.trainable(base, w)
-        self._w_trains = any(w_trains)
-        for name, tensor, trains in zip((*base.names, *delta.names), (*w, *p), (*w_trains, *p_trains), strict=True):
-            if not tensor.is_floating_point():
+        if p is None:
+            p = delta.init(w.shape, w.dtype, w.tensors[0].device)
+        learns = {*delta.stored_learns(base), *(delta.names if delta.learns is None else delta.learns)}
+        self._w_trains = not learns.isdisjoint(base.names)
+        for name, tensor in zip((*base.names, *delta.names), (*w.tensors, *p), strict=True):
+            if not tensor.is_floating_point() or name in base.fixed:
                 self.register_buffer(name, tensor)
                 continue
             # An nn.Parameter that comes in stays the same object, so that tied weights stay tied.
             parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(name in learns)
             self.register_parameter(name, parameter)
         self.register_parameter("bias", bias)
 
@@ -74,15 +92,17 @@ class Linear(nn.Module):
         others as they are.
 
         W and the bias are shared, not copied, unless `base` stores them otherwise. An nn.Linear counts as `Dense`, as
-        `Full` if its weight requires grad and `NoDelta` if not, and as `Exact`.
+        `Trained` if its weight requires grad and `NoDelta` if not, and as `Exact`.
         """
         if isinstance(linear, Linear):
             w, p, bias = linear.stored(), linear.added(), linear.bias
             old = linear.base, linear.delta, linear.keep
         elif isinstance(linear, nn.Linear) or is_conv1d(linear):
             plain = cast(nn.Linear, linear)
-            w, p, bias = (plain.weight,), (), plain.bias
-            old = Dense(is_conv1d(linear)), Full() if linear.weight.requires_grad else NoDelta(), Exact()
+            transposed, weight, p, bias = is_conv1d(linear), plain.weight, (), plain.bias
+            n, k = weight.shape[::-1] if transposed else weight.shape
+            w = Stored((weight,), (n, k), weight.dtype)
+            old = Dense(transposed), Trained() if weight.requires_grad else NoDelta(), Exact()
         else:
             raise EfftuneError(
                 f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
@@ -91,20 +111,29 @@ class Linear(nn.Module):
             raise EfftuneError(
                 "it has hooks or a state dict of its own, which the new layer would not have; add hooks after the swap."
             )
-        if base is not None and base != old[0]:
-            n, _ = old[0].shape(w)
-            w = base.store(old[0].rows(w, 0, n, old[0].dtype(w)).detach())
-        if delta is not None and delta != old[1]:
-            p = None
-            if bias is not None and not isinstance(delta, Full):
+        base, delta, keep = base or old[0], delta or old[1], keep or old[2]
+        if delta == old[1] == Trained() and old[0].trains and not base.trains:
+            raise EfftuneError(not_dense(base) + ".")
+        starts = delta != old[1] and type(delta).begin is not Delta.begin  # from W
+        if base != old[0] or starts:
+            weight = old[0].rows(w, 0, w.shape[0], w.dtype).detach()
+            begun, fresh = delta.begin(weight) if starts else (weight, p)
+            if base != old[0] or begun is not weight:
+                w = w._replace(tensors=base.store(begun))
+            p = fresh
+        if delta != old[1]:
+            p = p if starts else None
+            if bias is not None and not isinstance(delta, Trained):
                 bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
-        new = cls(base or old[0], w, delta or old[1], keep or old[2], bias, p)
+        new = cls(base, w, delta, keep, bias, p)
         new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
         new.scores = getattr(linear, "scores", None)
         return new.train(linear.training)
 
-    def stored(self) -> tuple[Tensor, ...]:
-        return self._tensors(self.base.names)
+    def stored(self) -> Stored:
+        """W as it is held: the tensors, (N, K), and the dtype that it has now."""
+        tensors = self._tensors(self.base.names)
+        return Stored(tensors, (self.out_features, self.in_features), self.base.dtype(tensors) or self._dtype)
 
     def added(self) -> tuple[Tensor, ...]:
         return self._tensors(self.delta.names)
@@ -125,24 +154,23 @@ class Linear(nn.Module):
             x = x.to(dtype)
             with torch.autocast(device, enabled=False):
                 return self._forward(x, w, source)
-        dtype = self.base.dtype(w)
-        if x.dtype != dtype:
-            raise TypeError(f"x is {x.dtype} and the layer is {dtype}; cast one of them or run under torch.autocast.")
+        if x.dtype != w.dtype:
+            raise TypeError(f"x is {x.dtype} and the layer is {w.dtype}; cast one of them or run under torch.autocast.")
         return self._forward(x, w, source)
 
-    def _forward(self, x: Tensor, w: tuple[Tensor, ...], source: Source | None) -> Tensor:
-        p = self.added()
+    def _forward(self, x: Tensor, w: Stored, source: Source | None) -> Tensor:
+        tensors, p = w.tensors, self.added()
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         delta = self.delta if self.training else self._eval_delta
         if torch.is_grad_enabled():
             need = Need(
                 x.requires_grad,
                 bias is not None and bias.requires_grad,
-                tuple([t.requires_grad for t in w]),
+                tuple([t.requires_grad for t in tensors]),
                 tuple([t.requires_grad for t in p]),
             )
         else:
-            need = Need(False, False, (False,) * len(w), (False,) * len(p))
+            need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
         if not self._w_trains and any(need.w):
             raise RuntimeError(
                 f"{delta} does not train the weight that it adds to, and this one requires grad: it was unfrozen by "
@@ -155,35 +183,55 @@ class Linear(nn.Module):
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
-            return apply_linear((self.base, delta, self.keep), need, source, seed, x, bias, *w, *p)
-        y, _ = delta.forward(self.base, self.keep, as_matrix(x), bias, w, p, seed, need, None)
+            axes = self.base, delta, self.keep
+            return apply_linear(axes, (w.shape, w.dtype), need, source, seed, x, bias, *tensors, *p)
+        y, _ = delta.forward(Call(self.base, self.keep, w, p, bias, seed, need, None), as_matrix(x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    @torch.no_grad()
     def merge(self) -> nn.Module:
         """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)
         and rounded once to W's dtype. Shares what did not change."""
-        w, p, dtype = self.stored(), self.added(), self.base.dtype(self.stored())
+        return self._plain(self.delta)
+
+    def remove(self) -> nn.Module:
+        """The plain layer with the stored W, without what the delta adds to it."""
+        return self._plain(NoDelta())
+
+    @torch.no_grad()
+    def _plain(self, delta: Delta) -> nn.Module:
+        w, p = self.stored(), self.added()
         if self.conv1d is None:
-            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=dtype)
+            linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=w.dtype)
         else:
             with torch.device("meta"):
                 linear = self.conv1d(self.out_features, self.in_features)
-        if self.delta.rows(p, 0, 0) is None and self.base == Dense(self.conv1d is not None):
-            linear.weight = w[0]
+        if not delta.adds and self.base == Dense(self.conv1d is not None):
+            linear.weight = w.tensors[0]
         else:
-            weight = torch.empty(self.out_features, self.in_features, device=w[0].device, dtype=dtype)
+            need = Need(False, False, (False,) * len(w.tensors), (False,) * len(p))
+            c = Call(self.base, self.keep, w, p, None, None, need, None)
+            dtype = torch.promote_types(w.dtype, torch.float32) if delta.adds else w.dtype
+            weight = torch.empty(w.shape, device=w.tensors[0].device, dtype=w.dtype)
             step = max(1, 2**22 // self.in_features)  # tiles of 16 MiB in float32
             for a in range(0, self.out_features, step):
                 b = min(a + step, self.out_features)
-                added = self.delta.rows(p, a, b)
-                rows = self.base.rows(w, a, b, dtype if added is None else added.dtype)
-                weight[a:b] = rows if added is None else rows + added
+                weight[a:b] = delta.weight(c, a, b, dtype)
             linear.weight = nn.Parameter(
                 weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False
             )
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
+
+    def _apply(self, fn, recurse=True):
+        """`.to()` and its like: what the base calls fixed moves and keeps its dtype, and W takes the new one."""
+        fixed = {name: self._buffers.pop(name) for name in self.base.fixed}
+        super()._apply(fn, recurse)
+        for name, tensor in fixed.items():
+            moved = fn(tensor)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        if fixed:
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -18,9 +18,9 @@ from torch import nn
 
 from efftune.errors import EfftuneError
 from efftune.hooks import watched
-from efftune.linear import Exact, Full, Linear
+from efftune.linear import Exact, Linear, Trained
 from efftune.linear.contracts import Keep, brief
-from efftune.linear.module import is_conv1d
+from efftune.linear.module import is_conv1d, not_dense
 from efftune.nn.attention import KEEP
 from efftune.nn.eager_attention import ROWS
 
@@ -263,8 +263,11 @@ def train_wholly(model: nn.Module, root: str) -> None:
 
     Raises: EfftuneError where a layer's storage cannot be trained.
     """
-    inside = [name for name, m in model.get_submodule(root).named_modules(prefix=root) if isinstance(m, Linear)]
-    swap(model, inside, delta=Full())
+    inside = {name: m for name, m in model.get_submodule(root).named_modules(prefix=root) if isinstance(m, Linear)}
+    for name, layer in inside.items():
+        if not layer.base.trains:
+            raise EfftuneError(f"{name}: {not_dense(layer.base)}.")
+    swap(model, inside, delta=Trained())
     for parameter in model.get_submodule(root).parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

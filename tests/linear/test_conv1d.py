@@ -8,7 +8,7 @@ from torch import nn
 
 import efftune
 from efftune import Linear
-from efftune.linear import Dense, Full, Int8, LoRA
+from efftune.linear import Dense, Int8, LoRA, Trained
 from tests.budget import assert_within_budget
 from tests.nn.families import batch, loss, model
 
@@ -23,7 +23,7 @@ def conv1d(n, k, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("delta", [Full(), LoRA(r=3)], ids=str)
+@pytest.mark.parametrize("delta", [Trained(), LoRA(r=3)], ids=str)
 def test_values_and_gradients(delta, dtype):
     plain = conv1d(12, 20, dtype)
     layer = Linear.from_linear(copy.deepcopy(plain), delta=delta)
@@ -44,7 +44,7 @@ def test_values_and_gradients(delta, dtype):
     z = x.clone().requires_grad_()
     y = layer(z)
     y.sum().backward()
-    got = [y.detach(), z.grad, layer.weight.grad if isinstance(delta, Full) else None]
+    got = [y.detach(), z.grad, layer.weight.grad if isinstance(delta, Trained) else None]
     for found, exact, single in zip(got, *results, strict=True):
         if found is not None:
             assert_within_budget(found, exact, single)

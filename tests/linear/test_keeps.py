@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from efftune import EfftuneError, Linear
-from efftune.linear import Exact, Full, LoRA
+from efftune.linear import Exact, LoRA, Trained
 from efftune.linear.handle import Source, load
 from efftune.linear.keep import sampled
 from efftune.linear.keep.quantized import Quantized
@@ -20,7 +20,7 @@ M, K, N = 48, 20, 12
 
 def layer(keep, delta=None, dtype=torch.float32, k=K, n=N):
     torch.manual_seed(0)
-    made = Linear.from_linear(nn.Linear(k, n, dtype=dtype), delta=delta or Full(), keep=keep)
+    made = Linear.from_linear(nn.Linear(k, n, dtype=dtype), delta=delta or Trained(), keep=keep)
     if isinstance(delta, LoRA):
         nn.init.normal_(made.lora_b)
     return made
@@ -53,7 +53,7 @@ KEEPS = [
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
-@pytest.mark.parametrize("delta, name", [(Full(), "weight"), (LoRA(r=3), "lora_a")], ids=str)
+@pytest.mark.parametrize("delta, name", [(Trained(), "weight"), (LoRA(r=3), "lora_a")], ids=str)
 @pytest.mark.parametrize("seeds", [1500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_weight_gradients_are_unbiased_and_dx_is_exact(keep, delta, name, seeds):
     x, dy = inputs()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.linear.contracts import Base, Tensors
+from efftune.linear.contracts import Base, Stored, Tensors
 from efftune.ops.lowrank_linear import lowrank_linear, lowrank_linear_t
 
 
@@ -24,34 +24,33 @@ class Dense(Base):
 
     transposed: bool = False
 
-    names = ("weight",)
+    names = learns = ("weight",)
     trains = True
 
     def store(self, weight: Tensor) -> Tensors:
         return (weight.t().contiguous() if self.transposed else weight,)
 
-    def shape(self, w):
-        n, k = w[0].shape
-        return (k, n) if self.transposed else (n, k)
+    def dtype(self, tensors):
+        return tensors[0].dtype
 
-    def dtype(self, w):
-        return w[0].dtype
-
-    def linear(self, w, x, low_rank=None, bias=None, add=None):
-        return product(x, self._matrix(w, x.dtype), low_rank, bias, add)
+    def linear(self, w, z, low_rank=None, bias=None, add=None):
+        return product(z, self._matrix(w, z.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
         return product_with(self._matrix(w, dy.dtype), dy, low_rank, add)
 
     def rows(self, w, a, b, dtype):
-        return (w[0][:, a:b].t() if self.transposed else w[0][a:b]).to(dtype)
+        weight = w.tensors[0]
+        return (weight[:, a:b].t() if self.transposed else weight[a:b]).to(dtype)
 
     def weight_vjp(self, w, dw_rows, a, b):
         return (dw_rows.t() if self.transposed else dw_rows,)
 
-    def _matrix(self, w: Tensors, dtype: torch.dtype) -> Tensor:
+    def _matrix(self, w: Stored, dtype: torch.dtype) -> Tensor:
         """(N, K)."""
-        weight = w[0] if w[0].dtype == dtype else w[0].to(dtype)  # under autocast
+        weight = w.tensors[0]
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)  # under autocast
         return weight.t() if self.transposed else weight
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efftune.errors import EfftuneError
 from efftune.linear.base.dense import product, product_with
-from efftune.linear.contracts import Base, Tensors
+from efftune.linear.contracts import Base, Stored, Tensors
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 
 
@@ -28,7 +28,7 @@ class Int8(Base):
 
     group: int = 64
 
-    names = ("codes", "scales")
+    names, learns = ("codes", "scales"), ("scales",)
 
     def __post_init__(self):
         if self.group < 1:
@@ -37,30 +37,29 @@ class Int8(Base):
     def store(self, weight: Tensor) -> Tensors:
         return int8_quantize(weight, self.group)
 
-    def shape(self, w):
-        return tuple(w[0].shape)
+    def dtype(self, tensors):
+        return tensors[1].dtype
 
-    def dtype(self, w):
-        return w[1].dtype
-
-    def linear(self, w, x, low_rank=None, bias=None, add=None):
-        return product(x, self._unpacked(w, x.dtype), low_rank, bias, add)
+    def linear(self, w, z, low_rank=None, bias=None, add=None):
+        return product(z, self._unpacked(w, z.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
         return product_with(self._unpacked(w, dy.dtype), dy, low_rank, add)
 
     def rows(self, w, a, b, dtype):
-        return self._unpacked((w[0][a:b], w[1][a:b]), dtype)
+        codes, scales = w.tensors
+        return int8_dequantize(codes[a:b], scales[a:b], self.group, dtype)
 
     def weight_vjp(self, w, dw_rows, a, b):
         """d scale = Σ over the group of dW · code; the codes are integers and have none."""
+        codes, scales = w.tensors
         n, k = dw_rows.shape
-        groups = w[1].shape[1]
+        groups = scales.shape[1]
         products = F.pad(
-            dw_rows.to(torch.promote_types(dw_rows.dtype, torch.float32)) * w[0][a:b], (0, groups * self.group - k)
+            dw_rows.to(torch.promote_types(dw_rows.dtype, torch.float32)) * codes[a:b], (0, groups * self.group - k)
         )
-        return None, products.view(n, groups, self.group).sum(-1).to(w[1].dtype)
+        return None, products.view(n, groups, self.group).sum(-1).to(scales.dtype)
 
-    def _unpacked(self, w: Tensors, dtype: torch.dtype) -> Tensor:
-        codes, scales = w
+    def _unpacked(self, w: Stored, dtype: torch.dtype) -> Tensor:
+        codes, scales = w.tensors
         return int8_dequantize(codes, scales, self.group, dtype)

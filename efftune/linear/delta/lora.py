@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.linear.contracts import Delta, Tensors
-from efftune.linear.delta.none import NoDelta
 from efftune.linear.handle import Handle, Source
 from efftune.ops.dropout import dropout
 
@@ -66,25 +65,23 @@ class LoRA(Delta):
     def random(self) -> bool:
         return self.lora_dropout > 0
 
-    def init(self, base, w):
-        n, k = base.shape(w)
-        dtype = base.dtype(w) if self.dtype is None else getattr(torch, self.dtype)
-        a = torch.empty(self.r, k, device="meta" if w[0].is_meta else "cpu", dtype=dtype)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same numbers on every device
-        a = a.to(w[0].device)
-        return a, a.new_zeros(n, self.r)
+    @property
+    def learns(self) -> tuple[str, ...]:
+        return ("lora_b",) if self.freeze_a else self.names
 
-    def trainable(self, base, w):
-        return (False,) * len(w), (not self.freeze_a, True)
+    def init(self, shape, dtype, device):
+        n, k = shape
+        dtype = dtype if self.dtype is None else getattr(torch, self.dtype)
+        a = torch.empty(self.r, k, device="meta" if device.type == "meta" else "cpu", dtype=dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # on the CPU: a seed means the same numbers on every device
+        a = a.to(device)
+        return a, a.new_zeros(n, self.r)
 
     def needs_keep(self):
         return not self.freeze_a
 
     def eval(self):
         return replace(self, lora_dropout=0.0)
-
-    def bare(self):
-        return NoDelta()
 
     def why_not(self, base, keep, shape):
         if self.r > min(shape):
@@ -93,36 +90,40 @@ class LoRA(Delta):
             )
         return None
 
-    def forward(self, base, keep, x, bias, w, p, seed, need, source):
-        a, b = _as(p, x.dtype)
-        z = dropout(x, self.lora_dropout, seed, DROPOUT_STREAM) if self.lora_dropout else x
-        if self.lora_dropout and source is not None:
-            source = _dropped(x, source, self.lora_dropout, seed)
+    def forward(self, c, x):
+        a, b = _as(c.p, x.dtype)
+        z, source = x, c.source
+        if self.lora_dropout:
+            z = dropout(x, self.lora_dropout, c.seed, DROPOUT_STREAM)
+            if source is not None:
+                source = _dropped(x, source, self.lora_dropout, c.seed)
         scale = self.scale  # F.linear transposes a without a tensor in Python for it
         h = F.linear(z, a) if scale == 1.0 else _scaled_product(z, a.t(), scale)  # (M, R)
-        y = base.linear(w, x, (h, b), bias)
-        kept = keep.save(z, source, seed) if need.p[0] else ()
-        return y, (h, *kept) if need.p[1] else kept
+        y = c.linear(x, (h, b))
+        kept = c.save(z, source) if c.need.p[0] else ()
+        return y, (h, *kept) if c.need.p[1] else kept
 
-    def backward(self, base, keep, dy, w, p, saved, seed, need):
-        a, b = _as(p, dy.dtype)
-        kept = saved[1:] if need.p[1] else saved
+    def backward(self, c, dy, saved):
+        a, b = _as(c.p, dy.dtype)
+        need_a, need_b = c.need.p
         dx = da = db = None
-        if need.p[1]:
+        kept = saved[1:] if need_b else saved
+        if need_b:
             db = torch.mm(dy.t(), saved[0])  # (N, R); laid out as lora_b is, so that autograd need not copy it
-        if need.p[0] or need.x:
+        if need_a or c.need.x:
             dh = _scaled_product(dy, b, self.scale)  # (M, R)
-            if need.p[0]:
-                da = keep.weight_grad(dh, kept)
-            if need.x and self.lora_dropout:
-                dx = base.linear_t(w, dy, add=dropout(dh @ a, self.lora_dropout, seed, DROPOUT_STREAM))
-            elif need.x:
-                dx = base.linear_t(w, dy, (dh, a))
-        return dx, (None,) * len(w), (da, db)
+            if need_a:
+                da = c.weight_grad(dh, kept)
+            if c.need.x and self.lora_dropout:
+                dx = c.linear_t(dy, add=dropout(dh @ a, self.lora_dropout, c.seed, DROPOUT_STREAM))
+            elif c.need.x:
+                dx = c.linear_t(dy, (dh, a))
+        return dx, c.no_dw(), (da, db)
 
-    def rows(self, p, a, b):
-        lora_a, lora_b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in p)
-        return self.scale * (lora_b[a:b] @ lora_a)
+    def weight(self, c, a, b, dtype):
+        lora_a, lora_b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in c.p)
+        added = self.scale * (lora_b[a:b] @ lora_a)
+        return (c.base.rows(c.w, a, b, torch.promote_types(dtype, added.dtype)) + added).to(dtype)
 
 
 def _dropped(x: Tensor, source: Source, p: float, seed: Tensor) -> Source:

@@ -16,5 +16,5 @@ class Nothing(Keep):
     def save(self, z, source, seed):
         return ()
 
-    def weight_grad(self, g, kept):
+    def operands(self, g, kept):
         raise RuntimeError("keep=Nothing() has no input to take a weight gradient from.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efftune.errors import EfftuneError
 from efftune.linear.handle import Handle
-from efftune.linear.keep.exact import Exact, product_t
+from efftune.linear.keep.exact import Exact
 from efftune.ops.pack_act import pack_act, unpack_act
 
 
@@ -48,11 +48,11 @@ class Quantized(Exact):
             source.kept[self] = self.hold(z, seed)
         return (source.kept[self].keep(),)
 
-    def weight_grad(self, g, kept):
+    def operands(self, g, kept):
         if len(kept) == 1:
-            return super().weight_grad(g, kept)
+            return super().operands(g, kept)
         codes, stats, like = kept
-        return product_t(g, unpack_act(codes, stats, self.bits, self.group, like.shape[1], like.dtype))
+        return g, unpack_act(codes, stats, self.bits, self.group, like.shape[1], like.dtype)
 
     def hold(self, z: Tensor, seed: Tensor | None, stream: int = 0) -> Handle:
         codes, stats = pack_act(z, self.bits, self.group, seed, stream)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.linear.contracts import Keep
+from efftune.linear.contracts import Keep, Kept, product_t
 from efftune.linear.handle import Handle, load
-from efftune.linear.keep.exact import product_t
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
 
@@ -77,15 +76,25 @@ class Sampled(Keep):
         _count(fallback)
         return rows, idx, weight
 
+    def operands(self, g, kept):
+        if len(kept) == 1:
+            return g, load(kept[0])
+        idx, weight, rows = self._sampled(g, kept)
+        return (g.index_select(0, idx) * weight[:, None]).to(g.dtype), rows
+
     def weight_grad(self, g, kept):
         if len(kept) == 1:
             return product_t(g, load(kept[0]))
+        return rows_grad(g, *self._sampled(g, kept))
+
+    def _sampled(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices and weights (k,) of the sample, and its rows of z (k, K)."""
         if not cast(Tensor, kept[1]).is_floating_point():
             rows, idx, weight = cast(tuple[Tensor, Tensor, Tensor], kept)
-            return rows_grad(g, idx, weight, rows)
+            return idx, weight, rows
         z, norms, seed = cast(tuple[Tensor | Handle, Tensor, Tensor], kept)
-        idx, weight = self.select((norms * row_norms(g))[None], seed)
-        return rows_grad(g, idx[0], weight[0], load(z, idx[0]))
+        indices, weights = self.select((norms * row_norms(g))[None], seed)
+        return indices[0], weights[0], load(z, indices[0])
 
     def select(self, scores: Tensor, seed: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
         """Rows drawn in backward, where ‖g_i‖·‖z_i‖ is known, of N products at once: scores (N, M) float32 -> indices

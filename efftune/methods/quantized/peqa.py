@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from efftune.linear import Scales
+from efftune.errors import EfftuneError
+from efftune.linear import Dense, Trained
 from efftune.methods._base import ALL_LINEAR, Method, swap, target_layers
 
 
@@ -26,4 +27,11 @@ class Peqa(Method):
     trains = True
 
     def prepare(self, model):
-        swap(model, target_layers(self, model, self.target_modules), delta=Scales())
+        names = target_layers(self, model, self.target_modules)
+        for name in names:
+            base = getattr(model.get_submodule(name), "base", Dense())
+            if base.trains:
+                raise EfftuneError(
+                    f"{name}: the scales of integer weights train, and {base} has none; put int8 in front."
+                )
+        swap(model, names, delta=Trained())

@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from efftune.errors import EfftuneError
 from efftune.linear import Exact, Linear
-from efftune.linear.contracts import Keep
+from efftune.linear.contracts import Keep, product_t
 from efftune.linear.handle import load
-from efftune.linear.keep.exact import product_t
 from efftune.linear.keep.sampled import Sampled
 from efftune.methods._base import Method, blocks, linear_layers, swap, trained_by
 from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
