@@ -14,7 +14,7 @@ from efftune.linear.base.dense import Dense
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored, Tensors, check
 from efftune.linear.delta.none import NoDelta
 from efftune.linear.delta.trained import Trained
-from efftune.linear.function import apply_linear, as_matrix
+from efftune.linear.function import apply_linear, as_matrix, new
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
 from efftune.linear.scores import TokenScores
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         p: Tensors | None = None,
     ):
         super().__init__()
-        self.out_features, self.in_features = w.shape
+        self.out_features, self.in_features = self._shape = w.shape
         problem = check(base, delta, keep, w.shape)
         if problem is not None:
             raise EfftuneError(problem + ".")
@@ -133,7 +133,7 @@ class Linear(nn.Module):
     def stored(self) -> Stored:
         """W as it is held: the tensors, (N, K), and the dtype that it has now."""
         tensors = self._tensors(self.base.names)
-        return Stored(tensors, (self.out_features, self.in_features), self.base.dtype(tensors) or self._dtype)
+        return new(Stored, (tensors, self._shape, self.base.dtype(tensors) or self._dtype))
 
     def added(self) -> tuple[Tensor, ...]:
         return self._tensors(self.delta.names)
@@ -163,12 +163,8 @@ class Linear(nn.Module):
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         delta = self.delta if self.training else self._eval_delta
         if torch.is_grad_enabled():
-            need = Need(
-                x.requires_grad,
-                bias is not None and bias.requires_grad,
-                tuple([t.requires_grad for t in tensors]),
-                tuple([t.requires_grad for t in p]),
-            )
+            need_w, need_p = tuple([t.requires_grad for t in tensors]), tuple([t.requires_grad for t in p])
+            need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
         else:
             need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
         if not self._w_trains and any(need.w):
