@@ -14,7 +14,6 @@ from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import forced_backend, use_backend
 
-
 new = tuple.__new__  # of a NamedTuple: half the time of calling its class, 0.3 µs, which a small layer notices
 
 

@@ -220,7 +220,7 @@ class Linear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """`.to()` and its like: what the base calls fixed moves and keeps its dtype, and W takes the new one."""
-        fixed = {name: self._buffers.pop(name) for name in self.base.fixed}
+        fixed = {name: cast(Tensor, self._buffers.pop(name)) for name in self.base.fixed}
         super()._apply(fn, recurse)
         for name, tensor in fixed.items():
             moved = fn(tensor)

@@ -95,6 +95,7 @@ class LoRA(Delta):
         a, b = _as(c.p, x.dtype)
         z, source = x, c.source
         if self.lora_dropout:
+            assert c.seed is not None  # what draws gets one
             z = dropout(x, self.lora_dropout, c.seed, DROPOUT_STREAM)
             if source is not None:
                 source = _dropped(x, source, self.lora_dropout, c.seed)
@@ -104,7 +105,7 @@ class LoRA(Delta):
         kept = c.save(z, source) if c.need.p[0] else ()
         return y, (h, *kept) if c.need.p[1] else kept
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved: Tensors):
         a, b = _as(c.p, dy.dtype)
         need_a, need_b = c.need.p
         dx = da = db = None
@@ -116,6 +117,7 @@ class LoRA(Delta):
             if need_a:
                 da = c.weight_grad(dh, kept)
             if c.need.x and self.lora_dropout:
+                assert c.seed is not None
                 dx = c.linear_t(dy, add=dropout(dh @ a, self.lora_dropout, c.seed, DROPOUT_STREAM))
             elif c.need.x:
                 dx = c.linear_t(dy, (dh, a))
