@@ -17,7 +17,7 @@ from efftune.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = {"python", "cpp", "text", "json"}
+LANGUAGES = {"python", "cpp", "text", "json", "toml"}
 
 # Each page in a process of its own, as somebody would who pastes one block after the other. They are forked from one
 # that has imported what takes long. A method that a page writes into a file of its own is found as if it lay there.
