@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from efftune.errors import refuse_second_derivative
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.handle import flatten, reshaped, unflatten
-from efftune.ops._op import forced_backend, use_backend
+from efftune.ops._op import use_backend
 
 new = tuple.__new__  # of a NamedTuple: half the time of calling its class, 0.3 µs, which a small layer notices
 
@@ -28,9 +28,9 @@ def only(x: Tensor | None, named: dict[str, Tensor]) -> Tensor:
 class LinearFunction(torch.autograd.Function):
     # Tensors come flat: one inside a tuple argument would lose its gradient.
     @staticmethod
-    def forward(ctx, axes: tuple[Base, Delta, Keep], what: tuple, need: Need, source, seed, x, bias, *tensors):
+    def forward(ctx, axes: tuple[Base, Delta, Keep], what: tuple, backend, need: Need, source, seed, x, bias, *tensors):
         base, delta, keep = axes
-        num_w, shape, compiling = len(need.w), x.shape, is_compiling()
+        num_w, shape = len(need.w), x.shape
         matrix = len(shape) == 2
         rows = x if matrix else x.reshape(-1, shape[-1])
         w = new(Stored, (tensors[:num_w], *what))
@@ -38,7 +38,6 @@ class LinearFunction(torch.autograd.Function):
         saved, structure = flatten(saved)
         source = None if source is None else weakref.ref(source)
         ctx.save_for_backward(seed, *tensors, *saved)
-        backend = None if compiling else forced_backend()
         # One attribute: each costs as much as the others together.
         ctx.call = axes, what, need, len(tensors), structure, source, backend, None if matrix else shape
         return y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
@@ -63,7 +62,7 @@ class LinearFunction(torch.autograd.Function):
                 dx, dws, dps = delta.backward(c, dy, saved)
         if dx is not None and shape is not None:
             dx = dx.view(*shape)  # not of `shape`: see `reshaped`
-        return None, None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
+        return None, None, None, None, None, None, dx, dy.sum(0) if need.bias else None, *dws, *dps
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable:

@@ -18,6 +18,7 @@ from efftune.linear.function import apply_linear, as_matrix, new
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
 from efftune.linear.scores import TokenScores
+from efftune.ops._op import forced_backend
 from efftune.ops.draw_seed import draw_seed
 
 
@@ -144,7 +145,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
-        if torch.is_grad_enabled() and not is_compiling():
+        compiling = is_compiling()
+        if torch.is_grad_enabled() and not compiling:
             source = source_of(x, create=self.keep.random or self.delta.random)
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
@@ -153,12 +155,12 @@ class Linear(nn.Module):
                 source = source.cast(dtype)
             x = x.to(dtype)
             with torch.autocast(device, enabled=False):
-                return self._forward(x, w, source)
+                return self._forward(x, w, source, compiling)
         if x.dtype != w.dtype:
             raise TypeError(f"x is {x.dtype} and the layer is {w.dtype}; cast one of them or run under torch.autocast.")
-        return self._forward(x, w, source)
+        return self._forward(x, w, source, compiling)
 
-    def _forward(self, x: Tensor, w: Stored, source: Source | None) -> Tensor:
+    def _forward(self, x: Tensor, w: Stored, source: Source | None, compiling: bool) -> Tensor:
         tensors, p = w.tensors, self.added()
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         delta = self.delta if self.training else self._eval_delta
@@ -179,8 +181,9 @@ class Linear(nn.Module):
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
-            axes = self.base, delta, self.keep
-            return apply_linear(axes, (w.shape, w.dtype), need, source, seed, x, bias, *tensors, *p)
+            axes, what = (self.base, delta, self.keep), (w.shape, w.dtype)
+            backend = None if compiling else forced_backend()
+            return apply_linear(axes, what, backend, need, source, seed, x, bias, *tensors, *p)
         y, _ = delta.forward(Call(self.base, self.keep, w, p, bias, seed, need, None), as_matrix(x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
