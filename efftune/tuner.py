@@ -6,6 +6,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ from efftune.linear.contracts import Keep
 from efftune.linear.module import is_conv1d
 from efftune.memory.meter import saved_for_backward
 from efftune.methods._base import (
+    ESTIMATES,
+    Backward,
     Method,
+    Micro,
+    autograd,
     drawing_keeps,
     in_classifier,
     linear_layers,
@@ -40,7 +45,7 @@ from efftune.wrappers import compile_in_place, inside, refuse_wrapped
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
 # Hooks of a method that run on the CPU in every step. A CUDA graph has what they did in one of them.
-EVERY_STEP = "before_step", "before_backward", "backward", "after_backward", "after_step", "optimizer"
+EVERY_STEP = "before_step", "backward", "after_step", "optimizer"
 
 
 def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True) -> Tuner:
@@ -60,10 +65,13 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     """
     require_for(model)
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
-    for hook in ("backward", "optimizer"):
-        rivals = [m.name for m in methods if m.overrides(hook)]
-        if len(rivals) > 1:
-            raise EfftuneError(f"{' and '.join(rivals)} each bring their own {hook}; a recipe takes one of them.")
+    rivals = {
+        "backward": [m.name for m in methods if m.place == ESTIMATES],
+        "optimizer": [m.name for m in methods if m.overrides("optimizer")],
+    }
+    for hook, names in rivals.items():
+        if len(names) > 1:
+            raise EfftuneError(f"{' and '.join(names)} each bring their own {hook}; a recipe takes one of them.")
     for method in methods:
         if (reason := method.why_not([m for m in methods if m is not method])) is not None:
             raise EfftuneError(f"{method.name}: {reason}.")
@@ -261,8 +269,11 @@ class Tuner:
             method.after_step(self.model, self.step, optimizer)
         self.seek(self.step + 1)
 
-    def backward(self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0) -> Tensor:
-        """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does.
+    def backward(
+        self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0, last: bool = True
+    ) -> Tensor:
+        """Accumulates the gradient of scale · loss_fn(model, batch), by autograd or as the recipe does. `last`: no
+        other micro-batch of this step follows.
 
         Returns: the loss, detached.
         Raises: EfftuneError while a CUDA graph is being captured, if the recipe draws or has work for the CPU in every
@@ -272,13 +283,12 @@ class Tuner:
             raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
         if capturing():
             self._refuse_capture()
-        for method in self.methods:
-            method.before_backward(self.model, batch, loss_fn)
-        method = next((m for m in self.methods if m.overrides("backward")), self.methods[0])
-        loss = method.backward(self.model, batch, loss_fn, scale, self.step, self._optimizer)
-        for method in self.methods:
-            method.after_backward(self.model, batch)
-        return loss
+        call: Backward = autograd
+        # From the inside; of one place by name, so that the order of a recipe's terms changes nothing.
+        for method in sorted(self.methods, key=lambda m: (m.place, m.name), reverse=True):
+            if method.overrides("backward"):
+                call = partial(method.backward, inner=call)
+        return call(Micro(self.model, batch, loss_fn, scale, self.step, last, self._optimizer))
 
     def _refuse_capture(self) -> None:
         named = [m.name for m in self.methods if any(map(m.overrides, EVERY_STEP))]

@@ -1,8 +1,9 @@
 """A method is a frozen dataclass: its fields are its settings, its hooks are what it does. One paper, one file.
 
 A recipe is a list of methods; `efftune.apply` calls `prepare` in order and the training loop calls the other hooks in
-the same order. Methods hold no state: what a run needs to replay follows from the settings and the step, or is on the
-model and goes through `state_dict`.
+the same order, but for `backward`, which is a chain in the order of `CHANGES`, `WATCHES` and `ESTIMATES`. Methods hold
+no state: what a run needs to replay follows from the settings and the step, or is on the model and goes through
+`state_dict`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -26,7 +27,31 @@ from efftune.nn.eager_attention import ROWS
 
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ALL_LINEAR = "all-linear"
+CHANGES, WATCHES, ESTIMATES = range(3)  # see Method.place
 CLASSIFIERS = ("classifier", "score")  # what Hugging Face and PEFT call a classification head
+
+
+@dataclasses.dataclass(frozen=True)
+class Micro:
+    """One micro-batch on its way through the methods of a recipe, each of which may hand on another one."""
+
+    model: nn.Module
+    batch: Any
+    loss: Callable[[nn.Module, Any], torch.Tensor]  # (model, batch) -> the loss, ()
+    scale: float  # the gradient is that of scale · loss
+    step: int
+    last: bool  # of its step
+    optimizer: torch.optim.Optimizer | None
+
+
+Backward = Callable[[Micro], torch.Tensor]
+
+
+def autograd(micro: Micro) -> torch.Tensor:
+    """The end of the chain: accumulates the gradient of scale · loss and returns the detached loss."""
+    loss = micro.loss(micro.model, micro.batch)
+    (loss * micro.scale).backward()
+    return loss.detach()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +60,7 @@ class Method:
     trains: ClassVar[bool] = (
         False  # decides which parameters train; where no method of a recipe does, `full` is implied
     )
+    place: ClassVar[int] = WATCHES  # in the chain of `backward`, from the outside
     learning_rate: ClassVar[float | None] = None  # of `efftune train` where none is given; None: the trainer's own
 
     def why_not(self, others: list[Method]) -> str | None:
@@ -55,12 +81,6 @@ class Method:
     def block_keep(self) -> Keep | None:
         """What norms, activations and attention in the blocks keep for backward, or None for no say in it."""
 
-    def before_backward(self, model: nn.Module, batch, loss_fn: Callable) -> None:
-        """Called before the forward and backward passes of each micro-batch that goes through `Tuner.backward`."""
-
-    def after_backward(self, model: nn.Module, batch) -> None:
-        """Called after them."""
-
     def exactly(self, model: nn.Module) -> AbstractContextManager:
         """Within it, the method approximates nothing: what `efftune verify` holds it against."""
         return nullcontext()
@@ -78,11 +98,12 @@ class Method:
     def before_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called before the first micro-batch of step 0, 1, 2, ..."""
 
-    def backward(self, model: nn.Module, batch, loss_fn: Callable, scale: float, step: int, optimizer) -> torch.Tensor:
-        """Replaces loss.backward(): accumulates the gradient of scale · loss and returns the detached loss."""
-        loss = loss_fn(model, batch)
-        (loss * scale).backward()
-        return loss.detach()
+    def backward(self, micro: Micro, inner: Backward) -> torch.Tensor:
+        """Accumulates the gradient of scale · loss and returns the detached loss, around the methods inside: `inner`
+        does so for the micro-batch that it is given. What changes the loss or the batch, or skips it, stands outside
+        (`place = CHANGES`), then what looks at each micro-batch once (`WATCHES`), then what takes the place of
+        autograd's gradient, or calls for it several times (`ESTIMATES`: one in a recipe)."""
+        return inner(micro)
 
     def after_step(self, model: nn.Module, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called after optimizer.step()."""

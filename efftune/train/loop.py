@@ -104,7 +104,9 @@ def train_step(
     generators = state.generator_states()
 
     def backward(loss: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
-        return torch.stack([tuner.backward(batch, loss, 1.0 / max(1, terms)) for batch in batches]).sum()
+        last = [False] * (len(batches) - 1) + [True]
+        losses = [tuner.backward(b, loss, 1.0 / max(1, terms), last=end) for b, end in zip(batches, last, strict=True)]
+        return torch.stack(losses).sum()
 
     optimizer.zero_grad(set_to_none=True)
     loss = float(backward(processes.everywhere(task.loss)))

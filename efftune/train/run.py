@@ -108,7 +108,7 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
 
 def check_gradients(config: TrainConfig) -> None:
     """Raises: EfftuneError where the recipe takes gradients and there are none, or they would not be exchanged."""
-    if isinstance(next((m for m in parse(config.recipe) if m.overrides("backward")), None), ZerothOrder):
+    if any(isinstance(method, ZerothOrder) for method in parse(config.recipe)):
         return
     if config.objective != "loss":
         raise EfftuneError(

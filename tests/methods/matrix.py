@@ -23,6 +23,7 @@ from efftune.linear import Linear
 from efftune.linear.base import int8
 from efftune.linear.contracts import Base, Delta, Keep
 from efftune.methods import available
+from efftune.methods._base import ESTIMATES
 from efftune.recipe import parse
 from efftune.tuner import skeleton
 from tests.methods.models import contract_model
@@ -77,7 +78,7 @@ SETTINGS = {
 LEARNING_RATES = {"lora": 1e-2, "peqa": 1e-3}  # else 3e-3
 NONE = ""
 AXES = "base", "delta", "keep", "estimator", "schedule"
-ESTIMATES = "backward", "optimizer", "arrives"  # hooks of a method with a gradient, or an update, of its own
+UPDATES = "optimizer", "arrives"  # hooks of a method with an update of its own
 
 
 def term(name: str, row: tuple = ()) -> str:
@@ -126,7 +127,7 @@ def axis(name: str) -> str:
     (method,) = parse(term(name))
     if method.trains:
         return "delta"
-    if any(method.overrides(hook) for hook in ESTIMATES):
+    if method.place == ESTIMATES or any(method.overrides(hook) for hook in UPDATES):
         return "estimator"
     before, after = (linears(recipe) for recipe in ("lora(r=4)", f"lora(r=4) + {term(name)}"))
     for which in ("base", "keep"):

@@ -8,7 +8,7 @@ import torch
 
 import efftune
 from efftune.linear import Exact, Linear
-from efftune.methods._base import Method
+from efftune.methods._base import Micro, autograd
 from efftune.methods._gradients import coordinates, distance, inverse_share
 from efftune.methods.sampled import vcas
 from efftune.methods.sampled.vcas import (
@@ -231,7 +231,7 @@ def test_the_measured_variance_of_drawn_samples_is_the_real_one():
     def drawn():
         tuner.model.zero_grad()
         with coordinates(watched) as seen:
-            Method.backward(tuner.methods[-1], tuner.model, data, loss_fn, 1.0, 0, None)
+            autograd(Micro(tuner.model, data, loss_fn, 1.0, 0, True, None))
         return seen
 
     with tuner.exactly():

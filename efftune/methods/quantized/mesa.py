@@ -18,7 +18,7 @@ from efftune.errors import EfftuneError
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
-from efftune.methods._base import ALL_LINEAR, Method, drawing_keeps, exact_keeps, keep_in_layers
+from efftune.methods._base import ALL_LINEAR, Method, Micro, drawing_keeps, exact_keeps, keep_in_layers
 from efftune.methods._gradients import coordinates, discarding, distance
 from efftune.nn.subbatch import generators, replaying, statistics_kept
 
@@ -73,15 +73,20 @@ class Mesa(Method):
     def block_keep(self):
         return Quantized(self.bits, self.group)
 
-    def before_backward(self, model, batch, loss_fn):
-        chosen = vars(model).get("mesa")
+    def backward(self, micro, inner):
+        self._measure(micro)
+        return inner(micro)
+
+    def _measure(self, micro: Micro) -> None:
+        """Chooses bits for the places of `max_error`, once, on this micro-batch."""
+        model, chosen = micro.model, vars(micro.model).get("mesa")
         if chosen is None or chosen.bits is not None or chosen.idle or self.max_error is None:
             return
         chosen.places = chosen.places or _places(model)
         if not chosen.places:  # samples, recomputes: nothing is kept as codes
             chosen.bits = {}
             return
-        bits, error = self._choose(model, chosen.places, lambda: loss_fn(model, batch), self.max_error)
+        bits, error = self._choose(model, chosen.places, lambda: micro.loss(model, micro.batch), self.max_error)
         if not math.isfinite(error):
             return  # of a loss that is not: the next micro-batch will tell
         chosen.bits, chosen.error = bits, error

@@ -20,7 +20,7 @@ from efftune.linear import Exact, Linear
 from efftune.linear.contracts import Keep, product_t
 from efftune.linear.handle import load
 from efftune.linear.keep.sampled import Sampled
-from efftune.methods._base import Method, blocks, linear_layers, swap, trained_by
+from efftune.methods._base import ESTIMATES, Method, blocks, linear_layers, swap, trained_by
 from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
 from efftune.nn.subbatch import (
     Recompute,
@@ -71,6 +71,7 @@ class Vcas(Method):
     row_ratio: float = 1.0
 
     name = "vcas"
+    place = ESTIMATES
 
     def __post_init__(self):
         if not (0 < self.sample_ratio <= 1 and 0 < self.row_ratio <= 1 and 0 < self.beta < 1):
@@ -108,12 +109,13 @@ class Vcas(Method):
             install(block, self.sample_ratio)
         vars(stack)["vcas"] = Controller()
 
-    def backward(self, model, batch, loss_fn, scale, step, optimizer):
+    def backward(self, micro, inner):
+        model, step = micro.model, micro.step
         stack, controller = _parts(model)
         due = self.interval and step % self.interval == 0 and controller.started != step and not controller.idle
         if due and controller.window is None:
             controller.started, controller.window = step, Window()
-        plain = functools.partial(super().backward, model, batch, loss_fn, scale, step, optimizer)
+        plain = functools.partial(inner, micro)
         window = controller.window
         if window is None or controller.idle:
             return plain()

@@ -70,11 +70,12 @@ class WtaCrs(Method):
             if not any(isinstance(hook, _Observer) for hook in block._forward_hooks.values()):
                 block.register_forward_hook(_Observer(scores))
 
-    def before_backward(self, model, batch, loss_fn):
-        _scores(model).begin(batch)
-
-    def after_backward(self, model, batch):
-        _scores(model).end()
+    def backward(self, micro, inner):
+        scores = _scores(micro.model)
+        scores.begin(micro.batch)
+        loss = inner(micro)
+        scores.end()
+        return loss
 
     def state_dict(self, model):
         return _scores(model).state_dict()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.hooks import on_parameters
-from efftune.methods._base import Method
+from efftune.methods._base import ESTIMATES, Method
 from efftune.modes import evaluation_mode
 from efftune.optim.seed_log import DECAY, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD, check
@@ -55,6 +55,7 @@ class ZerothOrder(Method):
     per_layer: str = "none"
 
     sparsity = 0.0
+    place = ESTIMATES
     learning_rate = 1e-6  # in Malladi et al. 2023, for models of billions of parameters
 
     def __post_init__(self):
@@ -95,10 +96,11 @@ class ZerothOrder(Method):
             del own["exactly"]
 
     @torch.no_grad()
-    def backward(self, model, batch, loss_fn, scale, step, optimizer):
+    def backward(self, micro, inner):
+        model, batch, loss_fn, step, optimizer = micro.model, micro.batch, micro.loss, micro.step, micro.optimizer
         if "exactly" in vars(model).get(STATE, {}):
             with evaluation_mode(model), torch.enable_grad():
-                return super().backward(model, batch, loss_fn, scale, step, optimizer)
+                return inner(micro)
         if not isinstance(optimizer, ZerothOrderSGD):
             raise EfftuneError(
                 f"{self.name} has no gradient tensors to give; make the optimizer with tuner.optimizer(lr=...)."
@@ -112,10 +114,10 @@ class ZerothOrder(Method):
                 if self.points == 2:
                     minus, also = loss_at(model, batch, loss_fn, perturbation, -self.eps, seed)
                     mine |= also  # a router may send the two signs different ways
-                    a = (plus - minus) * scale / (2 * self.eps)
+                    a = (plus - minus) * micro.scale / (2 * self.eps)
                     loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
                 else:
-                    a, loss = optimizer.look(index, plus * scale) / self.eps, plus
+                    a, loss = optimizer.look(index, plus * micro.scale) / self.eps, plus
                 optimizer.accumulate(seed, a * (weight / self.samples), mine)
                 shown.append(loss)
                 used |= mine

@@ -109,8 +109,12 @@ class Ferret(Method):
             for name, p in registered(model, optimizer):
                 now.anchor[name] = p.detach().clone(memory_format=torch.contiguous_format)
 
+    def backward(self, micro, inner):
+        self._look_again(micro.model)
+        return inner(micro)
+
     @torch.no_grad()
-    def before_backward(self, model, batch, loss_fn):
+    def _look_again(self, model: torch.nn.Module) -> None:
         """Weights may have been loaded since the optimizer was made."""
         now: Round = vars(model).get("ferret", Round())
         if now.first and (base := fingerprint(model)) != now.base:
