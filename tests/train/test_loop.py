@@ -66,6 +66,14 @@ def test_schedules():
     assert [r for r in rates if r is not None] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
+def test_methods_are_told_the_last_micro_batch_of_a_step():
+    t = trainer("full", batch_size=1, grad_accum=3, steps=2)
+    seen, backward = [], t.tuner.backward
+    t.tuner.backward = lambda *args, last: (seen.append(last), backward(*args, last=last))[1]
+    t.fit()
+    assert seen == [False, False, True] * 2
+
+
 def test_clipping_bounds_the_gradient():
     t = trainer("full", steps=1, clip=0.01)
     step, norms = t.optimizer.step, []
