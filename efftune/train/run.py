@@ -14,6 +14,7 @@ from torch import nn
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
+from efftune.methods._base import ESTIMATES
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.recipe import parse
 from efftune.train import checkpoint, data, default_job, models, processes, report, rundir, state
@@ -108,7 +109,7 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
 
 def check_gradients(config: TrainConfig) -> None:
     """Raises: EfftuneError where the recipe takes gradients and there are none, or they would not be exchanged."""
-    if any(isinstance(method, ZerothOrder) for method in parse(config.recipe)):
+    if isinstance(next((m for m in parse(config.recipe) if m.place == ESTIMATES), None), ZerothOrder):
         return
     if config.objective != "loss":
         raise EfftuneError(
