@@ -115,17 +115,17 @@ class Linear(nn.Module):
         base, delta, keep = base or old[0], delta or old[1], keep or old[2]
         if delta == old[1] == Trained() and old[0].trains and not base.trains:
             raise EfftuneError(not_dense(base) + ".")
-        starts = delta != old[1] and type(delta).begin is not Delta.begin  # from W
-        if base != old[0] or starts:
-            weight = old[0].rows(w, 0, w.shape[0], w.dtype).detach()
-            begun, fresh = delta.begin(weight) if starts else (weight, p)
-            if base != old[0] or begun is not weight:
-                w = w._replace(tensors=base.store(begun))
-            p = fresh
         if delta != old[1]:
-            p = p if starts else None
+            p = None
             if bias is not None and not isinstance(delta, Trained):
                 bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
+        begins = p is None and type(delta).begin is not Delta.begin  # from W
+        if base != old[0] or begins:
+            weight = to_store = old[0].rows(w, 0, w.shape[0], w.dtype).detach()
+            if begins:
+                to_store, p = delta.begin(weight)
+            if base != old[0] or to_store is not weight:
+                w = w._replace(tensors=base.store(to_store))
         new = cls(base, w, delta, keep, bias, p)
         new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
         new.scores = getattr(linear, "scores", None)
