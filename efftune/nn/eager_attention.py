@@ -197,7 +197,7 @@ def _same(function: Any, module: nn.Module) -> bool:
         call = partial(function, module, *given, scaling=0.5)
         masks = (mask.to(dtype), None)
         try:
-            with probe.watched(module) as untouched:
+            with probe.undisturbed(module) as untouched:
                 found = [call(attention_mask=m, dropout=0.0) for m in masks]
                 if not training:
                     found += [call(attention_mask=masks[0], dropout=0.5)]

@@ -169,9 +169,10 @@ def _numbers(state: Any) -> bytes:
 
 
 @contextmanager
-def watched(given: Any) -> Iterator[Callable[[], bool]]:
-    """What it yields tells whether, since the beginning, no global generator has drawn and `given` remembers nothing (a
-    module is asked in the mode of then). The generators have their states back at the end."""
+def undisturbed(given: Any) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether, since then, no global generator has drawn and `given` has changed nothing
+    that it remembers; a module has to be in the mode that it began in. At the end the generators get their states back.
+    """
     kept: list[tuple[Callable, Callable]] = [
         (torch.get_rng_state, torch.set_rng_state),
         (random.getstate, random.setstate),
@@ -210,15 +211,14 @@ def takes_one(module: nn.Module) -> bool:
 
 
 def same(old: nn.Module, new: nn.Module, width: int) -> bool:
-    """Whether two stand-ins over the same parameters give the same for x in all `FORMS`, and before for large
-    parameters: shape, dtype, values and gradient up to rounding, in either mode of `old`, without drawing or
-    remembering. x of other than three dimensions counts only if `old` takes it."""
-    for size in (2.0**10, 2.0**-10):  # what a norm gives is as large as its weight, whatever x
+    """Whether two stand-ins over the same parameters give the same for x in all `FORMS`, then for large parameters:
+    shape, dtype, values and gradient up to rounding, in either mode of `old`, without drawing or remembering. x of
+    other than three dimensions counts only if `old` takes it."""
+    for forms, size in ((FORMS, 1.0), (FORMS[2:3], 2.0**10)):
         with torch.no_grad():
             for p in old.parameters():
-                p.mul_(size)
-        forms = FORMS if size < 1 else FORMS[2:3]
-        with watched(old.train()) as untouched:
+                p.mul_(size)  # what a norm gives is as large as its weight, whatever x
+        with undisturbed(old.train()) as untouched:
             for seed, (dtype, shape, scale) in enumerate(forms):
                 for module in (old, new):
                     module.to(dtype)
@@ -240,7 +240,7 @@ def _same_once(old: Any, new: Callable, x: Tensor, each: float | None, untouched
 
 def promotes(module: nn.Module, width: int) -> bool | None:
     """Whether a stand-in in float32 gives float32 for a narrower x; None if it takes none."""
-    with watched(module.to(torch.float32)):
+    with undisturbed(module.to(torch.float32)):
         try:
             found = _run(module, _random((2, 3, width)).bfloat16())
         except Exception:  # layers of two dtypes
@@ -261,7 +261,7 @@ def same_function(act: Callable[[Tensor], Tensor], formula: Callable[[Tensor], T
         *(x.view(*ones, 2, 3, 173) for ones in ((), (1,), (1, 1))),
     ]
     is_module = isinstance(act, nn.Module)
-    with watched(act.train() if is_module else act) as untouched:
+    with undisturbed(act.train() if is_module else act) as untouched:
         # The far ends of a curve are differences of large numbers in many a formula, so that the yardstick is x's size.
         if not (_same_once(act, formula, x, 16.0, untouched) and all(agree(act, formula, f, 16.0) for f in forms)):
             return False

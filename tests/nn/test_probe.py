@@ -14,6 +14,7 @@ import efftune
 from efftune.linear.keep.quantized import Quantized
 from efftune.nn import probe
 from efftune.nn.blocks import install, recognise
+from efftune.nn.norm import RMSNorm
 from tests.nn.test_same_function import Mlp, Norm
 
 
@@ -149,6 +150,14 @@ def test_blocks_that_are_alike_are_tried_once(monkeypatch):
     assert len(install(model).swaps) == 9 and len(tried) == 4
     assert [m.eps for m in model[:4]] == [1e-6, 1e-6, 1e-6, 1e-3]
     assert model[2].weight is again.weight and model[0].weight is norms[0].weight
+
+
+def test_a_trial_that_fails_leaves_the_weights_for_the_next_one():
+    """A norm is tried with one offset after the other."""
+    old = probe.stand_in(Norm())
+    before = old.weight.detach().clone()
+    assert not probe.same(old, RMSNorm(old.weight, 1e-6, 1.0), 8)
+    assert torch.equal(old.weight, before) and probe.same(old, RMSNorm(old.weight, 1e-6, 0.0), 8)
 
 
 def halves(y):
