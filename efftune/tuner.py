@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,43 +15,31 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_json, read_tensors, required
-from efftune.hooks import hooked
 from efftune.interop import peft
 from efftune.linear import Linear
-from efftune.linear.contracts import Keep
-from efftune.linear.module import is_conv1d
-from efftune.memory.meter import saved_for_backward
-from efftune.methods._base import (
-    ESTIMATES,
-    Backward,
-    Method,
-    Micro,
-    autograd,
-    drawing_keeps,
-    in_classifier,
-    linear_layers,
-    output_head,
-    places,
-    shared_parameters,
-    swap,
-)
+from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Run, autograd, drawing_keeps
 from efftune.methods.full import FullFineTuning
-from efftune.nn.blocks import Blocks, install
-from efftune.nn.subbatch import Recompute
+from efftune.nn.blocks import Blocks
+from efftune.nn.subbatch import Recompute, uninstall
 from efftune.ops.draw_seed import capturing
+from efftune.plan import Plan
 from efftune.recipe import format_recipe, parse
+from efftune.structure import parameter_names, places
+from efftune.summary import summary
 from efftune.versions import require_for
-from efftune.wrappers import compile_in_place, inside, refuse_wrapped
+from efftune.wrappers import compile_in_place, refuse_wrapped, unwrapped
 
 CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
+CLOCK = "efftune"  # key of an optimizer's state_dict under which the recipe's step and state are
 # Hooks of a method that run on the CPU in every step. A CUDA graph has what they did in one of them.
 EVERY_STEP = "before_step", "backward", "after_step", "optimizer"
 
 
 def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True) -> Tuner:
-    """Freezes `model`, lets the methods of `recipe` change it in place, in order, and returns the handle to train it.
+    """Freezes `model`, changes it in place as the methods of `recipe` say, and returns the handle to train it. The
+    order of a recipe's terms changes nothing.
 
-    A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it began with `full`.
+    A recipe in which nothing says what trains ("lisa(layers=2)", "mezo") trains everything, as if it had `full`.
 
     Args:
         model: any nn.Module with linear layers. What torch.compile has wrapped (the model itself, or its blocks) is
@@ -63,6 +51,13 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied, and for a
         model that is wrapped for several devices, is a torch.jit module, or has weights that accelerate offloads.
     """
+    methods, plan = planned(model, recipe)
+    model = compile_in_place(model)
+    return Tuner(model, methods, plan, plan.build(model, blocks))
+
+
+def planned(model: nn.Module, recipe: str | Iterable[Method]) -> tuple[list[Method], Plan]:
+    """The methods of a recipe, and what they want of `model`, checked; the model is only read. See `apply`."""
     require_for(model)
     methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
     rivals = {
@@ -75,90 +70,14 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     for method in methods:
         if (reason := method.why_not([m for m in methods if m is not method])) is not None:
             raise EfftuneError(f"{method.name}: {reason}.")
-    if not any(m.trains for m in methods):
+    if not any(m.phase == TRAINS for m in methods):
         methods.insert(0, FullFineTuning())
-    keep = block_keep(methods)
     refuse_wrapped(model)
-    # First on a skeleton without data: what refuses does so before the model is touched, and no dense weight has to be
-    # kept for an undo while its layer is being quantised.
-    for make in (skeleton, compile_in_place):
-        target = make(model)
-        freeze(target)
-        for method in methods:
-            method.prepare(target)
-        check_tied(target)
-    return Tuner(target, methods, install_blocks(target, keep) if blocks else Blocks())
-
-
-def block_keep(methods: list[Method]) -> Keep | None:
-    keeps = {keep for method in methods if (keep := method.block_keep()) is not None}
-    if len(keeps) > 1:
-        raise EfftuneError(f"a block keeps its activations one way, not as {' and as '.join(sorted(map(str, keeps)))}.")
-    return next(iter(keeps), None)
-
-
-def install_blocks(model: nn.Module, keep: Keep | None) -> Blocks:
-    done = install(model, keep)
-    if done.swaps:
-        # An nn.Linear saves its input whatever made it; efftune.Linear keeps what the input is made of.
-        head = output_head(model)
-        layers = {n: model.get_submodule(n) for n in linear_layers(model) if not in_classifier(n)}
-        trained = {
-            n: m
-            for n, m in layers.items()
-            if not isinstance(m, Linear) and m.weight.requires_grad and m is not head and not hooked(m)
-        }
-        where = places(model)
-        swap(model, trained)
-        for name, layer in trained.items():
-            done.swaps += [(parent, child, layer, model.get_submodule(name)) for parent, child in where[id(layer)]]
-    return done
-
-
-def check_tied(model: nn.Module) -> None:
-    """Raises EfftuneError where a weight trains by one layer and another, tied to it, only adds to it."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            learns = layer.delta.stored_learns(layer.base)
-            if any(getattr(layer, part).requires_grad and part not in learns for part in layer.base.names):
-                raise EfftuneError(
-                    f"{name} adds {layer.delta} to a weight that a layer tied to it trains; leave one of them out."
-                )
-
-
-def skeleton(model: nn.Module, made: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are on the meta device; what is shared stays shared, and
-    what torch.compile has wrapped stands there as itself."""
-    made = {} if made is None else made
-    if id(model) in made:
-        return made[id(model)]
-    if (compiled := inside(model)) is not None:
-        return skeleton(compiled, made)
-    # Shallow, module by module: models hold locks and other things that no deep copy takes.
-    # Not by copy.copy, which parametrized modules refuse; into the dictionary, since a module's own __setattr__ may
-    # write somewhere else.
-    twin = made[id(model)] = object.__new__(type(model))
-    own = vars(twin)
-    own.update(vars(model))
-    for name, value in vars(model).items():
-        if isinstance(value, OrderedDict):  # hooks: those that a method adds to the skeleton are not the model's
-            own[name] = value.copy()
-    own["_parameters"] = {name: _meta(p, made) for name, p in model._parameters.items()}
-    own["_buffers"] = {name: _meta(b, made) for name, b in model._buffers.items()}
-    own["_modules"] = {name: None if m is None else skeleton(m, made) for name, m in model._modules.items()}
-    return twin
-
-
-def _meta(tensor: Tensor | None, made: dict[int, Any]) -> Any:
-    if tensor is not None and id(tensor) not in made:
-        empty = tensor.detach().to("meta")
-        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return None if tensor is None else made[id(tensor)]
-
-
-def freeze(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    plan = Plan(unwrapped(model))
+    for method in sorted(methods, key=lambda m: m.phase):
+        method.plan(plan)
+    plan.check()
+    return methods, plan
 
 
 def load(model: nn.Module, path: str | Path) -> Tuner:
@@ -187,14 +106,25 @@ class Tuner:
     """A model with a recipe applied. The optimizer it makes is its clock: each optimizer.step() ends a step, whoever's
     loop calls it, so a hand-written loop, `efftune.train` and Hugging Face's Trainer all drive the recipe alike."""
 
-    def __init__(self, model: nn.Module, methods: list[Method], blocks: Blocks):
-        self.model, self.blocks = model, blocks
+    def __init__(self, model: nn.Module, methods: list[Method], plan: Plan, blocks: Blocks):
+        self.model, self.plan, self.blocks = model, plan, blocks
         self.methods = methods
-        self.step = 0
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._hook = None
+        self.run = Run(model, plan, states={m.name: m.State() for m in methods if m.State is not None})
+        self._looked = False  # for what gets no gradient
+        self._hooks: list[Any] = []  # on the optimizer that drives the recipe
         # Everything that may ever train: a schedule turns requires_grad off and on among these.
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        for method in methods:
+            method.install(self.run)
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps so far."""
+        return self.run.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.run.step = step
 
     @property
     def recipe(self) -> str:
@@ -225,17 +155,34 @@ class Tuner:
         return {name: tensor for name, tensor in self._saved().items() if name not in delta}
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "methods": [method.state_dict(self.model) for method in self.methods]}
+        """The step, and what the methods have learnt. It is also in the state_dict of the optimizer that `optimizer` or
+        `attach` returned, so that whoever saves the optimizer saves it."""
+        return {"step": self.step, "methods": {name: state.state_dict() for name, state in self.run.states.items()}}
 
     def load_state_dict(self, state: dict) -> None:
-        for method, own in zip(self.methods, state.get("methods", ()), strict=False):  # a bare step will do
-            method.load_state_dict(self.model, own)
+        """Raises: EfftuneError for the state of a recipe that has learnt what this one has no place for."""
+        states = state.get("methods", {})  # a bare step will do
+        if not isinstance(states, dict):  # of a version that had a list, in the order of the recipe
+            states = {m.name: own for m, own in zip(self.methods, states, strict=False) if m.name in self.run.states}
+        for name in states:
+            if name not in self.run.states:
+                raise EfftuneError(
+                    f"The state is of a recipe with {name}, and this one is '{self.recipe}'; apply the recipe that the "
+                    "run began with."
+                )
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        for name, own in states.items():
+            if own:
+                self.run.states[name].load_state_dict(own, device)
+        for method in self.methods:
+            if states.get(method.name):
+                method.loaded(self.run)
         self.seek(state["step"])
 
     def param_groups(self) -> list[dict]:
         """Optimizer groups of ("name", parameter) pairs: as a method asks, else one group of all that trains."""
         for method in self.methods:
-            groups = method.param_groups(self.model)
+            groups = method.param_groups(self.run)
             if groups is not None:
                 return groups
         return [{"params": list(self.named_trained().items())}]
@@ -249,25 +196,52 @@ class Tuner:
         return self.attach(optimizer or torch.optim.AdamW(groups, **{"fused": True, **settings}))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks."""
-        if self._hook is not None:
-            self._hook.remove()  # one clock: an optimizer that this one replaces drives nothing
-        self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(self._end_step)
+        """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks and carry its state."""
+        self._detach()  # one clock: an optimizer that this one replaces drives nothing
+        self.run.optimizer = optimizer
+        self._hooks = [
+            optimizer.register_step_post_hook(self._end_step),
+            optimizer.register_state_dict_post_hook(lambda _, state: state | {CLOCK: self.state_dict()}),
+            optimizer.register_load_state_dict_pre_hook(self._load_clock),
+        ]
         self.seek(self.step)
         return optimizer
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _load_clock(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        if CLOCK in state:  # else of an optimizer that no recipe was attached to
+            self.load_state_dict(state[CLOCK])
 
     def seek(self, step: int) -> None:
         """Puts the recipe where it was before `step`, for a resumed run: now, or when an optimizer is attached."""
         self.step = step
-        if self._optimizer is not None:
+        if self.run.optimizer is not None:
             for method in self.methods:
-                method.before_step(self.model, step, self._optimizer)
+                method.before_step(self.run)
 
     def _end_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         for method in self.methods:
-            method.after_step(self.model, self.step, optimizer)
+            method.after_step(self.run)
+        if not self._looked:
+            self._looked = True
+            self._name_untouched()
         self.seek(self.step + 1)
+
+    def _name_untouched(self) -> None:
+        """Warns of what trains and got no gradient in the first step: it may never."""
+        named = {name: p for name, p in self.named_trained().items() if p.requires_grad}
+        without = [name for name, p in named.items() if p.grad is None]
+        if 0 < len(without) < len(named):  # where none has any, gradients are not what the recipe works with
+            more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+            warnings.warn(
+                f"{', '.join(without[:5])}{more} train and got no gradient in the first step: the model did not use "
+                "them, or cut their gradient off.",
+                stacklevel=4,
+            )
 
     def backward(
         self, batch, loss_fn: Callable[[nn.Module, object], Tensor], scale: float = 1.0, last: bool = True
@@ -288,7 +262,7 @@ class Tuner:
         for method in sorted(self.methods, key=lambda m: (m.place, m.name), reverse=True):
             if method.overrides("backward"):
                 call = partial(method.backward, inner=call)
-        return call(Micro(self.model, batch, loss_fn, scale, self.step, last, self._optimizer))
+        return call(Micro(self.run, batch, loss_fn, scale, last))
 
     def _refuse_capture(self) -> None:
         named = [m.name for m in self.methods if any(map(m.overrides, EVERY_STEP))]
@@ -310,7 +284,7 @@ class Tuner:
         zeroth-order recipe takes gradients, to be looked at (its optimizer has no step for them)."""
         with ExitStack() as stack:
             for method in self.methods:
-                stack.enter_context(method.exactly(self.model))
+                stack.enter_context(method.exactly(self.run))
             yield
 
     @torch.no_grad()
@@ -318,10 +292,10 @@ class Tuner:
         """Takes the blocks out and replaces every efftune.Linear by the plain nn.Linear with its delta added. Returns
         the model, now plain."""
         layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, Linear)]
-        tied = shared_parameters(self.model)
+        tied = parameter_names(self.model)
         for name, layer in layers:  # all refusals before the first change
             shared = tied.get(id(layer.stored().tensors[0]), [])
-            if shared and layer.delta.adds:
+            if len(shared) > 1 and layer.delta.adds:
                 raise EfftuneError(
                     f"{name} shares its weight ({', '.join(shared)}): merging its adapter would change the others too; "
                     "save the adapter instead."
@@ -335,10 +309,11 @@ class Tuner:
 
     def _plain(self, make: Callable[[Linear], nn.Module]) -> nn.Module:
         for method in self.methods:
-            method.remove(self.model)
+            method.remove(self.run)
         self.methods = []  # the optimizer, should somebody go on with it, drives nothing
-        if self._hook is not None:
-            self._hook.remove()
+        self._detach()
+        for name in self.plan.again:
+            uninstall(self.model.get_submodule(name))
         self.blocks.remove()
         where = places(self.model)
         for layer in [m for m in self.model.modules() if isinstance(m, Linear)]:
@@ -367,49 +342,12 @@ class Tuner:
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def summary(self, batch=None, loss_fn: Callable[[nn.Module, object], Tensor] | None = None) -> str:
-        """What trains, what is frozen, and how each kind of layer stores, trains and keeps; parameters and bytes.
+        """What trains, what is frozen, how each kind of layer stores, trains and keeps, and what the recipe does not
+        reach; parameters and bytes.
 
         With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
         module, from one forward pass whose result is dropped.
         """
-        trained = {id(p) for p in self.named_trained().values()}
-        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        sizes = {True: [0, 0], False: [0, 0]}
-        for key, tensor in tensors.items():
-            sizes[key in trained][0] += tensor.numel()
-            sizes[key in trained][1] += tensor.numel() * tensor.element_size()
-        (n_train, b_train), (n_frozen, b_frozen) = sizes[True], sizes[False]
-        share = 100 * n_train / max(1, n_train + n_frozen)
-        lines = [
-            f"recipe     {self.recipe}",
-            f"trainable  {n_train:>14,} parameters ({share:.2f} %)  {mebibytes(b_train)}",
-            f"frozen     {n_frozen:>14,} parameters  {mebibytes(b_frozen)}",
-        ]
-        kinds: dict[tuple[str, ...], list[int]] = {}
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                keep = module.keep if module.delta.needs_keep() else "Nothing()"
-                kind = str(module.base), str(module.delta), str(keep)
-            elif isinstance(module, nn.Linear) or is_conv1d(module):
-                full = id(module.weight) in trained
-                kind = type(module).__name__, "Trained()" if full else "NoDelta()", "Exact()" if full else "Nothing()"
-            else:
-                continue
-            count = kinds.setdefault(kind, [0, 0])
-            count[0] += 1
-            count[1] += sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        for (base, delta, keep), (count, size) in kinds.items():
-            lines.append(f"{count:>5} x    {base} · {delta} · {keep}  {mebibytes(size)}")
-        lines.append(f"blocks     {self.blocks}")
-        lines += [line for method in self.methods if (line := method.report(self.model)) is not None]
-        if batch is not None and loss_fn is not None:
-            kept = saved_for_backward(self.model, lambda: loss_fn(self.model, batch))
-            lines.append(f"backward keeps {mebibytes(kept.total)} of this batch:")
-            lines += [
-                f"{count:>5} x    {kind}  {mebibytes(size)}" for kind, (count, size) in kept.by_kind(self.model).items()
-            ]
-        return "\n".join(lines)
-
-
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+        reports = [line for method in self.methods if (line := method.report(self.run)) is not None]
+        loss = None if batch is None or loss_fn is None else partial(loss_fn, self.model, batch)
+        return summary(self.plan, self.recipe, set(self.named_trained()), [f"blocks     {self.blocks}", *reports], loss)

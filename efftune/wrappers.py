@@ -25,6 +25,27 @@ def inside(module: nn.Module) -> nn.Module | None:
     return module._modules.get(_INSIDE) if _CONTEXT in vars(module) else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` as it is without torch.compile's wrappers, to be read: itself where it has none, else a copy of the tree
+    of modules, which shares parameters, buffers and everything else with it."""
+    if not any(inside(module) is not None for module in model.modules()):
+        return model
+    made: dict[int, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if (compiled := inside(module)) is not None:
+            return twin(compiled)
+        if id(module) not in made:
+            # Not by copy.copy, which parametrized modules refuse; into the dictionary, since a module's own __setattr__
+            # may write somewhere else.
+            copied = made[id(module)] = object.__new__(type(module))
+            vars(copied).update(vars(module))
+            vars(copied)["_modules"] = {n: m if m is None else twin(m) for n, m in module._modules.items()}
+        return made[id(module)]
+
+    return twin(model)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether it is compiled in place, as by `nn.Module.compile`."""
     return vars(module).get(_IN_PLACE) is not None

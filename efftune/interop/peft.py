@@ -13,8 +13,9 @@ from torch import nn
 from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_json, read_tensors, required
 from efftune.linear import Linear, LoRA
-from efftune.methods._base import matches, target_layers
 from efftune.methods.adapters.lora import LoraMethod
+from efftune.plan import Plan
+from efftune.structure import matches
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -150,7 +151,7 @@ def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
     if not ranks and not alphas:
         return [common]
     groups: dict[tuple, list[str]] = {}
-    for name in target_layers(common, model, common.target_modules):
+    for name in (layer.name for layer in Plan(model).targets(common, common.target_modules)):
         key = _by_pattern(ranks, name, common.r), _by_pattern(alphas, name, common.lora_alpha)
         groups.setdefault(key, []).append(name)
     return [

@@ -27,12 +27,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def not_dense(base: Base) -> str:
-    """Why full fine-tuning cannot train a weight that is stored so."""
-    return (
-        f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16), or train "
-        "the scales by peqa"
-    )
+HOOKED = "it has hooks or a state dict of its own, which the new layer would not have; add hooks after the swap"
 
 
 class Linear(nn.Module):
@@ -109,12 +104,12 @@ class Linear(nn.Module):
                 f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
             )
         if hooked(linear):
-            raise EfftuneError(
-                "it has hooks or a state dict of its own, which the new layer would not have; add hooks after the swap."
-            )
+            raise EfftuneError(HOOKED + ".")
         base, delta, keep = base or old[0], delta or old[1], keep or old[2]
         if delta == old[1] == Trained() and old[0].trains and not base.trains:
-            raise EfftuneError(not_dense(base) + ".")
+            raise EfftuneError(
+                f"its weight trains and {base} stores integers; add an adapter such as LoRA(r=16), or freeze it."
+            )
         if delta != old[1]:
             p = None
             if bias is not None and not isinstance(delta, Trained):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.methods._base import Method, matches, train_wholly
+from efftune.methods._base import TRAINS, Method
+from efftune.structure import matches
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class FullFineTuning(Method):
     target_modules: str | tuple[str, ...] | None = None
 
     name = "full"
-    trains = True
+    phase = TRAINS
 
-    def prepare(self, model):
+    def plan(self, plan):
         if self.target_modules is None:
-            train_wholly(model, "")
+            plan.train_modules(self, [""])
             return
+        model = plan.model
         chosen = [name for name, _ in model.named_modules() if matches(name, self.target_modules)]
         if not chosen:
             endings = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n}))
@@ -32,5 +34,4 @@ class FullFineTuning(Method):
                 f"target_modules={self.target_modules!r} matches no module of {type(model).__name__}; "
                 f"its modules end in: {endings}."
             )
-        for root in chosen:
-            train_wholly(model, root)
+        plan.train_modules(self, chosen)

@@ -160,7 +160,7 @@ def draws(
         optimizer.remember()
         if tuner.step < start:
             continue
-        weights, pending = method.weights(tuner.model, tuner.step), optimizer.pending
+        weights, pending = method.weights(tuner.run), optimizer.pending
         used = {i for _, ids in pending.values() for i in ids}
         drawn = {seed: Draw(weights[seed], float(a), 0.0) for seed, (a, _) in pending.items()}
         for name in (name for name in target if id(parameters[name]) in used):

@@ -14,6 +14,7 @@ from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import checkpoint, default_job, run, rundir, state
 from efftune.train.config import TrainConfig
 from efftune.train.models import quiet
+from efftune.tuner import CLOCK
 
 DEFAULT = "default"  # as a base: the small model of `efftune train` without options
 KEPT = ("dtype", "seed", "blocks", "seq_len")  # settings that decide what a model is before training
@@ -27,7 +28,9 @@ def export_log(source: str, out: Path) -> tuple[int, int]:
     """
     path, config, labels = run.finished_settings(source)
     step, _, rest = checkpoint.load(path, {})
-    states = [rest["optimizer"].get("zeroth_order", {}), *rest["tuner"].get("methods", [])]
+    optimizer = rest["optimizer"]
+    states = [optimizer.get("zeroth_order", {}), *optimizer.get(CLOCK, {}).get("methods", {}).values()]
+    states += rest.get("tuner", {}).get("methods", [])  # of a version whose optimizers did not carry it
     own = next((state for state in states if "log" in state), None)
     if own is None:
         raise EfftuneError(

@@ -12,7 +12,7 @@ import torch
 from efftune.errors import EfftuneError
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
-RESTORED = ("requires_grad", "optimizer", "scheduler", "generators", "tuner")  # what `restore` needs beside tensors
+RESTORED = ("requires_grad", "optimizer", "scheduler", "generators")  # what `restore` needs beside tensors
 BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
 
 
@@ -82,18 +82,18 @@ def capture(tuner: Any, optimizer: Any, scheduler: Any, watch: Watch) -> tuple[d
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "generators": generator_states(),
-        "tuner": tuner.state_dict(),
     }
     return {**tuner.named_delta(), **watch.changed()}, rest
 
 
 def restore(tuner: Any, optimizer: Any, scheduler: Any, trained: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
     restore_tensors(tuner, trained)
-    tuner.load_state_dict(rest["tuner"])
+    if "tuner" in rest:  # of a version whose optimizers did not carry the recipe's clock
+        tuner.load_state_dict(rest["tuner"])
+    optimizer.load_state_dict(rest["optimizer"])
     training = set(rest["requires_grad"])
     for name, parameter in tuner.named_trained().items():
         parameter.requires_grad_(name in training)
-    optimizer.load_state_dict(rest["optimizer"])
     _undo_casts(optimizer, rest["optimizer"])
     scheduler.load_state_dict(rest["scheduler"])
     # the same numbers, unless the run now ends elsewhere: the saved rate is that of the old schedule, at its end 0

@@ -12,20 +12,14 @@ import importlib
 import inspect
 import itertools
 import pkgutil
-from unittest import mock
 
-import torch
-from torch import Tensor
-
-import efftune
 from efftune import EfftuneError
-from efftune.linear import Linear
-from efftune.linear.base import int8
 from efftune.linear.contracts import Base, Delta, Keep
 from efftune.methods import available
-from efftune.methods._base import ESTIMATES
+from efftune.methods._base import ESTIMATES, TRAINS
+from efftune.plan import Layer
 from efftune.recipe import parse
-from efftune.tuner import skeleton
+from efftune.tuner import planned
 from tests.methods.models import contract_model
 from tests.pairwise import pairwise
 
@@ -93,22 +87,13 @@ def text(row: tuple) -> str:
 
 
 @functools.cache
-def _skeleton():
-    return skeleton(contract_model(layers=2))
+def _model():
+    return contract_model(layers=2)
 
 
-def _shapes(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """What int8_quantize returns of a weight without data. Itself it would take milliseconds a layer there, where each
-    of torch's operations runs in Python: half of all that is done here."""
-    assert w.is_meta
-    return torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0], -(-w.shape[1] // group))
-
-
-def linears(recipe: str) -> list[Linear]:
-    """The layers of the contract's model under this recipe, without data."""
-    with mock.patch.object(int8, "int8_quantize", _shapes):
-        tuner = efftune.apply(skeleton(_skeleton()), recipe, blocks=False)
-    return [m for m in tuner.model.modules() if type(m) is Linear]
+def linears(recipe: str) -> list[Layer]:
+    """What this recipe wants of the layers of the contract's model."""
+    return list(planned(_model(), recipe)[1].layers.values())
 
 
 @functools.cache
@@ -125,7 +110,7 @@ def refusal(recipe: str) -> str | None:
 def axis(name: str) -> str:
     """Of a method: by the hooks that it overrides, and by what it changes on layers with adapters."""
     (method,) = parse(term(name))
-    if method.trains:
+    if method.phase == TRAINS:
         return "delta"
     if method.place == ESTIMATES or any(method.overrides(hook) for hook in UPDATES):
         return "estimator"
@@ -164,7 +149,9 @@ def pairs(row) -> list[tuple]:
 def row_of(recipe: str) -> tuple:
     """The method on each axis; the last one, where a recipe has two."""
     methods = parse(recipe)
-    names = [m.name for m in methods] if any(m.trains for m in methods) else ["full", *(m.name for m in methods)]
+    names = (
+        [m.name for m in methods] if any(m.phase == TRAINS for m in methods) else ["full", *(m.name for m in methods)]
+    )
     return tuple(next((n for n in reversed(names) if axis(n) == which), NONE) for which in AXES)
 
 

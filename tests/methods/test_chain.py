@@ -44,7 +44,7 @@ class Listens(Method):
     name = "listens"
 
     def backward(self, micro, inner):
-        SEEN.append((micro.step, micro.last, micro.scale, micro.loss is weighted_loss))
+        SEEN.append((micro.run.step, micro.last, micro.scale, micro.loss is weighted_loss))
         return inner(micro)
 
 

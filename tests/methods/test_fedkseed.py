@@ -34,10 +34,10 @@ def test_significant_seeds_are_drawn_more_often_and_corrected():
     for recipe, expected in (("fedkseed(k=4, pro=True)", p), ("fedkseed(k=4, pro=True, unbiased=True)", [0.25] * 4)):
         tuner = efftune.apply(Perceptron(), recipe)
         method, seeds = tuner.methods[-1], candidates(0, 4)
-        method.load_state_dict(tuner.model, {"sum": total, "count": count})
+        tuner.load_state_dict({"step": 0, "methods": {"fedkseed": {"sum": total, "count": count}}})
         weight = dict.fromkeys(seeds, 0.0)
-        for step in range(4000):
-            ((seed, factor),) = method.directions(tuner.model, step)
+        for tuner.step in range(4000):
+            ((seed, factor),) = method.directions(tuner.run)
             weight[seed] += factor / 4000
         for seed, want in zip(seeds, expected, strict=True):
             assert abs(weight[seed] - want) < 0.04
@@ -47,10 +47,11 @@ def test_what_was_learnt_about_seeds_is_in_the_checkpoint():
     tuner, _ = trained("fedkseed(k=8, pro=True, interval=2)", steps=5)
     again, _ = trained("fedkseed(k=8, pro=True, interval=2)", steps=0)
     again.load_state_dict(tuner.state_dict())
-    known, copy = (t.methods[-1].state_dict(t.model) for t in (tuner, again))
+    known, copy = (t.state_dict()["methods"]["fedkseed"] for t in (tuner, again))
     assert known.keys() == copy.keys() == {"sum", "count", "p", "at"}
     assert int(known["count"].sum()) == 5 and torch.equal(known["sum"], copy["sum"])
-    assert tuner.methods[-1].directions(tuner.model, 9) == again.methods[-1].directions(again.model, 9)
+    tuner.step = again.step = 9
+    assert tuner.methods[-1].directions(tuner.run) == again.methods[-1].directions(again.run)
 
 
 @pytest.mark.parametrize("settings", ["k=4, interval=1", "k=3, samples=4, interval=2"])
@@ -67,7 +68,7 @@ def test_how_a_step_is_cut_does_not_tell_seeds_apart(settings):
             for rows in x.double().chunk(cuts):
                 tuner.backward(rows, lambda m, rows: (m(rows) ** 3).mean(), scale=1 / cuts)
             optimizer.step()
-        found.append(tuner.methods[-1].state_dict(tuner.model))
+        found.append(tuner.state_dict()["methods"]["fedkseed"])
     one, four = found
     assert torch.equal(one["count"], four["count"]) and len(set(one["p"])) > 1
     torch.testing.assert_close(one["sum"], four["sum"], rtol=1e-5, atol=1e-9)

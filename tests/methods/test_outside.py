@@ -13,17 +13,17 @@ from tests.methods.models import batch, llama, loss_fn
 
 SOURCE = """
 from dataclasses import dataclass
-from efftune.methods._base import Method, train_wholly
+from efftune.methods._base import TRAINS, Method
 
 @dataclass(frozen=True)
 class Norms(Method):
     \"\"\"Trains the last norm.\"\"\"
     scale: float = 1.0
     name = "outside_norm"
-    trains = True
+    phase = TRAINS
 
-    def prepare(self, model):
-        train_wholly(model, "model.norm")
+    def plan(self, plan):
+        plan.train_modules(self, ["model.norm"])
 
 class Other:
     name = "other"

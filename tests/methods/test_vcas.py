@@ -12,7 +12,6 @@ from efftune.methods._base import Micro, autograd
 from efftune.methods._gradients import coordinates, distance, inverse_share
 from efftune.methods.sampled import vcas
 from efftune.methods.sampled.vcas import (
-    Controller,
     Sampled,
     Window,
     row_variance,
@@ -83,7 +82,7 @@ def test_the_smallest_share():
 def test_more_variance_than_allowed_keeps_more(act, share):
     """V_act above tau_act·V_s raises s, below lowers it."""
     tuner, _, stack = tuned("vcas(alpha=0.1)")
-    controller = vars(stack)["vcas"]
+    controller = tuner.run.states["vcas"]
     controller.share = 0.5
     v_s = 8.0
     window = Window(count=2, act=act * v_s * 4, norms=[[torch.ones(4)] * 3] * 2)
@@ -104,19 +103,19 @@ def test_more_variance_of_rows_than_allowed_keeps_more_rows(factor, expected):
     window = Window(count=2, act=0.0, norms=[[None] * 3] * 2)
     window.spread = {f"{name}.weight": torch.tensor(4.0 / scale)}
     window.weight = {name: torch.tensor(2 * factor * 0.025 * 4.0)}
-    tuner.methods[-1]._adapt(stack, vars(stack)["vcas"], window)
+    tuner.methods[-1]._adapt(stack, tuner.run.states["vcas"], window)
     assert layer.keep.ratio == pytest.approx(expected) and ratios(stack) == [1.0] * 3
     assert [m.keep.ratio for m in layers(stack).values()][1:] == others
     layer.keep = Sampled(0.99, min_rows=1, at="backward")
     window.weight = {name: torch.tensor(1e9)}
-    tuner.methods[-1]._adapt(stack, vars(stack)["vcas"], window)
+    tuner.methods[-1]._adapt(stack, tuner.run.states["vcas"], window)
     assert layer.keep.ratio == 1.0
 
 
 def test_shares_of_samples_do_not_grow_with_depth_below_the_loss():
     """The lowest block's own share is the least that holds s; the ones above keep at least as many."""
     tuner, _, stack = tuned("vcas(alpha=0.3)")
-    controller = vars(stack)["vcas"]
+    controller = tuner.run.states["vcas"]
     controller.share = 0.9
     even, one = torch.ones(4), torch.tensor([100.0, 1.0, 1.0, 1.0])
     p = dict(stack.named_parameters())
@@ -137,10 +136,10 @@ def test_a_run_lowers_its_shares_while_the_variance_allows_and_keeps_them_in_ord
         tuner.backward(batch(seed=step, rows=8), loss_fn)
         optimizer.step()
     found = ratios(stack)
-    assert vars(stack)["vcas"].share == pytest.approx(0.5) and found == sorted(found) and found[-1] < 0.9
+    assert tuner.run.states["vcas"].share == pytest.approx(0.5) and found == sorted(found) and found[-1] < 0.9
     assert all(m.keep.ratio == pytest.approx(0.95**5) for m in layers(stack).values())
     tuner, optimizer, stack = tuned("full + vcas(interval=1, tau_act=0.0, tau_w=0.0, alpha=0.1)")
-    vars(stack)["vcas"].share = 0.3
+    tuner.run.states["vcas"].share = 0.3
     for block in stack:
         block.forward.ratio = 0.5
     for layer in layers(stack).values():
@@ -149,7 +148,7 @@ def test_a_run_lowers_its_shares_while_the_variance_allows_and_keeps_them_in_ord
         optimizer.zero_grad()
         tuner.backward(batch(seed=step, rows=8), loss_fn)
         optimizer.step()
-    assert vars(stack)["vcas"].share == pytest.approx(0.5)
+    assert tuner.run.states["vcas"].share == pytest.approx(0.5)
     assert all(m.keep.ratio == pytest.approx(0.5 / 0.95**2) for m in layers(stack).values())
 
 
@@ -178,7 +177,7 @@ def test_the_step_that_measures_trains_on_the_exact_gradient(recipe):
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
     assert expected_state.shape == torch.get_rng_state().shape
-    controller = vars(stack)["vcas"]
+    controller = tuner.run.states["vcas"]
     assert controller.window is None and controller.share == 1.0  # half the samples add more than is allowed
     assert all(r.record is False and r.by_row is False and r.repeat == 0 for r in (b.forward for b in stack))
     before = gradients(tuner)
@@ -201,7 +200,7 @@ def test_repeats_see_the_dropout_of_the_exact_pass_and_draw_other_samples():
     ids, labels = torch.randint(0, 40, (8, 6)), torch.randint(0, 2, (8,))
     loss = lambda m, b: m(input_ids=ids, labels=labels).loss  # noqa: E731
     tuner.backward(None, loss)
-    assert float(vars(stack)["vcas"].window.act) < 1e-10
+    assert float(tuner.run.states["vcas"].window.act) < 1e-10
     for block in stack:
         block.forward.ratio = 0.5
     acts = []
@@ -212,7 +211,7 @@ def test_repeats_see_the_dropout_of_the_exact_pass_and_draw_other_samples():
     finally:
         vcas.distance = monitor
     per = len(acts) // 3
-    assert float(vars(stack)["vcas"].window.act) > 1e-8
+    assert float(tuner.run.states["vcas"].window.act) > 1e-8
     assert not torch.equal(acts[0], acts[per]) and not torch.equal(acts[per], acts[2 * per])
 
 
@@ -224,14 +223,14 @@ def test_the_measured_variance_of_drawn_samples_is_the_real_one():
     data = batch(rows=8)
     torch.manual_seed(0)
     tuner.backward(data, loss_fn)
-    measured = float(vars(stack)["vcas"].window.act) / 12
-    vars(stack)["vcas"].window = None
+    measured = float(tuner.run.states["vcas"].window.act) / 12
+    tuner.run.states["vcas"].window = None
     watched = dict(stack.named_parameters())
 
     def drawn():
         tuner.model.zero_grad()
         with coordinates(watched) as seen:
-            autograd(Micro(tuner.model, data, loss_fn, 1.0, 0, True, None))
+            autograd(Micro(tuner.run, data, loss_fn))
         return seen
 
     with tuner.exactly():
@@ -246,12 +245,12 @@ def test_the_measured_variance_of_drawn_samples_is_the_real_one():
 
 def test_a_window_over_two_steps_and_one_over_two_micro_batches():
     tuner, optimizer, stack = tuned("full + vcas(interval=5)")
-    controller = vars(stack)["vcas"]
+    controller = tuner.run.states["vcas"]
     for chunk in batch(rows=6).chunk(3):
         tuner.backward(chunk, loss_fn, scale=1 / 3)
     assert controller.window is None and controller.share == 0.99
     tuner, optimizer, stack = tuned("full + vcas(interval=5)")
-    controller = vars(stack)["vcas"]
+    controller = tuner.run.states["vcas"]
     shares = []
     for step in range(7):
         optimizer.zero_grad()
@@ -352,11 +351,10 @@ def test_state_goes_through_the_tuner_and_merge_takes_it_all_out():
     saved = tuner.state_dict()
     other, _, twin = tuned("lora(r=4) + vcas(interval=1, alpha=0.2)")
     other.load_state_dict(saved)
-    assert other.step == 3 and ratios(twin) == ratios(stack) and vars(twin)["vcas"].window.count == 1
+    assert other.step == 3 and ratios(twin) == ratios(stack) and other.run.states["vcas"].window.count == 1
     assert [m.keep for m in layers(twin).values()] == [m.keep for m in layers(stack).values()]
     model = tuner.merge()
     assert not any(isinstance(vars(m).get("forward"), Recompute) for m in model.modules())
-    assert not any(isinstance(v, Controller) for m in model.modules() for v in vars(m).values())
 
 
 def test_applied_twice_and_an_earlier_override_is_replaced_not_nested():

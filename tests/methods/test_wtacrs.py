@@ -119,7 +119,7 @@ def test_remove_leaves_no_hooks():
         ("wtacrs(ratio=1.2)", "not 1.2"),
         ("wtacrs(sampler='topk')", "biased; add biased=True"),
         ("lora(r=4, freeze_a=True) + wtacrs", "none of the .* layers that it means keeps its input"),
-        ("full(target_modules='embed_tokens') + wtacrs", "put it after the method that trains them"),
+        ("full(target_modules='embed_tokens') + wtacrs", "add a method that trains them"),
     ],
 )
 def test_what_refuses_refuses_in_words(recipe, sentence):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
 from efftune.linear import LoRA
-from efftune.methods._base import ALL_LINEAR, CLASSIFIERS, Method, matches, swap, target_layers, train_wholly
+from efftune.methods._base import TRAINS, Method
+from efftune.plan import ALL_LINEAR
+from efftune.structure import CLASSIFIERS, matches
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class LoraMethod(Method):
     dtype: str | None = "float32"
 
     name = "lora"
-    trains = True
+    phase = TRAINS
 
     def __post_init__(self):
         self.delta()  # raises on a value out of range
@@ -43,27 +45,18 @@ class LoraMethod(Method):
     def delta(self) -> LoRA:
         return LoRA(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.freeze_a, self.dtype)
 
-    def prepare(self, model):
+    def plan(self, plan):
+        model = plan.model
         wholly = CLASSIFIERS if self.modules_to_save is None else self.modules_to_save
         saved = [name for name, _ in model.named_modules() if wholly and matches(name, wholly)]
         for missing in self.modules_to_save or ():
             if not any(matches(name, (missing,)) for name in saved):
                 raise EfftuneError(f"modules_to_save names {missing!r}, which is no module of {type(model).__name__}.")
-        inside = tuple(f"{name}." for name in saved)
-        targets = [
-            name
-            for name in target_layers(self, model, self.target_modules)
-            if name not in saved and not name.startswith(inside)
-        ]
-        swap(model, targets, delta=self.delta())
-        if self.bias != "none":
-            for name in targets:
-                bias = model.get_submodule(name).bias
-                if bias is not None:
-                    bias.requires_grad_(True)
-        for name in saved:
-            train_wholly(model, name)
-        if self.bias == "all":
-            for name, parameter in model.named_parameters():
-                if name.rpartition(".")[2] == "bias":
-                    parameter.requires_grad_(True)
+        inside = {layer.name for name in saved for layer in plan.inside(name)}
+        targets = [layer for layer in plan.targets(self, self.target_modules) if layer.name not in inside]
+        plan.wish(self, targets, delta=self.delta())
+        plan.train_modules(self, saved)
+        if self.bias == "lora_only":
+            plan.train(self, [layer.parameters["bias"] for layer in targets if "bias" in layer.parameters])
+        elif self.bias == "all":
+            plan.train(self, [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"])

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
 from efftune.linear import Int8
-from efftune.methods._base import ALL_LINEAR, Method, shared_parameters, swap, target_layers
+from efftune.methods._base import STORES, Method
+from efftune.plan import ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,18 @@ class Int8Method(Method):
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     name = "int8"
+    phase = STORES
 
     def __post_init__(self):
         Int8(self.group)  # raises on a value out of range
 
-    def prepare(self, model):
-        tied = shared_parameters(model)
-        names = target_layers(self, model, self.target_modules)
-        for name in names:
-            layer = model.get_submodule(name)
-            others = (
-                [n for n in tied.get(id(layer.weight), ()) if n != f"{name}.weight"] if hasattr(layer, "weight") else ()
-            )
-            if others:
+    def plan(self, plan):
+        layers = plan.targets(self, self.target_modules)
+        for layer in layers:
+            weight = layer.parameters.get("weight")  # integers have none
+            if weight is not None and (others := plan.tied(weight)):
                 raise EfftuneError(
-                    f"{name} shares its weight with {' and '.join(others)}, and integers would untie them; "
+                    f"{layer.name} shares its weight with {' and '.join(others)}, and integers would untie them; "
                     "leave it out of int8's target_modules."
                 )
-        swap(model, names, base=Int8(self.group))
+        plan.wish(self, layers, base=Int8(self.group))

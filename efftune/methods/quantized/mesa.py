@@ -18,13 +18,27 @@ from efftune.errors import EfftuneError
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
-from efftune.methods._base import ALL_LINEAR, Method, Micro, drawing_keeps, exact_keeps, keep_in_layers
+from efftune.methods._base import KEEPS, Method, Micro, Run, State, drawing_keeps, exact_keeps
 from efftune.methods._gradients import coordinates, discarding, distance
 from efftune.nn.subbatch import generators, replaying, statistics_kept
+from efftune.plan import ALL_LINEAR
 
 EXACT = 0  # as a number of bits
 ROUNDS, DRAWS = 6, 3  # of choosing, and of gradients to check a choice by
 MARGIN = 0.95  # of max_error may be used up: what checks it is itself a sample
+
+
+Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
+
+
+@dataclass
+class Chosen(State):
+    """What max_error has led to."""
+
+    bits: dict[str, int] | None = None  # place -> 4, 8 or EXACT; None: not measured yet
+    error: float = 0.0
+    _places: Places = field(default_factory=dict)  # once found: those that are kept exactly are not told any more
+    _idle: bool = False  # within `exactly`: measures nothing
 
 
 @dataclass(frozen=True)
@@ -59,19 +73,23 @@ class Mesa(Method):
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     name = "mesa"
+    phase = KEEPS
+    State = Chosen
 
     def __post_init__(self):
         Quantized(self.bits, self.group)  # raises on a value out of range
         if self.max_error is not None and not self.max_error > 0:
             raise EfftuneError(f"mesa's max_error is a share of the gradient above 0, not {self.max_error}.")
 
-    def prepare(self, model):
-        keep_in_layers(self, model, self.target_modules, Quantized(self.bits, self.group))
-        if self.max_error is not None:
-            vars(model)["mesa"] = Chosen()
+    def plan(self, plan):
+        plan.keep(self, self.target_modules, self._keep(self.bits))
+        plan.keep_in_blocks(self, self._keep(self.bits))
 
-    def block_keep(self):
-        return Quantized(self.bits, self.group)
+    def loaded(self, run):
+        chosen = run.state(self)
+        if self.max_error is not None:
+            chosen._places = chosen._places or _places(run.model)
+            self._use(chosen._places, chosen.bits or {})
 
     def backward(self, micro, inner):
         self._measure(micro)
@@ -79,18 +97,18 @@ class Mesa(Method):
 
     def _measure(self, micro: Micro) -> None:
         """Chooses bits for the places of `max_error`, once, on this micro-batch."""
-        model, chosen = micro.model, vars(micro.model).get("mesa")
-        if chosen is None or chosen.bits is not None or chosen.idle or self.max_error is None:
+        model, chosen = micro.model, micro.run.state(self)
+        if self.max_error is None or chosen.bits is not None or chosen._idle:
             return
-        chosen.places = chosen.places or _places(model)
-        if not chosen.places:  # samples, recomputes: nothing is kept as codes
+        chosen._places = chosen._places or _places(model)
+        if not chosen._places:  # samples, recomputes: nothing is kept as codes
             chosen.bits = {}
             return
-        bits, error = self._choose(model, chosen.places, lambda: micro.loss(model, micro.batch), self.max_error)
+        bits, error = self._choose(model, chosen._places, lambda: micro.loss(model, micro.batch), self.max_error)
         if not math.isfinite(error):
             return  # of a loss that is not: the next micro-batch will tell
         chosen.bits, chosen.error = bits, error
-        self._use(chosen.places, bits)
+        self._use(chosen._places, bits)
         if error > self.max_error:
             warnings.warn(
                 f"mesa found no keeps with a gradient error of at most {self.max_error:.1%}; with the best it tried it "
@@ -135,33 +153,27 @@ class Mesa(Method):
                 limit *= 0.9 * (MARGIN * max_error) ** 2 / worst
         return bits, worst**0.5
 
-    def after_step(self, model, step, optimizer):
-        chosen = vars(model).get("mesa")
-        if chosen is not None and chosen.bits is None and not chosen.idle and step == 0:
+    def after_step(self, run):
+        chosen = run.state(self)
+        if self.max_error is not None and chosen.bits is None and not chosen._idle and run.step == 0:
             warnings.warn(
                 f"mesa has not measured yet (that takes a call of tuner.backward(batch, loss_fn), and a finite loss): "
                 f"until then everything stays at {self.bits} bits.",
                 stacklevel=2,
             )
 
-    def exactly(self, model):
-        return self._exactly(model) if "mesa" in vars(model) else exact_keeps(model)
-
     @contextmanager
-    def _exactly(self, model: nn.Module) -> Iterator[None]:
-        vars(model)["mesa"].idle = True
+    def exactly(self, run: Run) -> Iterator[None]:
+        run.state(self)._idle = True
         try:
-            with exact_keeps(model):
+            with exact_keeps(run.model):
                 yield
         finally:
-            vars(model)["mesa"].idle = False
+            run.state(self)._idle = False
 
-    def remove(self, model):
-        vars(model).pop("mesa", None)
-
-    def report(self, model):
-        chosen = vars(model).get("mesa")
-        if chosen is None:
+    def report(self, run):
+        chosen = run.state(self)
+        if self.max_error is None:
             return None
         if chosen.bits is None:
             return f"mesa: {self.bits} bits everywhere, until the first micro-batch tells where more are needed"
@@ -170,31 +182,6 @@ class Mesa(Method):
         counts = Counter(f"{bits} bits" if bits else "exact" for bits in chosen.bits.values())
         spread = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
         return f"mesa: keeps {spread}; gradient error at most {chosen.error:.1%} in every block"
-
-    def state_dict(self, model):
-        chosen = vars(model).get("mesa")
-        return {} if chosen is None else {"bits": chosen.bits, "error": chosen.error}
-
-    def load_state_dict(self, model, state):
-        chosen = vars(model).get("mesa")
-        if chosen is None:
-            return
-        chosen.places = chosen.places or _places(model)
-        chosen.bits, chosen.error = state.get("bits"), state.get("error", 0.0)
-        self._use(chosen.places, chosen.bits or {})
-
-
-Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
-
-
-@dataclass
-class Chosen:
-    """What max_error has led to. Rides on the model; see Mesa.state_dict."""
-
-    bits: dict[str, int] | None = None  # place -> 4, 8 or EXACT; None: not measured yet
-    error: float = 0.0
-    places: Places = field(default_factory=dict)
-    idle: bool = False  # within `exactly`: measures nothing
 
 
 def _block(name: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.linear import Dense, Trained
-from efftune.methods._base import ALL_LINEAR, Method, swap, target_layers
+from efftune.linear import Trained
+from efftune.methods._base import TRAINS, Method
+from efftune.plan import ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Peqa(Method):
     target_modules: str | tuple[str, ...] = ALL_LINEAR
 
     name = "peqa"
-    trains = True
+    phase = TRAINS
 
-    def prepare(self, model):
-        names = target_layers(self, model, self.target_modules)
-        for name in names:
-            base = getattr(model.get_submodule(name), "base", Dense())
-            if base.trains:
+    def plan(self, plan):
+        layers = plan.targets(self, self.target_modules)
+        for layer in layers:
+            if layer.base.trains:
                 raise EfftuneError(
-                    f"{name}: the scales of integer weights train, and {base} has none; put int8 in front."
+                    f"{layer.name}: the scales of integer weights train, and {layer.base} has none; add int8 to the "
+                    "recipe."
                 )
-        swap(model, names, delta=Trained())
+        plan.wish(self, layers, delta=Trained())

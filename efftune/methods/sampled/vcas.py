@@ -20,17 +20,54 @@ from efftune.linear import Exact, Linear
 from efftune.linear.contracts import Keep, product_t
 from efftune.linear.handle import load
 from efftune.linear.keep.sampled import Sampled
-from efftune.methods._base import ESTIMATES, Method, blocks, linear_layers, swap, trained_by
+from efftune.methods._base import ESTIMATES, Method, Run, State
 from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
-from efftune.nn.subbatch import (
-    Recompute,
-    generators,
-    install,
-    probabilities,
-    set_generators,
-    statistics_kept,
-    uninstall,
-)
+from efftune.nn.subbatch import Recompute, generators, probabilities, set_generators, statistics_kept
+from efftune.structure import blocks
+
+
+@dataclass
+class Window:
+    """What the micro-batches that were measured so far have given."""
+
+    count: int = 0
+    mean: dict[str, Tensor] = field(default_factory=dict)  # of the looked-at coordinates of each weight's gradient
+    spread: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches ‖gradient − mean‖² of those coordinates
+    act: Any = 0.0  # Σ over batches and repeats ‖drawn − exact‖²
+    norms: list[list[Tensor | None]] = field(default_factory=list)  # ‖G_i‖ of batch, block
+    weight: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches of V_w of each layer
+
+    def add(self, gradient: dict[str, Tensor], norms: list[Tensor | None], weight: dict[str, Tensor]) -> None:
+        """Welford's update: the spread is small against the mean, and a difference of squares would lose it."""
+        self.count += 1
+        for name, g in gradient.items():
+            mean = self.mean.setdefault(name, torch.zeros_like(g))
+            off = g - mean
+            mean += off / self.count
+            self.spread[name] = self.spread.get(name, 0.0) + (off * (g - mean)).sum(dtype=torch.float64)
+        self.norms.append(norms)
+        for name, v in weight.items():
+            self.weight[name] = self.weight.get(name, 0.0) + v
+
+
+@dataclass
+class Controller(State):
+    """What vcas has learnt."""
+
+    share: float = 1.0  # s
+    started: int = -1  # the step of the last window
+    window: Window | None = None
+    samples: list[float] = field(default_factory=list)  # ρ of each block; none before the first adaptation
+    rows: dict[str, float] = field(default_factory=dict)  # ν of each layer
+    _idle: bool = False  # within `exactly`: measures nothing
+
+    def state_dict(self):
+        window = None if self.window is None else dict(vars(self.window))
+        return {**super().state_dict(), "window": window}
+
+    def load_state_dict(self, state, device):
+        window = tree_map_only(Tensor, lambda t: t.to(device), state["window"])
+        super().load_state_dict({**state, "window": None if window is None else Window(**window)}, device)
 
 
 @dataclass(frozen=True)
@@ -50,7 +87,7 @@ class Vcas(Method):
         ν_l ← min(1, ν_l/beta) if V_w,l > tau_w·V_s,l, else ν_l·beta
 
     V_s and V_act are taken over the stack's weights, from one coordinate in 97; V_w,l is Σ_i (1/q_i − 1)‖g_i‖²‖x_i‖²,
-    for rows drawn independently; systematic sampling stays below it. Comes after what trains, as in "full + vcas".
+    for rows drawn independently; systematic sampling stays below it.
     Needs `tuner.backward`: with a loop that calls loss.backward() itself the shares stay at 1.
 
     Args:
@@ -72,6 +109,7 @@ class Vcas(Method):
 
     name = "vcas"
     place = ESTIMATES
+    State = Controller
 
     def __post_init__(self):
         if not (0 < self.sample_ratio <= 1 and 0 < self.row_ratio <= 1 and 0 < self.beta < 1):
@@ -81,43 +119,44 @@ class Vcas(Method):
         if self.interval and (self.sample_ratio < 1 or self.row_ratio < 1):
             raise EfftuneError(f"{self} adapts its shares, which begin at 1; for fixed ones add interval=0.")
 
-    def prepare(self, model):
-        name, stack = blocks(model)
-        if not any(p.requires_grad for p in stack.parameters()):
+    def plan(self, plan):
+        name, stack = plan.blocks()
+        layers = plan.inside(name)
+        if not any(layer.trains for layer in layers) and not any(n.startswith(name + ".") for n in plan.parameters):
             raise EfftuneError(
-                f"vcas finds nothing that trains in {name}; put it after what does, as in 'full + vcas'."
+                f"vcas finds nothing that trains in {name}; give the recipe a method that trains its blocks, as in "
+                "'full + vcas'."
             )
-        layers = {n: model.get_submodule(n) for n in linear_layers(model) if n.startswith(name + ".")}
-        for path, layer in layers.items():
-            if isinstance(layer, Linear) and layer.delta.random:  # its mask goes by position in the batch
-                raise EfftuneError(f"vcas runs part of a batch again, and {path} has dropout; use lora_dropout=0.0.")
-        others = [
-            path
-            for path, layer in layers.items()
-            if isinstance(layer, Linear) and not layer.keep.restores and layer.keep.keeps and not _own(layer.keep)
-        ]
-        if others:
-            raise EfftuneError(
-                f"{others[0]} samples its rows already, by another method than vcas; use one of the two."
-            )
-        swap(
-            model,
-            [n for n, layer in layers.items() if _exact(layer)],
-            keep=Sampled(self.row_ratio, min_rows=1, at="backward"),
-        )
-        for block in stack:
-            install(block, self.sample_ratio)
-        vars(stack)["vcas"] = Controller()
+        for layer in layers:
+            if layer.delta.random:  # its mask goes by position in the batch
+                raise EfftuneError(
+                    f"vcas runs part of a batch again, and {layer.name} has dropout; use lora_dropout=0.0."
+                )
+            if layer.keep.keeps and not layer.keep.restores and not _own(layer.keep):
+                raise EfftuneError(
+                    f"{layer.name} samples its rows already, by another method than vcas; use one of the two."
+                )
+        keep = Sampled(self.row_ratio, min_rows=1, at="backward")
+        plan.wish(self, [x for x in layers if x.keeps and (type(x.keep) is Exact or _own(x.keep))], keep=keep)
+        plan.run_again(self, stack, self.sample_ratio)
+
+    def loaded(self, run):
+        stack, controller = blocks(run.model)[1], run.state(self)
+        samples = controller.samples or [self.sample_ratio] * len(stack)
+        for recompute, ratio in zip(_recomputes(stack), samples, strict=True):
+            recompute.ratio = ratio
+        for name, layer in _sampled(stack).items():
+            _set_rows(layer, controller.rows.get(name, self.row_ratio))
 
     def backward(self, micro, inner):
-        model, step = micro.model, micro.step
-        stack, controller = _parts(model)
-        due = self.interval and step % self.interval == 0 and controller.started != step and not controller.idle
+        model, step, controller = micro.model, micro.run.step, micro.run.state(self)
+        stack = blocks(model)[1]
+        due = self.interval and step % self.interval == 0 and controller.started != step and not controller._idle
         if due and controller.window is None:
             controller.started, controller.window = step, Window()
         plain = functools.partial(inner, micro)
         window = controller.window
-        if window is None or controller.idle:
+        if window is None or controller._idle:
             return plain()
         loss = self._measure(model, stack, window, plain)
         if window.count == self.batches:
@@ -168,86 +207,27 @@ class Vcas(Method):
                 more = float(window.weight[name]) / self.batches > self.tau_w * sum(own)
                 ratio = _rows(layer) / self.beta if more else _rows(layer) * self.beta
                 _set_rows(layer, min(1.0, ratio))
+        controller.samples = [recompute.ratio for recompute in _recomputes(stack)]
+        controller.rows = {name: _rows(layer) for name, layer in _sampled(stack).items()}
 
-    def after_step(self, model, step, optimizer):
-        if self.interval and step == 0 and _parts(model)[1].started < 0:
+    def after_step(self, run):
+        if self.interval and run.step == 0 and run.state(self).started < 0:
             warnings.warn(
                 "vcas adapts in tuner.backward(batch, loss_fn), which this loop does not call: every sample and row "
                 "stays in use.",
                 stacklevel=2,
             )
 
-    def state_dict(self, model):
-        stack, controller = _parts(model)
-        return {
-            "share": controller.share,
-            "started": controller.started,
-            "window": None if controller.window is None else dict(vars(controller.window)),
-            "samples": [recompute.ratio for recompute in _recomputes(stack)],
-            "rows": {name: _rows(layer) for name, layer in _sampled(stack).items()},
-        }
-
-    def load_state_dict(self, model, state):
-        stack, controller = _parts(model)
-        device = next(stack.parameters()).device
-        controller.share, controller.started = state["share"], state["started"]
-        window = tree_map_only(Tensor, lambda t: t.to(device), state["window"])
-        controller.window = None if window is None else Window(**window)
-        for recompute, ratio in zip(_recomputes(stack), state["samples"], strict=True):
-            recompute.ratio = ratio
-        for name, layer in _sampled(stack).items():
-            _set_rows(layer, state["rows"][name])
-
     @contextmanager
-    def exactly(self, model):
-        stack, controller = _parts(model)
+    def exactly(self, run: Run) -> Iterator[None]:
+        stack, controller = blocks(run.model)[1], run.state(self)
         layers = _sampled(stack)
-        controller.idle = True
+        controller._idle = True
         try:
             with measuring(_recomputes(stack), repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
                 yield
         finally:
-            controller.idle = False
-
-    def remove(self, model):
-        stack, _ = _parts(model)
-        for block in stack:
-            uninstall(block)
-        del vars(stack)["vcas"]
-
-
-@dataclass
-class Window:
-    """What the micro-batches that were measured so far have given."""
-
-    count: int = 0
-    mean: dict[str, Tensor] = field(default_factory=dict)  # of the looked-at coordinates of each weight's gradient
-    spread: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches ‖gradient − mean‖² of those coordinates
-    act: Any = 0.0  # Σ over batches and repeats ‖drawn − exact‖²
-    norms: list[list[Tensor | None]] = field(default_factory=list)  # ‖G_i‖ of batch, block
-    weight: dict[str, Tensor] = field(default_factory=dict)  # Σ over batches of V_w of each layer
-
-    def add(self, gradient: dict[str, Tensor], norms: list[Tensor | None], weight: dict[str, Tensor]) -> None:
-        """Welford's update: the spread is small against the mean, and a difference of squares would lose it."""
-        self.count += 1
-        for name, g in gradient.items():
-            mean = self.mean.setdefault(name, torch.zeros_like(g))
-            off = g - mean
-            mean += off / self.count
-            self.spread[name] = self.spread.get(name, 0.0) + (off * (g - mean)).sum(dtype=torch.float64)
-        self.norms.append(norms)
-        for name, v in weight.items():
-            self.weight[name] = self.weight.get(name, 0.0) + v
-
-
-@dataclass
-class Controller:
-    """What vcas has learnt beside ρ (on the blocks) and ν (on the layers). Rides on the stack; see Vcas.state_dict."""
-
-    share: float = 1.0  # s
-    started: int = -1  # the step of the last window
-    window: Window | None = None
-    idle: bool = False  # within `exactly`: measures nothing
+            controller._idle = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,20 +261,8 @@ def smallest_share(norms: Tensor, share: float) -> float:
     return min(norms.numel(), int((held < share * held[-1]).sum()) + 1) / norms.numel()
 
 
-def _exact(layer: nn.Module) -> bool:
-    """Trains, and keeps its input as it is."""
-    if isinstance(layer, Linear):
-        return layer.delta.trains and layer.delta.needs_keep() and (type(layer.keep) is Exact or _own(layer.keep))
-    return trained_by(layer) is not None
-
-
 def _own(keep: Keep) -> bool:
     return isinstance(keep, Sampled) and keep.at == "backward" and keep.min_rows == 1
-
-
-def _parts(model: nn.Module) -> tuple[nn.ModuleList, Controller]:
-    _, stack = blocks(model)
-    return stack, vars(stack)["vcas"]
 
 
 def _recomputes(stack: nn.ModuleList) -> list[Recompute]:

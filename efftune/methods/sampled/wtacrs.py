@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled, fallbacks
 from efftune.linear.scores import TokenScores
-from efftune.methods._base import ALL_LINEAR, Method, blocks, exact_keeps, keep_in_layers
+from efftune.methods._base import KEEPS, Method, exact_keeps
 from efftune.nn import eager_attention
+from efftune.plan import ALL_LINEAR
+from efftune.structure import blocks
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class WtaCrs(Method):
     attention: bool = False
 
     name = "wtacrs"
+    phase = KEEPS
+    State = TokenScores
 
     def __post_init__(self):
         Sampled(self.ratio, self.sampler, self.min_rows)  # raises on a value out of range
@@ -49,52 +52,49 @@ class WtaCrs(Method):
                 "is what you want to look at, or use the unbiased 'systematic'."
             )
 
-    def prepare(self, model):
-        keep = Sampled(self.ratio, self.sampler, self.min_rows)
-        layers = keep_in_layers(self, model, self.target_modules, keep)
+    def plan(self, plan):
+        plan.keep(self, self.target_modules, self._keep())
+        if self.attention and not eager_attention.modules(plan.model):
+            raise EfftuneError(
+                f"wtacrs(attention=True) samples the products of eager attention, and {type(plan.model).__name__} runs "
+                'none that is known; load it with attn_implementation="eager", or leave attention out.'
+            )
+
+    def _keep(self) -> Sampled:
+        return Sampled(self.ratio, self.sampler, self.min_rows)
+
+    def install(self, run):
+        model, scores = run.model, run.state(self)
         if self.attention:
-            attentions = eager_attention.modules(model)
-            if not attentions:
-                raise EfftuneError(
-                    f"wtacrs(attention=True) samples the products of eager attention, and {type(model).__name__} runs "
-                    'none that is known; load it with attn_implementation="eager", or leave attention out.'
-                )
-            for module in attentions:
-                setattr(module, eager_attention.ROWS, keep)
+            for module in eager_attention.modules(model):
+                setattr(module, eager_attention.ROWS, self._keep())
             eager_attention.register()
-        known = [m.scores for m in model.modules() if isinstance(m, Linear) and m.scores is not None]
-        scores = known[0] if known else TokenScores()  # of another wtacrs, for other layers of the model
-        for name in layers:
-            cast(Linear, model.get_submodule(name)).scores = scores
+        for module in model.modules():
+            if isinstance(module, Linear) and module.keep == self._keep():
+                module.scores = scores
         for block in _stack(model):
-            if not any(isinstance(hook, _Observer) for hook in block._forward_hooks.values()):
+            if _Observer(scores) not in block._forward_hooks.values():  # of another wtacrs of the recipe
                 block.register_forward_hook(_Observer(scores))
 
     def backward(self, micro, inner):
-        scores = _scores(micro.model)
+        scores = micro.run.state(self)
         scores.begin(micro.batch)
         loss = inner(micro)
         scores.end()
         return loss
 
-    def state_dict(self, model):
-        return _scores(model).state_dict()
+    def exactly(self, run):
+        return exact_keeps(run.model)
 
-    def load_state_dict(self, model, state):
-        _scores(model).load_state_dict(state, next(model.parameters()).device)
-
-    def exactly(self, model):
-        return exact_keeps(model)
-
-    def remove(self, model):
-        for module in model.modules():
+    def remove(self, run):
+        for module in run.model.modules():
             vars(module).pop(eager_attention.ROWS, None)
-        for block in _stack(model):
+        for block in _stack(run.model):
             for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, _Observer)]:
                 del block._forward_hooks[key]
 
-    def report(self, model):
-        text = f"token scores: {_scores(model)}"
+    def report(self, run):
+        text = f"token scores: {run.state(self)}"
         count = fallbacks()
         return text + (f"; {count} draws had no finite scores and were uniform" if count else "")
 
@@ -116,7 +116,3 @@ class _Observer:
         output = output[0] if isinstance(output, tuple) else output
         if output.requires_grad:
             output.register_hook(self.scores.observe)
-
-
-def _scores(model) -> TokenScores:
-    return next(m.scores for m in model.modules() if isinstance(m, Linear) and m.scores is not None)

@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.methods._base import Method, blocks
+from efftune.methods._base import Method
+from efftune.structure import blocks
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Lisa(Method):
         if self.layers < 1 or self.interval < 1:
             raise EfftuneError(f"{self} needs layers and interval of at least 1.")
 
-    def prepare(self, model):
-        name, stack = blocks(model)
+    def plan(self, plan):
+        name, stack = plan.blocks()
         if self.layers > len(stack):
             raise EfftuneError(f"lisa(layers={self.layers}) draws from {name}, which has only {len(stack)} layers.")
 
@@ -40,9 +41,10 @@ class Lisa(Method):
         """The layers of a stack of `count` that train at `step`."""
         return sorted(random.Random(f"{self.seed}:{step // self.interval}").sample(range(count), self.layers))
 
-    def before_step(self, model, step, optimizer):
+    def before_step(self, run):
+        model, optimizer = run.model, run.optimizer
         name, stack = blocks(model)
-        drawn = {f"{name}.{i}." for i in self.drawn(len(stack), step)}
+        drawn = {f"{name}.{i}." for i in self.drawn(len(stack), run.step)}
         registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for full_name, parameter in model.named_parameters():
             if id(parameter) not in registered or not full_name.startswith(name + "."):

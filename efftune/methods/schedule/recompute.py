@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.errors import EfftuneError
-from efftune.methods._base import Method, blocks
-from efftune.nn.subbatch import Recompute, install, uninstall
+from efftune.methods._base import Method
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,5 @@ class RecomputeBlocks(Method):
         if self.every < 1:
             raise EfftuneError(f"recompute runs every n-th block again, n at least 1, not {self.every}.")
 
-    def prepare(self, model):
-        stack = blocks(model)[1]
-        if any(isinstance(vars(block).get("forward"), Recompute) for block in stack):
-            raise EfftuneError("the blocks run again in backward already (vcas does that, too); leave recompute out.")
-        for block in stack[:: self.every]:
-            install(block)
-
-    def remove(self, model):
-        for block in blocks(model)[1]:
-            uninstall(block)
+    def plan(self, plan):
+        plan.run_again(self, plan.blocks()[1][:: self.every])

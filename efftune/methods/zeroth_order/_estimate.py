@@ -9,21 +9,27 @@ from collections import defaultdict
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.hooks import on_parameters
-from efftune.methods._base import ESTIMATES, Method
+from efftune.methods._base import ESTIMATES, Method, Run, State
 from efftune.modes import evaluation_mode
 from efftune.optim.seed_log import DECAY, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD, check
 
-STATE = "efftune_zeroth_order"  # on the model: the counts that `report` tells, and whether gradients are asked for
 SMALL = 2**24  # bytes of weights that are perturbed together, whatever one module needs
 LOST = 0.01  # of the trained entries may be too large for eps before it is said
+
+
+@dataclass
+class Exactly(State):
+    """What the family has in common: nothing to learn."""
+
+    _exactly: bool = False  # gradients are asked for
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class ZerothOrder(Method):
 
     sparsity = 0.0
     place = ESTIMATES
+    State = Exactly
     learning_rate = 1e-6  # in Malladi et al. 2023, for models of billions of parameters
 
     def __post_init__(self):
@@ -74,31 +81,31 @@ class ZerothOrder(Method):
     def optimizer(self, groups, **defaults):
         return ZerothOrderSGD(groups, **self._of_optimizer(), **defaults)
 
-    def directions(self, model: nn.Module, step: int) -> list[tuple[int, float]]:
+    def directions(self, run: Run) -> list[tuple[int, float]]:
         """The step's directions: seeds, and what their estimates are weighted by."""
-        draw = random.Random(f"{self.seed}:{step}")
+        draw = random.Random(f"{self.seed}:{run.step}")
         return [(draw.randrange(DECAY), 1.0) for _ in range(self.samples)]
 
-    def weights(self, model: nn.Module, step: int) -> dict[int, float]:
+    def weights(self, run: Run) -> dict[int, float]:
         """Seed -> what its estimate is multiplied by in the step's mean; a seed that is drawn twice counts twice."""
         found: dict[int, float] = defaultdict(float)
-        for seed, weight in self.directions(model, step):
+        for seed, weight in self.directions(run):
             found[seed] += weight / self.samples
         return found
 
     @contextmanager
-    def exactly(self, model):
-        own = vars(model).setdefault(STATE, {})
-        own["exactly"] = True
+    def exactly(self, run: Run) -> Iterator[None]:
+        run.state(self)._exactly = True
         try:
             yield
         finally:
-            del own["exactly"]
+            run.state(self)._exactly = False
 
     @torch.no_grad()
     def backward(self, micro, inner):
-        model, batch, loss_fn, step, optimizer = micro.model, micro.batch, micro.loss, micro.step, micro.optimizer
-        if "exactly" in vars(model).get(STATE, {}):
+        run, model, batch, loss_fn = micro.run, micro.model, micro.batch, micro.loss
+        step, optimizer = run.step, run.optimizer
+        if run.state(self)._exactly:
             with evaluation_mode(model), torch.enable_grad():
                 return inner(micro)
         if not isinstance(optimizer, ZerothOrderSGD):
@@ -109,7 +116,7 @@ class ZerothOrder(Method):
             optimizer.base = fingerprint(model)
         shown, used = [], set[int]()
         with evaluation_mode(model), Perturbation(model, optimizer) as perturbation:
-            for index, (seed, weight) in enumerate(self.directions(model, step)):
+            for index, (seed, weight) in enumerate(self.directions(run)):
                 plus, mine = loss_at(model, batch, loss_fn, perturbation, self.eps, seed)
                 if self.points == 2:
                     minus, also = loss_at(model, batch, loss_fn, perturbation, -self.eps, seed)
@@ -125,15 +132,11 @@ class ZerothOrder(Method):
             look(self, optimizer, used)
         return torch.stack(shown).mean()
 
-    def after_step(self, model, step, optimizer):
-        own = cast(ZerothOrderSGD, optimizer)
-        vars(model).setdefault(STATE, {})["counts"] = own.directions, own.skipped, own.flat
-
-    def remove(self, model):
-        vars(model).pop(STATE, None)
-
-    def report(self, model):
-        total, skipped, flat = map(int, vars(model).get(STATE, {}).get("counts", (0, 0, 0)))
+    def report(self, run):
+        own = run.optimizer
+        if not isinstance(own, ZerothOrderSGD):
+            return None
+        total, skipped, flat = map(int, (own.directions, own.skipped, own.flat))
         lines = []
         if skipped:
             lines.append(f"{skipped} of {total} directions skipped, whose loss was not finite")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.methods.zeroth_order._estimate import ZerothOrder
+from efftune.methods.zeroth_order._estimate import Exactly, ZerothOrder
 from efftune.optim.seed_log import DECAY
 
 
@@ -19,6 +19,16 @@ def candidates(seed: int, k: int) -> tuple[int, ...]:
     """The K seeds that all who know `seed` share."""
     draw = random.Random(f"{seed}:candidates")
     return tuple(draw.sample(range(DECAY), k))
+
+
+@dataclass
+class Known(Exactly):
+    """Of |a| by seed, in the order of `candidates`."""
+
+    sum: Tensor | None = None  # (k,) float64
+    count: Tensor | None = None  # (k,) float64
+    p: list[float] = field(default_factory=list)  # (k,), taken `at` this step
+    at: int = -1
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class FedKSeed(ZerothOrder):
     interval: int = 100
 
     name = "fedkseed"
+    State = Known
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,43 +63,28 @@ class FedKSeed(ZerothOrder):
         if self.unbiased and not self.pro:
             raise EfftuneError("fedkseed draws its seeds uniformly and is unbiased; unbiased=True belongs to pro=True.")
 
-    def directions(self, model, step):
-        draw, seeds = random.Random(f"{self.seed}:{step}"), candidates(self.seed, self.k)
+    def directions(self, run):
+        draw, seeds = random.Random(f"{self.seed}:{run.step}"), candidates(self.seed, self.k)
         if not self.pro:
             return [(draw.choice(seeds), 1.0) for _ in range(self.samples)]
-        p = self._probabilities(model, step)
+        p = self._probabilities(run.state(self), run.step)
         chosen = draw.choices(range(self.k), weights=p, k=self.samples)
         return [(seeds[i], 1 / (self.k * p[i]) if self.unbiased else 1.0) for i in chosen]
 
-    def _probabilities(self, model, step: int) -> list[float]:
-        known = vars(model).setdefault("fedkseed", {})
-        if "p" not in known or step % self.interval == 0 and known.get("at") != step:
-            known["p"], known["at"] = significance(known.get("sum"), known.get("count"), self.k), step
-        return known["p"]
+    def _probabilities(self, known: Known, step: int) -> list[float]:
+        if not known.p or step % self.interval == 0 and known.at != step:
+            known.p, known.at = significance(known.sum, known.count, self.k), step
+        return known.p
 
-    def after_step(self, model, step, optimizer):
-        super().after_step(model, step, optimizer)
+    def after_step(self, run):
         if not self.pro:
             return
-        seeds, known = candidates(self.seed, self.k), vars(model).setdefault("fedkseed", {})
-        weights = self.weights(model, step)
-        for seed, a in optimizer.applied.items():
-            if "sum" not in known:
-                known["sum"], known["count"] = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
-            known["sum"][seeds.index(seed)] += torch.where(a.isfinite(), a.abs() / weights[seed], 0.0)
-            known["count"][seeds.index(seed)] += a.isfinite()
-
-    def remove(self, model):
-        super().remove(model)
-        vars(model).pop("fedkseed", None)
-
-    def state_dict(self, model):
-        known = vars(model).get("fedkseed", {})
-        return {name: known[name] for name in ("sum", "count", "p", "at") if name in known}
-
-    def load_state_dict(self, model, state):
-        device = next(model.parameters()).device
-        vars(model)["fedkseed"] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()}
+        seeds, known, weights = candidates(self.seed, self.k), run.state(self), self.weights(run)
+        for seed, a in run.optimizer.applied.items():
+            if known.sum is None:
+                known.sum, known.count = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
+            known.sum[seeds.index(seed)] += torch.where(a.isfinite(), a.abs() / weights[seed], 0.0)
+            known.count[seeds.index(seed)] += a.isfinite()
 
 
 def significance(total: Tensor | None, count: Tensor | None, k: int) -> list[float]:

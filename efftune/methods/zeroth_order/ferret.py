@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.methods._base import Method
+from efftune.methods._base import Method, State
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim import projection
 from efftune.optim.seed_log import DECAY, SeedLog, fingerprint
@@ -19,14 +19,27 @@ from efftune.optim.zeroth_order import average, stream_of
 
 
 @dataclass
-class Round:
-    """What a run knows beside its weights; on the model."""
+class Round(State):
+    """What a run knows beside its weights."""
 
     log: SeedLog | None = field(default_factory=SeedLog)  # None: it would have been longer than the weights
     base: str = ""  # fingerprint of the model before the first step
     anchor: dict[str, Tensor] = field(default_factory=dict)  # the trained weights at the round's start
     moved: set[str] = field(default_factory=set)  # names of those that a step of the round may have changed
     first: bool = False  # no forward pass yet since the optimizer was made
+
+    def state_dict(self):
+        anchor = self.anchor if self.moved else {}  # at a round's start it is the weights
+        log = None if self.log is None else self.log.state_dict()
+        return {"log": log, "base": self.base, "anchor": dict(anchor), "moved": sorted(self.moved)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.base, self.moved, self.first = state["base"], set(state["moved"]), False
+        self.anchor = {name: w.to(device) for name, w in state["anchor"].items()}
+        self.log, log = None, state["log"]
+        if log is not None:
+            self.log = SeedLog()
+            self.log.load_state_dict(log)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class Ferret(Method):
     seed: int = 0
 
     name = "ferret"
+    State = Round
 
     def __post_init__(self):
         if self.local_steps < 1:
@@ -99,10 +113,10 @@ class Ferret(Method):
         """The k seeds that all share in round 0, 1, 2, ..."""
         return random.Random(f"{self.seed}:{turn}").sample(range(DECAY), self.k)
 
-    def before_step(self, model, step, optimizer):
-        if step == 0:
-            vars(model)["ferret"] = Round(base=fingerprint(model), first=True)  # a run begins, whatever came before
-        now: Round = vars(model).setdefault("ferret", Round())
+    def before_step(self, run):
+        model, step, optimizer, now = run.model, run.step, run.optimizer, cast(Round, run.state(self))
+        if step == 0:  # a run begins, whatever came before
+            vars(now).update(vars(Round(base=fingerprint(model), first=True)))
         if step % self.local_steps == 0 or not now.anchor:
             now.moved.clear()
             now.anchor.clear()  # first: the memory is taken once
@@ -110,13 +124,12 @@ class Ferret(Method):
                 now.anchor[name] = p.detach().clone(memory_format=torch.contiguous_format)
 
     def backward(self, micro, inner):
-        self._look_again(micro.model)
+        self._look_again(micro.model, micro.run.state(self))
         return inner(micro)
 
     @torch.no_grad()
-    def _look_again(self, model: torch.nn.Module) -> None:
+    def _look_again(self, model: nn.Module, now: Round) -> None:
         """Weights may have been loaded since the optimizer was made."""
-        now: Round = vars(model).get("ferret", Round())
         if now.first and (base := fingerprint(model)) != now.base:
             now.base, named = base, dict(model.named_parameters())
             for name, anchor in now.anchor.items():
@@ -124,8 +137,8 @@ class Ferret(Method):
         now.first = False
 
     @torch.no_grad()
-    def after_step(self, model, step, optimizer):
-        now: Round = vars(model)["ferret"]
+    def after_step(self, run):
+        model, step, optimizer, now = run.model, run.step, run.optimizer, cast(Round, run.state(self))
         now.moved |= {name for name, p in registered(model, optimizer) if p.requires_grad}  # the others rest
         if (step + 1) % self.local_steps:
             return
@@ -178,28 +191,10 @@ class Ferret(Method):
             for name, a in numbers.items():
                 self.reconstruct(name, named[name], torch.tensor(a), seeds, out=named[name])
 
-    def remove(self, model):
-        vars(model).pop("ferret", None)
-
-    def report(self, model):
-        trained = [p for p in model.parameters() if p.requires_grad]
+    def report(self, run):
+        trained = [p for p in run.model.parameters() if p.requires_grad]
         numbers, weights = sum(map(self.count, trained)), sum(p.numel() for p in trained)
         return f"ferret: {numbers:,} numbers a round of {self.local_steps} steps, for {weights:,} weights"
-
-    def state_dict(self, model):
-        now: Round = vars(model).get("ferret", Round())
-        anchor = now.anchor if now.moved else {}  # at a round's start it is the weights
-        log = None if now.log is None else now.log.state_dict()
-        return {"log": log, "base": now.base, "anchor": dict(anchor), "moved": sorted(now.moved)}
-
-    def load_state_dict(self, model, state):
-        device = {name: p.device for name, p in model.named_parameters()}
-        now = vars(model)["ferret"] = Round(base=state["base"], moved=set(state["moved"]))
-        now.anchor = {name: w.to(device[name]) for name, w in state["anchor"].items()}
-        if state["log"] is None:
-            now.log = None
-        else:
-            cast(SeedLog, now.log).load_state_dict(state["log"])
 
 
 def registered(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,0 +1,323 @@
+"""What a recipe wants of a model, written down before the model is touched: one table that is checked, and built once.
+
+Each method of a recipe writes its wishes (`Method.plan`), those that say how weights are stored before those that say
+what trains, then those that say what backward keeps, then the rest: the order of a recipe's terms changes nothing.
+`Plan.check` then refuses what cannot be, and `Plan.build` makes each layer once from its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from efftune.errors import EfftuneError
+from efftune.hooks import hooked
+from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
+from efftune.linear.contracts import Base, Delta, Keep, check
+from efftune.linear.module import HOOKED, is_conv1d
+from efftune.nn.blocks import Blocks
+from efftune.nn.blocks import install as install_blocks
+from efftune.nn.subbatch import install as run_again
+from efftune.structure import (
+    blocks,
+    in_classifier,
+    is_linear,
+    linear_layers,
+    matches,
+    output_head,
+    parameter_names,
+    places,
+)
+
+ALL_LINEAR = "all-linear"
+
+
+class Method(Protocol):
+    """Who writes into a plan, to name it where two want different things."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass
+class Layer:
+    """One linear layer: as it stands, until methods wish otherwise."""
+
+    name: str
+    plain: bool  # nn.Linear or Conv1D, not efftune.Linear
+    shape: tuple[int, int]  # (N, K)
+    base: Base
+    delta: Delta
+    keep: Keep
+    parameters: dict[str, str]  # name in the layer -> name in the model, of those that it has
+    by: dict[str, str] = field(default_factory=dict)  # axis -> the method that wished it
+
+    @property
+    def trains(self) -> bool:
+        return self.delta.trains
+
+    @property
+    def keeps(self) -> bool:
+        """Whether backward keeps the layer's input."""
+        return self.delta.trains and self.delta.needs_keep()
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether an efftune.Linear takes its place: exact layers that train or rest as they are stay nn.Linear."""
+        same = self.plain and isinstance(self.base, Dense) and isinstance(self.delta, Trained | NoDelta)
+        return bool(self.by) and not (same and self.keep == Exact())
+
+
+class Plan:
+    """The table: linear layers, parameters that train, and how the blocks keep and run.
+
+    Args:
+        model: read, never written, until `build`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers: dict[str, Layer] = {}
+        self.parameters: dict[str, str] = {}  # name of what trains outside of deltas -> the method that says so
+        self.again: dict[str, float | None] = {}  # block that runs again in backward -> the share of samples, or all
+        self.block_keeps: dict[Keep, str] = {}  # of norms, activations and attention -> the method that says so
+        self._runs_again: dict[str, str] = {}  # block -> the method that says so
+        self._names = parameter_names(model)
+        self._plain: dict[int, list[Layer]] = {}  # id of a weight -> the plain layers that have it
+        for name, module in linear_layers(model).items():
+            layer = self.layers[name] = self._row(name, module)
+            if layer.plain:
+                self._plain.setdefault(id(module.weight), []).append(layer)
+
+    def _row(self, name: str, module: nn.Module) -> Layer:
+        parameters = {n: f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)}
+        if isinstance(module, Linear):
+            shape, axes = module.stored().shape, (module.base, module.delta, module.keep)
+            return Layer(name, False, shape, *axes, parameters)
+        weight = cast(nn.Linear, module).weight
+        transposed = is_conv1d(module)
+        shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        return Layer(name, True, shape, Dense(transposed), NoDelta(), Exact(), parameters)
+
+    # What methods read.
+
+    def targets(self, method: Method, target_modules: str | Iterable[str]) -> list[Layer]:
+        """The linear layers that `target_modules` means. "all-linear": every one but those of the head, over the
+        vocabulary or for classification.
+
+        Raises: EfftuneError if it matches nothing, or matches only layers that are not linear.
+        """
+        if is_linear(self.model):
+            raise EfftuneError(
+                f"{method.name} swaps layers inside a model, and this is a layer; use efftune.Linear.from_linear on it."
+            )
+        kind = type(self.model).__name__
+        if not self.layers:
+            raise EfftuneError(f"{kind} has no linear layer for {method.name} to act on.")
+        if target_modules == ALL_LINEAR:
+            head = output_head(self.model)
+            chosen = [n for n in self.layers if self.model.get_submodule(n) is not head and not in_classifier(n)]
+        else:
+            chosen = [name for name in self.layers if matches(name, target_modules)]
+        if not chosen:
+            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.layers}))
+            raise EfftuneError(
+                f"target_modules={target_modules!r} matches no linear layer of {kind}; "
+                f"its linear layers end in: {endings}."
+            )
+        return [self.layers[name] for name in chosen]
+
+    def inside(self, root: str) -> list[Layer]:
+        """The linear layers at or below the module `root`; "" means the whole model."""
+        return [layer for name, layer in self.layers.items() if not root or (name + ".").startswith(root + ".")]
+
+    def tied(self, name: str) -> list[str]:
+        """The other names of the parameter `name`."""
+        parameter = self.model.get_parameter(name)
+        return [other for other in self._names[id(parameter)] if other != name]
+
+    def blocks(self) -> tuple[str, list[str]]:
+        """The name of the stack of alike blocks, and of each block. Raises: EfftuneError if the model has none."""
+        name, stack = blocks(self.model)
+        return name, [f"{name}.{i}" for i in range(len(stack))]
+
+    # What methods write.
+
+    def wish(
+        self,
+        method: Method,
+        layers: Iterable[Layer],
+        base: Base | None = None,
+        delta: Delta | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        """Says for `method` how these layers are to store, train or keep.
+
+        Raises: EfftuneError where a layer trains another way already, or another method wants another thing of it.
+        """
+        for layer in layers:
+            for axis, kind in (("base", base), ("delta", delta), ("keep", keep)):
+                if kind is None:
+                    continue
+                now, by = getattr(layer, axis), layer.by.get(axis)
+                if axis == "delta" and layer.trains and now != kind:
+                    how = "full" if layer.plain and isinstance(now, Trained) else str(now)
+                    raise EfftuneError(
+                        f"{layer.name} is already trained as {how}{f' by {by}' if by else ''}, so that {method.name} "
+                        f"cannot train it as {kind}; give the two methods different target_modules."
+                    )
+                if by is not None and now != kind:
+                    raise EfftuneError(
+                        f"{layer.name}: {by} wants {now} and {method.name} {kind}; give the two methods different "
+                        "target_modules."
+                    )
+                setattr(layer, axis, kind)
+                layer.by[axis] = method.name
+
+    def keep(self, method: Method, target_modules: str | Iterable[str], keep: Keep) -> list[Layer]:
+        """Lets the trained ones among the layers that `target_modules` means keep their input with `keep`, and returns
+        them. A layer that keeps some of its rows only goes on to do so where `keep` is another way to keep them all.
+
+        Raises: EfftuneError if none of them keeps its input: a frozen layer does not, so there is nothing to save.
+        """
+        chosen = self.targets(method, target_modules)
+        trained = [layer for layer in chosen if layer.keeps]
+        if not trained:
+            raise EfftuneError(
+                f"{method} acts on what trained layers keep, and none of the {len(chosen)} layers that it means keeps "
+                "its input; add a method that trains them, or give it other target_modules."
+            )
+        sampled = [layer for layer in trained if layer.keep != keep and not layer.keep.restores]
+        if sampled and not keep.restores:
+            raise EfftuneError(
+                f"{sampled[0].name} samples its rows already ({sampled[0].keep}); leave out one of the methods that "
+                "sample, or give them different target_modules."
+            )
+        whole = [layer for layer in trained if layer.keep.restores]
+        if not keep.restores:
+            for layer in whole:
+                layer.by.pop("keep", None)  # sampling is the stronger wish: it says which rows there are to keep
+            whole = trained
+        self.wish(method, whole, keep=keep)
+        return whole
+
+    def keep_in_blocks(self, method: Method, keep: Keep) -> None:
+        """Says with what norms, activations and attention in the blocks keep their inputs; `keep` restores."""
+        self.block_keeps[keep] = method.name
+
+    def train(self, method: Method, names: Iterable[str]) -> None:
+        """Says that these parameters train; a plain layer whose weight is one of them, or is tied to one, does."""
+        for name in names:
+            self.parameters[name] = method.name
+            for layer in self._plain.get(id(self.model.get_parameter(name)), ()):
+                if isinstance(layer.delta, NoDelta):
+                    layer.delta = Trained()
+
+    def train_modules(self, method: Method, roots: Iterable[str]) -> None:
+        """Says that every floating-point parameter of these modules trains; "" means the whole model.
+
+        Raises: EfftuneError where a layer's storage cannot be trained.
+        """
+        for root in roots:
+            for layer in self.inside(root):
+                if not layer.base.trains:
+                    raise EfftuneError(
+                        f"{layer.name}: full trains the stored weight itself and {layer.base} stores integers; add an "
+                        "adapter such as lora(r=16), or train the scales by peqa."
+                    )
+                self.wish(method, [layer], delta=Trained())
+            own = self.model.get_submodule(root).named_parameters(prefix=root)
+            self.train(method, (name for name, p in own if p.is_floating_point()))
+
+    def run_again(self, method: Method, names: Iterable[str], ratio: float | None = None) -> None:
+        """Says that these blocks keep their inputs only and run again in backward, on a share of the samples if
+        `ratio` is one. Raises: EfftuneError where they do so already."""
+        for name in names:
+            if name in self.again:
+                raise EfftuneError(
+                    f"{method.name}: the blocks run again in backward already, by {self._runs_again[name]}; leave one "
+                    "of the two methods out."
+                )
+            self.again[name], self._runs_again[name] = ratio, method.name
+
+    # What becomes of it.
+
+    def check(self) -> None:
+        """Raises: EfftuneError, naming the layer, for what cannot be built."""
+        for name, layer in self.layers.items():
+            if layer.is_replaced:
+                if not name:
+                    raise EfftuneError("this is a layer and no model; use efftune.Linear.from_linear on it.")
+                if hooked(self.model.get_submodule(name)):
+                    raise EfftuneError(f"{name}: {HOOKED}.")
+                if (problem := check(layer.base, layer.delta, layer.keep, layer.shape)) is not None:
+                    raise EfftuneError(f"{name}: {problem}.")
+        if len(self.block_keeps) > 1:
+            keeps = " and as ".join(sorted(map(str, self.block_keeps)))
+            raise EfftuneError(f"a block keeps its activations one way, not as {keeps}.")
+        self._check_tied()
+
+    def _check_tied(self) -> None:
+        """A weight may not train by one layer while another, tied to it, only adds to it."""
+        trained = {id(self.model.get_parameter(name)) for name in self.parameters}
+        for name, layer in self.layers.items():
+            if layer.plain and not layer.is_replaced:
+                continue
+            learns = layer.delta.stored_learns(layer.base)
+            module, base = self.model.get_submodule(name), layer.base
+            stored: list[Any] = [module._parameters.get(part) for part in base.names if part not in learns]
+            if any(id(tensor) in trained for tensor in stored if isinstance(tensor, Tensor)):
+                raise EfftuneError(
+                    f"{name} adds {layer.delta} to a weight that a layer tied to it trains; leave one of them out."
+                )
+
+    def build(self, model: nn.Module, blocks: bool = True) -> Blocks:
+        """Makes `model`, which has the modules that the plan was made for, what the plan says; with `blocks`, also
+        swaps what stands around the linear layers. Returns what was swapped so."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        where = places(model)
+        for layer in self.layers.values():
+            if layer.is_replaced:
+                self._replace(model, layer, where)
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for name in self.parameters:
+            if name in named:  # else a delta trains what took its place
+                named[name].requires_grad_(True)
+        for name, ratio in self.again.items():
+            run_again(model.get_submodule(name), ratio)
+        done = Blocks()
+        if blocks:
+            done = install_blocks(model, next(iter(self.block_keeps), None))
+            if done.swaps:
+                self._beside_blocks(model, done)
+        self.model = model
+        self._names.clear()  # ids of tensors that are no more
+        self._plain.clear()
+        return done
+
+    @staticmethod
+    def _replace(model: nn.Module, layer: Layer, where: dict[int, list[tuple[nn.Module, str]]]) -> Linear:
+        """Swaps the layer, wherever it stands below `model`: one that is used under two names stays one layer. The old
+        one is held no longer than this call: its weight may be the memory that is short."""
+        old = model.get_submodule(layer.name)
+        try:
+            new = Linear.from_linear(old, layer.base, layer.delta, layer.keep)
+        except ValueError as error:
+            raise EfftuneError(f"{layer.name}: {error}") from None
+        for parent, child in where[id(old)]:
+            parent._modules[child] = new  # not by setattr, which a module may have made its own
+        return new
+
+    def _beside_blocks(self, model: nn.Module, done: Blocks) -> None:
+        """An nn.Linear saves its input whatever made it; efftune.Linear keeps what the input is made of."""
+        head, where = output_head(model), places(model)
+        for name, layer in self.layers.items():
+            old = model.get_submodule(name)
+            if isinstance(old, Linear) or not layer.trains or old is head or in_classifier(name) or hooked(old):
+                continue
+            new = self._replace(model, layer, where)
+            done.swaps += [(parent, child, old, new) for parent, child in where[id(old)]]
