@@ -22,6 +22,7 @@ from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks
 from efftune.nn.subbatch import Recompute, uninstall
 from efftune.ops.draw_seed import capturing
+from efftune.optim.contract import Optimizer
 from efftune.plan import Plan
 from efftune.recipe import format_recipe, parse
 from efftune.structure import parameter_names, places
@@ -196,7 +197,18 @@ class Tuner:
         return self.attach(optimizer or torch.optim.AdamW(groups, **{"fused": True, **settings}))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks and carry its state."""
+        """Lets an optimizer made elsewhere, over `param_groups()`, drive the recipe's hooks and carry its state.
+
+        Raises: EfftuneError for an optimizer that takes gradients in backward, where a method of the recipe goes
+            through backward several times for one gradient.
+        """
+        if isinstance(optimizer, Optimizer) and optimizer.in_backward:
+            again = [m.name for m in self.methods if m.place == ESTIMATES or m.repeats]
+            if again:
+                raise EfftuneError(
+                    f"{' and '.join(again)} goes through backward several times for one gradient, and "
+                    f"{type(optimizer).__name__} would take a step each time; use an optimizer that steps after it."
+                )
         self._detach()  # one clock: an optimizer that this one replaces drives nothing
         self.run.optimizer = optimizer
         self._hooks = [
@@ -257,6 +269,8 @@ class Tuner:
             raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
         if capturing():
             self._refuse_capture()
+        if isinstance(self.run.optimizer, Optimizer) and self.run.optimizer.in_backward:
+            self.run.optimizer.begin(last)
         call: Backward = autograd
         # From the inside; of one place by name, so that the order of a recipe's terms changes nothing.
         for method in sorted(self.methods, key=lambda m: (m.place, m.name), reverse=True):

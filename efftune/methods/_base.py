@@ -88,6 +88,7 @@ class Method:
     place: ClassVar[int] = WATCHES  # in the chain of `backward`, from the outside
     learning_rate: ClassVar[float | None] = None  # of `efftune train` where none is given; None: the trainer's own
     State: ClassVar[type | None] = None  # of what it learns in a run
+    repeats: ClassVar[bool] = False  # whether it takes gradients, beside those of the step, that are dropped again
 
     def why_not(self, others: list[Method]) -> str | None:
         """Why this method cannot work with the others of a recipe, ending with a remedy, or None."""

@@ -20,6 +20,7 @@ from torch import nn
 from efftune.errors import EfftuneError
 from efftune.memory.meter import Held, counting, held
 from efftune.modes import evaluation_mode
+from efftune.optim.contract import Optimizer
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import checkpoint, meter, processes, state
 from efftune.train.batches import Data
@@ -112,7 +113,8 @@ def train_step(
     loss = float(backward(processes.everywhere(task.loss)))
     gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Zeroth-order methods leave no gradients and have no norm.
-    norm = float(nn.utils.clip_grad_norm_(gradients, clip or math.inf)) if gradients else None
+    limits = isinstance(optimizer, Optimizer) and optimizer.clips
+    norm = float(nn.utils.clip_grad_norm_(gradients, math.inf if limits else clip or math.inf)) if gradients else None
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         what = "loss" if not math.isfinite(loss) else "gradient"
         state.restore_generators(generators)
@@ -159,6 +161,13 @@ class Trainer:
         self.rows_per_step = config.batch_size * config.grad_accum * processes.world()
         self.total = config.steps or data.steps(self.rows_per_step, config.epochs)
         self.optimizer = tuner.optimizer(config.lr, weight_decay=config.weight_decay)
+        if isinstance(self.optimizer, Optimizer) and self.optimizer.clips:
+            self.optimizer.max_norm = config.clip
+        elif isinstance(self.optimizer, Optimizer) and self.optimizer.in_backward and config.clip:
+            raise EfftuneError(
+                f"--clip {config.clip} needs the gradient of all parameters at once, and "
+                f"{type(self.optimizer).__name__} takes each as backward has it; use --clip 0."
+            )
         factor = learning_rate_factor(config.schedule, config.warmup, self.total)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.step, self.epoch, self.row, self.seconds = 0, 0, 0, 0.0

@@ -76,6 +76,10 @@ class Mesa(Method):
     phase = KEEPS
     State = Chosen
 
+    @property
+    def repeats(self):
+        return self.max_error is not None
+
     def __post_init__(self):
         Quantized(self.bits, self.group)  # raises on a value out of range
         if self.max_error is not None and not self.max_error > 0:

@@ -1,0 +1,46 @@
+"""What a recipe and a training loop ask of an optimizer beyond what torch's have.
+
+An optimizer that answers otherwise than the defaults derives from `Optimizer`; of any other the defaults hold.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer with answers of its own."""
+
+    in_backward: bool = False  # takes each gradient as soon as backward has it: none is left when `step` is called
+    clips: bool = False  # limits gradients itself, to `max_norm`
+    max_norm: float = 0.0  # 0: no limit
+
+    def begin(self, last: bool) -> None:
+        """Called before the backward pass of each micro-batch, of an optimizer that works `in_backward`. `last`: no
+        other micro-batch of the step follows, so that the gradients it sees are the step's."""
+
+    def move(self, p: nn.Parameter, index: Tensor) -> None:
+        """The entries of p are others now: entry i of its new order is the one that was at index[i], or one that
+        nothing is known of where index[i] < 0. State that has an entry for each of p's follows; its new entries are 0.
+
+        Args:
+            p: (n,) as it is now.   index: (n,) int64.
+        """
+        moved(self, p, index)
+
+
+def moved(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> None:
+    """`Optimizer.move` of any optimizer whose state has an entry for each of p's, in 1-d tensors (torch's all have)."""
+    known, before = index >= 0, index.clamp(min=0)
+    for name, value in optimizer.state.get(p, {}).items():
+        if isinstance(value, Tensor) and value.ndim == 1:
+            optimizer.state[p][name] = torch.where(known, value[before], value.new_zeros(()))
+
+
+def move(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> None:
+    """Lets the state of `p` follow its entries, in whatever optimizer; see `Optimizer.move`."""
+    if isinstance(optimizer, Optimizer):
+        optimizer.move(p, index)
+    else:
+        moved(optimizer, p, index)
