@@ -205,7 +205,16 @@ class Plan:
         return whole
 
     def keep_in_blocks(self, method: Method, keep: Keep) -> None:
-        """Says with what norms, activations and attention in the blocks keep their inputs; `keep` restores."""
+        """Says with what norms, activations and attention in the blocks keep their inputs; `keep` restores.
+
+        Raises: EfftuneError where another method wants another keep.
+        """
+        for other, by in self.block_keeps.items():
+            if other != keep:
+                raise EfftuneError(
+                    f"a block keeps its activations one way, not as {other} by {by} and as {keep} by {method.name}; "
+                    "leave out one of the two."
+                )
         self.block_keeps[keep] = method.name
 
     def train(self, method: Method, names: Iterable[str]) -> None:
@@ -255,9 +264,6 @@ class Plan:
                     raise EfftuneError(f"{name}: {HOOKED}.")
                 if (problem := check(layer.base, layer.delta, layer.keep, layer.shape)) is not None:
                     raise EfftuneError(f"{name}: {problem}.")
-        if len(self.block_keeps) > 1:
-            keeps = " and as ".join(sorted(map(str, self.block_keeps)))
-            raise EfftuneError(f"a block keeps its activations one way, not as {keeps}.")
         self._check_tied()
 
     def _check_tied(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.checkpoint import checkpoint
 
 from efftune.hooks import called, unhooked, watched
@@ -57,18 +58,26 @@ def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: T
             return None
     assert hidden is not None  # compared
     hidden = hidden.flatten(0, 1).index_select(0, counted)
-    return called(head, lambda: _loss(head, softcap, hidden, targets))
+    return called(head, lambda: head_cross_entropy(head, hidden, targets, softcap))
 
 
-def _loss(head: Any, softcap: float | None, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_cross_entropy(
+    head: Any, hidden: Tensor, targets: Tensor, softcap: float | None = None, reduction: str = "sum"
+) -> Tensor:
+    """`linear_cross_entropy` of any head: hidden (M, K), targets (M,) -> () for "sum", (M,) for "none"."""
+    if has_torch_function_variadic(hidden, targets):  # modes see the whole: when a tile runs again, they are off
+        given = dict(softcap=softcap, reduction=reduction)
+        return handle_torch_function(head_cross_entropy, (hidden, targets), head, hidden, targets, **given)
     if type(head) is nn.Linear:
-        return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction="sum", softcap=softcap)
+        return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction=reduction, softcap=softcap)
     step = max(1, TILE // head.out_features)
     terms = [
-        checkpoint(_tile_loss, head, softcap, hidden[a : a + step], targets[a : a + step], use_reentrant=False)
+        checkpoint(
+            _tile_loss, head, softcap, hidden[a : a + step], targets[a : a + step], reduction, use_reentrant=False
+        )
         for a in range(0, max(1, hidden.shape[0]), step)
     ]
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum() if reduction == "sum" else torch.cat(terms)
 
 
 def lm_head_why_not(model: Any) -> str | None:
@@ -147,10 +156,10 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _tile_loss(head: nn.Module, softcap: float | None, hidden: Tensor, targets: Tensor) -> Tensor:
+def _tile_loss(head: nn.Module, softcap: float | None, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(_capped(logits, softcap), targets, reduction="sum")
+    return F.cross_entropy(_capped(logits, softcap), targets, reduction=reduction)
 
 
 def _random_state(device: torch.device) -> tuple:

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from efftune.errors import refuse_second_derivative
 from efftune.ops._available import cpp_why_not, extension, kernels, triton_why_not
@@ -454,6 +455,12 @@ def linear_cross_entropy(
     Source: Wijmans et al. 2024, arXiv:2411.09009 (logits recomputed in tiles); Hsu et al. 2024, arXiv:2410.10989
         (gradient of hidden in forward).
     """
+    if has_torch_function_variadic(hidden, weight, targets):  # modes see it, as they see F.cross_entropy
+        return handle_torch_function(
+            linear_cross_entropy, (hidden, weight, targets), hidden, weight, targets, bias, ignore_index=ignore_index,
+            reduction=reduction, token_weights=token_weights, label_smoothing=label_smoothing, softcap=softcap,
+            num_items=num_items,
+        )  # fmt: skip
     _check(hidden, weight, targets, bias, reduction, token_weights, label_smoothing, softcap, num_items)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:

@@ -54,7 +54,7 @@ REFUSED = {
     "full + wtacrs + vcas": "samples its rows already, by another method than vcas",
     "full + vcas + wtacrs": "samples its rows already, by another method than vcas",
     "wtacrs + lora(r=4) + wtacrs(ratio=0.5)": "samples its rows already .*; leave out one",
-    "mesa + full + mesa(bits=4)": "q_proj: mesa wants Quantized() and mesa Quantized(bits=4)",
+    "mesa + full + mesa(bits=4)": "one way, not as Quantized() by mesa and as Quantized(bits=4) by mesa",
     "peqa": "q_proj: the scales of integer weights train, and Dense() has none; add int8 to the recipe",
     "int8 + int8(group=32) + lora": "q_proj: int8 wants Int8() and int8 Int8(group=32)",
     "vcas + mezo": "vcas and mezo each bring their own backward",

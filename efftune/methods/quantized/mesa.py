@@ -86,8 +86,8 @@ class Mesa(Method):
             raise EfftuneError(f"mesa's max_error is a share of the gradient above 0, not {self.max_error}.")
 
     def plan(self, plan):
-        plan.keep(self, self.target_modules, self._keep(self.bits))
         plan.keep_in_blocks(self, self._keep(self.bits))
+        plan.keep(self, self.target_modules, self._keep(self.bits))
 
     def loaded(self, run):
         chosen = run.state(self)
