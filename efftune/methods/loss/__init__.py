@@ -1,0 +1,1 @@
+"""What is learnt from: other losses, and a part of the batches."""
