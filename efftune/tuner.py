@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -174,7 +175,7 @@ class Tuner:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for name, own in states.items():
             if own:
-                self.run.states[name].load_state_dict(own, device)
+                self.run.states[name].load_state_dict(copy.deepcopy(own), device)  # of another run, which may go on
         for method in self.methods:
             if states.get(method.name):
                 method.loaded(self.run)

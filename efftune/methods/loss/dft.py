@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from efftune.errors import EfftuneError
 from efftune.methods._base import CHANGES, ESTIMATES, Method, State
-from efftune.nn.linear_cross_entropy import head_cross_entropy
-from efftune.ops.linear_cross_entropy import linear_cross_entropy
+from efftune.nn.token_losses import CrossEntropies, CrossEntropy
 
 
 @dataclass
@@ -37,7 +32,8 @@ class Dft(Method):
 
     The losses that are weighted are those of every `torch.nn.functional.cross_entropy` with class indices, and of
     `efftune.ops.linear_cross_entropy`, that the loss function calls: those of Hugging Face's models and of the trainer.
-    "mean" stays a mean over the tokens that count. The loss that a step reports is the weighted one; evaluation is not.
+    "mean" stays a mean over the tokens that count. The loss that a step reports is the plain one, Σ −log p_i / n: the
+    weighted one rises while p grows from 0 to 1/e, and tells nothing.
 
     Memory: one float32 a token.   Cost: none to speak of.
     Raises: EfftuneError for a loss without such a cross entropy, or one with label smoothing or class weights, where
@@ -56,9 +52,9 @@ class Dft(Method):
 
     def backward(self, micro, inner):
         def loss(model, batch):
-            with Weighted() as weighted:
+            with CrossEntropies(weighted) as cross_entropies:
                 value = micro.loss(model, batch)
-            if not weighted.seen:
+            if not cross_entropies.calls:
                 raise EfftuneError(
                     "dft weights the tokens of a cross entropy, and the loss function called none (torch.nn.functional."
                     "cross_entropy, or efftune.ops.linear_cross_entropy); train on such a loss, or leave dft out."
@@ -77,35 +73,13 @@ class Dft(Method):
             )
 
 
-class Weighted(TorchFunctionMode):
-    """Within it, cross entropies are weighted by the probability of their targets."""
-
-    seen = False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in (F.cross_entropy, linear_cross_entropy, head_cross_entropy):
-            return func(*args, **kwargs or {})
-        self.seen = True
-        given = inspect.signature(func).bind(*args, **kwargs or {})
-        given.apply_defaults()
-        return weighted(func, given.arguments)
-
-
-def weighted(func: Any, given: dict[str, Any]) -> Tensor:
-    """func(**given), a cross entropy, with each term multiplied by exp(−term)."""
-    targets = given["target"] if func is F.cross_entropy else given["targets"]
-    classes = given["weight"] if func is F.cross_entropy else None
-    if given.get("label_smoothing") or classes is not None or targets.is_floating_point():
+def weighted(call: CrossEntropy) -> Tensor:
+    """The value of the cross entropy, and the gradient of the one with each term multiplied by exp(−term)."""
+    if not call.is_log_probability:
         raise EfftuneError(
             "dft's factor is the probability of the target, which a cross entropy with label smoothing, class weights "
             "or probabilities as targets does not tell; leave those out, or leave dft out."
         )
-    each, count = given.get("token_weights"), given.get("num_items")
-    plain = {name: None for name in ("token_weights", "num_items") if name in given}
-    terms = func(**{**given, **plain, "reduction": "none"})
-    terms = terms * torch.exp(-terms.detach()) * (1 if each is None else each.detach())
-    if given["reduction"] == "none":
-        return terms
-    if given["reduction"] == "sum":
-        return terms.sum()
-    return terms.sum() / ((targets != given["ignore_index"]).sum() if count is None else count)
+    terms = call.terms()
+    weighted = call.reduced(terms * torch.exp(-terms.detach()))
+    return call.reduced(terms.detach()) + (weighted - weighted.detach())
