@@ -68,6 +68,7 @@ SETTINGS = {
     "lisa": "layers=2, interval=3",
     "ferret": "local_steps=3",
     "fedkseed": "k=64",
+    "stagefilter": "window=40",  # steps, in which all rows train: the loss of those that are hard later does not fall
 }
 LEARNING_RATES = {"lora": 1e-2, "peqa": 1e-3}  # else 3e-3
 NONE = ""
