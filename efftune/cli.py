@@ -91,15 +91,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from efftune.train.compare import compare
+    from efftune.measure.compare import compare
     from efftune.train.config import given_options
 
     compare(arguments.recipes, given_options(arguments))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from efftune.measure.verify import verify
     from efftune.train.config import given_options
-    from efftune.train.verify import verify
 
     verify(given_options(arguments), arguments.seeds, arguments.batches, arguments.max_bias)
 

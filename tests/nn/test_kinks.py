@@ -6,9 +6,9 @@ import torch
 import efftune
 from efftune.linear import Exact, Linear
 from efftune.linear.keep.quantized import Quantized
+from efftune.measure.fidelity import fidelity
 from efftune.memory import meter
 from efftune.nn.glu import Activation, glu
-from efftune.train.fidelity import fidelity
 
 DRAWS = 400
 

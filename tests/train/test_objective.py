@@ -237,7 +237,7 @@ def test_a_metric_that_is_not_finite_skips_its_direction_or_stops():
 
 
 def test_compare_shows_the_metric(options, tmp_path):
-    from efftune.train.compare import compare
+    from efftune.measure.compare import compare
 
     given = {**options, "objective": "accuracy", "sample_tokens": 0}
     del given["recipe"]

@@ -8,12 +8,12 @@ import torch
 
 import efftune
 from efftune import EfftuneError
+from efftune.measure.compare import compare
+from efftune.measure.directions import Directions, measure, score_of_squares
+from efftune.measure.fidelity import fidelity
+from efftune.measure.verify import judge, verify
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train.compare import compare
-from efftune.train.directions import Directions, measure, score_of_squares
-from efftune.train.fidelity import fidelity
 from efftune.train.task import Task
-from efftune.train.verify import judge, verify
 from tests.train.test_run import sentence
 
 from .conftest import llama

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
+from efftune.measure.fidelity import Fidelity, coordinates, fidelity, gradients, negligible, normal_score
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train.fidelity import Fidelity, coordinates, fidelity, gradients, negligible, normal_score
 from efftune.train.task import Task
 from efftune.tuner import Tuner
 

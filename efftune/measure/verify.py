@@ -17,14 +17,15 @@ import efftune
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.contracts import Keep
+from efftune.measure import directions
+from efftune.measure.directions import Directions
+from efftune.measure.fidelity import Fidelity, coordinates, fidelity, gradients, negligible
 from efftune.memory import meter
 from efftune.methods._base import drawing_keeps
 from efftune.nn.subbatch import Recompute
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train import directions, processes, rundir, state
+from efftune.train import processes, rundir, state
 from efftune.train import run as runs
-from efftune.train.directions import Directions
-from efftune.train.fidelity import Fidelity, coordinates, fidelity, gradients, negligible
 from efftune.train.loop import to_device
 from efftune.train.task import Task, autocast
 
