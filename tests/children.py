@@ -5,7 +5,12 @@ import os
 import pickle
 from collections.abc import Callable
 
-MODULES = "torch", "efftune", "efftune.cli", "efftune.train.run", "safetensors.torch", "transformers", "datasets"
+MODULES = (
+    "torch", "efftune", "efftune.cli", "efftune.train.run", "safetensors.torch", "transformers", "datasets",
+    # What a run imports as it goes, in two seconds: torch.optim the first of them, transformers and the report others.
+    "torch._dynamo", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "matplotlib.figure",
+)  # fmt: skip
 
 
 def start(function: Callable, *args, **environment: str) -> multiprocessing.process.BaseProcess:

@@ -41,6 +41,8 @@ def unit(nodeid: str) -> str:
         return "processes"
     if nodeid.startswith(CUDA_ON_CPU):
         return CUDA_ON_CPU
+    if nodeid.startswith(f"{COMPILES}::test_triton_kernels_compile"):  # a compiler takes four seconds to start
+        return COMPILES
     if nodeid.startswith(CONTRACT) and "[" in nodeid:
         return CONTRACT + nodeid.partition("[")[2]
     return nodeid

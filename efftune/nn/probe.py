@@ -31,6 +31,7 @@ FORMS = (  # dtype, shape without the width, and size of x
     *((torch.float32, shape, 1.0) for shape in ((), (70,), (2, 1), (1, 130), (2, 2, 3), (2, 1, 2, 3))),
 )
 LARGE = 2**26  # elements of tensors that are no parameters; with more, a module is not copied
+PLAIN = frozenset((str, bytes, int, float, bool, type(None), dict, list, tuple, set))  # most of what is written
 SHARED = (type, ModuleType, torch.jit.ScriptFunction, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -108,6 +109,8 @@ class _Writer(pickle.Pickler):
         self.places: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) in PLAIN:
+            return None
         if isinstance(obj, _Same):
             obj = obj.value
         elif not isinstance(obj, (Tensor, nn.Module, *SHARED)) and not _global(obj):
@@ -219,9 +222,12 @@ def same(old: nn.Module, new: nn.Module, width: int) -> bool:
             for p in old.parameters():
                 p.mul_(size)  # what a norm gives is as large as its weight, whatever x
         with undisturbed(old.train()) as untouched:
+            current = None
             for seed, (dtype, shape, scale) in enumerate(forms):
-                for module in (old, new):
-                    module.to(dtype)
+                if dtype != current:
+                    for module in (old, new):
+                        module.to(dtype)
+                    current = dtype
                 x = (_random((*shape, width), seed + 1) * scale).to(dtype)
                 if seed == 0 and not _same_once(old, new, x, None, untouched):
                     return False
@@ -240,7 +246,7 @@ def _same_once(old: Any, new: Callable, x: Tensor, each: float | None, untouched
 
 def promotes(module: nn.Module, width: int) -> bool | None:
     """Whether a stand-in in float32 gives float32 for a narrower x; None if it takes none."""
-    with undisturbed(module.to(torch.float32)):
+    with undisturbed(module.to(torch.float32)), _alone():
         try:
             found = _run(module, _random((2, 3, width)).bfloat16())
         except Exception:  # layers of two dtypes
@@ -275,14 +281,15 @@ def agree(old: Callable, new: Callable, x: Tensor, each: float | None = None, op
     whole, or each element up to `each` ulps of the larger of 1 and the result. A module `old` in either mode, the last
     of them training. `optional`: or `old` does not take x."""
     modes = (old.eval, old.train) if isinstance(old, nn.Module) else (lambda: old,)
-    try:
-        found = [_run(mode(), x) for mode in modes]
-    except Exception:  # it wants other arguments, or is no function of x: it is something else
-        return optional
-    try:
-        actual = _run(new, x)
-    except Exception:
-        return False
+    with _alone():
+        try:
+            found = [_run(mode(), x) for mode in modes]
+        except Exception:  # it wants other arguments, or is no function of x: it is something else
+            return optional
+        try:
+            actual = _run(new, x)
+        except Exception:
+            return False
     if actual is None:
         return False
     return all(e is not None and all(near(*pair, each) for pair in zip(actual, e, strict=True)) for e in found)
@@ -295,19 +302,26 @@ def near(a: Tensor, b: Tensor, each: float | None) -> bool:
     a, b, eps = a.double(), b.double(), torch.finfo(a.dtype).eps
     if each is not None:
         return torch.allclose(a, b, rtol=each * eps, atol=each * eps)
-    return bool((a - b).norm() <= 4 * eps * b.norm())
+    norm = torch.linalg.vector_norm  # Tensor.norm comes to it through Python
+    return bool(norm(a - b) <= 4 * eps * norm(b))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Whatever the caller's modes are."""
+    with (
+        torch.enable_grad(), torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(action="ignore"),  # torch's RMSNorm says which of its kernels it takes
+    ):  # fmt: skip
+        yield
 
 
 def _run(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
     """function(x) and the gradient of its sum with random weights; None where it changes x."""
     given = x.clone().requires_grad_()
-    with (
-        torch.enable_grad(), torch.autocast("cpu", enabled=False),
-        warnings.catch_warnings(action="ignore"),  # torch's RMSNorm says which of its kernels it takes
-    ):  # fmt: skip
-        copy = given * 1  # a leaf cannot be changed in place, and this can
-        y = function(copy)
-        if not isinstance(y, Tensor) or copy._version:
-            return None
-        slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
+    copy = given * 1  # a leaf cannot be changed in place, and this can
+    y = function(copy)
+    if not isinstance(y, Tensor) or copy._version:
+        return None
+    slope = torch.autograd.grad(y, given, _random(tuple(y.shape), 99).to(y.dtype))[0]
     return y.detach(), slope

@@ -104,13 +104,15 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     if group < 1:
         raise ValueError(f"int8_quantize takes a group of at least 1 weight, not {group}.")
     w = w.detach()
-    if not w.is_meta and not torch.isfinite(w).all():
+    n, k = w.shape
+    groups = (k + group - 1) // group
+    if w.is_meta:  # there each operation runs in Python: a recipe is tried on such a model, with hundreds of layers
+        return torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), w.new_empty(n, groups)
+    if not torch.isfinite(w).all():
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
-    n, k = w.shape
     compute = torch.float64 if w.dtype == torch.float64 else torch.float32
-    groups = (k + group - 1) // group
     grouped = F.pad(w.to(compute), (0, groups * group - k)).view(n, groups, group)
     scales = divide(grouped.abs().amax(dim=2), 127).to(w.dtype)
     # A scale of 0 is an all-zero group, or one so small that it underflows: its codes are 0 either way.

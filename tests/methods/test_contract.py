@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import efftune
 from efftune.linear import Linear, Nothing
 from efftune.methods import available
+from efftune.nn import blocks
 from efftune.recipe import parse
 from efftune.tuner import Tuner
 from tests.methods import matrix
@@ -74,6 +76,15 @@ class Run:
     name: str  # of the recipe, by the tuner
     merged: nn.Module
     merged_logits: Tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tried_once():
+    """The blocks of all models here are alike, and `apply` tries them anew for each of 200: a quarter of the time. What
+    it finds it finds by a key of all that a block is but its weights, as within one model; tests/nn tests the trial."""
+    known, once = {}, blocks._once
+    with mock.patch.object(blocks, "_once", lambda _, *asked: once(known, *asked)):
+        yield
 
 
 @pytest.fixture(scope="module", params=CASES)

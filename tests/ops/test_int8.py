@@ -41,6 +41,15 @@ def test_quantize_error(dtype, shape, group):
     assert (codes.abs().float().amax(1) >= 126).all()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shape, group", [((5, 131), 32), ((3, 7), 100), ((0, 64), 32)])
+def test_a_weight_without_data_gives_codes_and_scales_of_the_same_form(dtype, shape, group):
+    w = weight(shape[::-1], dtype).t()
+    for there, here in zip(int8_quantize(w.to("meta"), group), int8_quantize(w, group), strict=True):
+        assert there.is_meta and there.shape == here.shape and there.dtype == here.dtype
+        assert there.stride() == here.stride()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_a_gpu_quantises_to_the_same_bits(dtype):
