@@ -10,7 +10,7 @@ import platform
 import torch
 
 import efftune.ops
-from efftune.ops._available import cpp_why_not, cuda_why_not, triton_why_not
+from efftune.ops import _available
 from efftune.ops._op import OPS
 from efftune.versions import SUPPORTED, why_not
 
@@ -28,7 +28,8 @@ def report() -> str:
     lines.append(f"CPU threads {torch.get_num_threads()}; GPU {torch.cuda.get_device_name() if gpu else 'none'}")
     device = torch.device("cuda" if gpu else "cpu")
     probe = torch.empty(1, device=device)
-    questions = {"cpp": cpp_why_not(torch.empty(1)), "triton": triton_why_not(probe), "cuda": cuda_why_not(probe)}
+    where = {"cpp": torch.empty(1), "triton": probe, "cuda": probe}
+    questions = {kind: _available.why_not(kind, t) for kind, t in where.items()}
     lines += ["", "backends"]
     for name, reason in questions.items():
         lines.append(f"  {name:<10} {'available' if reason is None else 'no: ' + reason}")

@@ -73,7 +73,7 @@ def test_an_unsupported_triton_costs_its_backend(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1" if name == "triton" else real(name))
     versions.why_not.cache_clear()
     try:
-        assert "efftune needs triton from 3.6" in _available.triton_why_not(torch.empty(1))
+        assert "efftune needs triton from 3.6" in _available.why_not("triton", torch.empty(1))
     finally:
         versions.why_not.cache_clear()
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,23 +35,6 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"efftune.triton_kernels.{name}")
 
 
-# Asked at every call, of small tensors too: loops and properties, since a generator costs as much as a small kernel,
-# `device.type` ten times `is_cpu`, and `isinstance(1.0, Tensor)`, which torch answers in Python, as much as three
-# properties.
-
-
-def cpp_why_not(*tensors: torch.Tensor | None, contiguous: bool = True) -> str | None:
-    for t in tensors:
-        if t is not None:
-            if not t.is_cpu:
-                return "the C++ kernels run on the CPU"
-            if contiguous and not t.is_contiguous():
-                return "the C++ kernels take contiguous tensors"
-    if extension("_cpu") is None:
-        return f"the C++ extension {_load('_cpu')[1]}; install a C++17 compiler and reinstall efftune"
-    return None
-
-
 def rows_adjacent(t: torch.Tensor) -> bool:
     """Whether the elements of each row are neighbours, however far apart the rows are."""
     return t.ndim > 0 and (t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] <= 1)
@@ -59,32 +43,6 @@ def rows_adjacent(t: torch.Tensor) -> bool:
 def adjacent(t: torch.Tensor) -> torch.Tensor:
     """t, or a copy of it that `rows_adjacent` holds for."""
     return t if rows_adjacent(t) else t.contiguous()
-
-
-def cpp_float_why_not(*tensors: torch.Tensor | None, apart: bool = False) -> str | None:
-    """`cpp_why_not` of kernels that compute in float32, whose tensors are contiguous or have their rows `apart`; one
-    loop instead of three."""
-    for t in tensors:
-        if t is not None:
-            if not t.is_cpu:
-                return "the C++ kernels run on the CPU"
-            if t.dtype == torch.float64:
-                return "float64 is computed by the reference"
-            if not (t.is_contiguous() or (apart and rows_adjacent(t))):
-                return f"the C++ kernels take {'rows whose elements are adjacent' if apart else 'contiguous tensors'}"
-    return cpp_why_not()
-
-
-def cuda_why_not(*tensors: torch.Tensor) -> str | None:
-    for t in tensors:
-        if not t.is_cuda:
-            return "the CUDA C++ kernels run on an NVIDIA GPU"
-    if extension("_cuda") is None:
-        return f"the CUDA extension {_load('_cuda')[1]}; put nvcc on the PATH and reinstall efftune"
-    for t in tensors:
-        if not t.is_contiguous():
-            return "the CUDA C++ kernels take contiguous tensors"
-    return None
 
 
 @functools.cache
@@ -98,18 +56,67 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_why_not(*tensors: torch.Tensor | None) -> str | None:
-    if not _has_triton():
-        return "triton is not installed"
-    if (reason := versions.why_not("triton")) is not None:
-        return reason
-    for t in tensors:
-        if t is not None and t.is_cpu and not interpreted():
-            return (
-                "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the "
-                "CPU"
-            )
+def elsewhere(kind: str, t: torch.Tensor) -> str | None:
+    """Why kernels of this kind do not run where t is, or None."""
+    if kind == "cpp":
+        return None if t.is_cpu else "the C++ kernels run on the CPU"
+    if kind == "cuda":
+        return None if t.is_cuda else "the CUDA C++ kernels run on an NVIDIA GPU"
+    if t.is_cpu and not interpreted():
+        return (
+            "Triton kernels run on a GPU; set TRITON_INTERPRET=1 before the first import to interpret them on the CPU"
+        )
     return None
+
+
+def missing(kind: str) -> str | None:
+    """Why there are no kernels of this kind, "cpp", "cuda" or "triton", or None."""
+    if kind == "triton":
+        return versions.why_not("triton") if _has_triton() else "triton is not installed"
+    if kind == "cpp":
+        if extension("_cpu") is None:
+            return f"the C++ extension {_load('_cpu')[1]}; install a C++17 compiler and reinstall efftune"
+    elif extension("_cuda") is None:
+        return f"the CUDA extension {_load('_cuda')[1]}; put nvcc on the PATH and reinstall efftune"
+    return None
+
+
+def why_not(kind: str, *tensors: torch.Tensor) -> str | None:
+    """Why kernels of this kind cannot take these tensors: they are not there, or run elsewhere. None if they can."""
+    return next(filter(None, (elsewhere(kind, t) for t in tensors)), None) or missing(kind)
+
+
+# What layouts kernels take.
+CONTIGUOUS, ROWS, ANY = "contiguous tensors", "rows whose elements are neighbours in memory", ""
+
+
+def objection(kind: str, tensors: tuple[int, ...], dtypes: tuple[int, ...], layout: str) -> Callable[..., str | None]:
+    """The question (*args) -> None | sentence that is common to compiled kernels, which compute in float32.
+
+    Args:
+        tensors, dtypes: which arguments are tensors, lists of tensors or None; which are dtypes.   layout: of them all.
+    """
+
+    # Asked at every call, of small tensors too: a loop and properties, since a generator costs as much as a small
+    # kernel and `device.type` ten times `is_cpu`.
+    def question(*args) -> str | None:
+        for i in tensors:
+            given = args[i]
+            if given is None:
+                continue
+            for t in given if type(given) is list else (given,):
+                if not (kind == "cpp" and t.is_cpu) and (reason := elsewhere(kind, t)) is not None:
+                    return reason
+                if t.dtype is torch.float64:
+                    return "float64 is computed by the reference"
+                if not (layout is ANY or t.is_contiguous() or (layout is ROWS and rows_adjacent(t))):
+                    return f"the kernels take {layout}"
+        for i in dtypes:
+            if args[i] is torch.float64:
+                return "float64 is computed by the reference"
+        return missing(kind)
+
+    return question
 
 
 @functools.cache

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from efftune.ops._available import CONTIGUOUS, objection
+
+COMPILED = ("cpp", "cuda", "triton")
 _LIB = torch.library.Library("efftune", "FRAGMENT")
 
 
@@ -69,7 +72,9 @@ class Op:
     """
 
     def __init__(self, schema: str, reference: Callable, fake: Callable, tags: tuple = ()):
-        self.name = schema.partition("(")[0]
+        self.name, _, arguments = schema.partition(" -> ")[0].partition("(")
+        # As they stand: ("Tensor?", "bias"), ("Tensor(a!)", "out"), ("ScalarType", "dtype"), ...
+        self.arguments = [tuple(part.rsplit(" ", 1)) for part in arguments.removesuffix(")").split(", ") if part]
         self.reference = Backend("reference", (), reference, _no_objection)
         self.backends: list[Backend] = []
         _LIB.define(schema, tags=tags)
@@ -84,8 +89,24 @@ class Op:
             return self.overload(*args)
         return self.select(*args).run(*args)
 
-    def backend(self, name: str, *devices: str, why_not: Callable = _no_objection):
-        """Decorator: registers an implementation, after those already there. Its arguments are those of the schema."""
+    def backend(
+        self, name: str, *devices: str, layout: str = CONTIGUOUS, of: str = "", why_not: Callable = _no_objection
+    ):
+        """Decorator: registers an implementation, after those already there. Its arguments are those of the schema.
+
+        Args:
+            name: "cpp", "cuda" and "triton" are compiled kernels. They are asked whether they are there, run where the
+                tensors are, and take their layout; float64 is left to the reference.
+            layout: CONTIGUOUS, ROWS or ANY.   of: the names in the schema of the tensors that they are asked about;
+                all but seeds, which are on the CPU.
+            why_not: (*args) -> None, or what else there is against it, the end of a sentence.
+        """
+        if name in COMPILED:
+            chosen = of.split() or [n for _, n in self.arguments if n != "seed"]
+            tensors = tuple(i for i, (kind, n) in enumerate(self.arguments) if "Tensor" in kind and n in chosen)
+            dtypes = tuple(i for i, (kind, _) in enumerate(self.arguments) if kind == "ScalarType")
+            common, other = objection(name, tensors, dtypes, layout), why_not
+            why_not = common if other is _no_objection else lambda *args: other(*args) or common(*args)
 
         def register(run: Callable) -> Callable:
             self.backends.append(Backend(name, devices, _on_device(run) if name.startswith("triton") else run, why_not))

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import dtype_name, extension, kernels
 from efftune.ops._divide import divide
 from efftune.ops._op import Op, contiguous_like
-
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _threshold(p: float) -> int:
@@ -46,23 +44,7 @@ def _fake(x, p, seed, stream):
 dropout_op = Op("dropout(Tensor x, float p, Tensor seed, SymInt stream) -> Tensor", _reference, _fake)
 
 
-def _dtype_why_not(x: Tensor) -> str | None:
-    return None if x.dtype in _STORED else f"{x.dtype} is computed by the reference"
-
-
-def _cpp_why_not(x, *_):
-    return cpp_why_not(x) or _dtype_why_not(x)
-
-
-def _triton_why_not(x, *_):
-    return (
-        triton_why_not(x)
-        or _dtype_why_not(x)
-        or (None if x.is_contiguous() else "the Triton kernel takes contiguous tensors")
-    )
-
-
-@dropout_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@dropout_op.backend("cpp", "cpu")
 def _cpp(x, p, seed, stream):
     out = _fake(x, p, seed, stream)
     extension("_cpu").dropout(
@@ -79,7 +61,7 @@ def _cpp(x, p, seed, stream):
     return out
 
 
-@dropout_op.backend("triton", "cuda", why_not=_triton_why_not)
+@dropout_op.backend("triton", "cuda")
 def _triton(x, p, seed, stream):
     out = _fake(x, p, seed, stream)
     kernels("dropout").dropout(x, out, _threshold(p), 1 / (1 - p), int(seed), stream)

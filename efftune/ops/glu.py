@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.ops._available import (
+    ROWS,
     adjacent,
-    cpp_float_why_not,
     dtype_name,
     extension,
     kernels,
-    rows_adjacent,
-    triton_why_not,
 )
 from efftune.ops._op import Op, contiguous_like
 
@@ -105,20 +103,6 @@ glu_backward_op = Op(  # dgate and, with up, dup
 )
 
 
-def _cpp_why_not(*args):
-    return cpp_float_why_not(*args[:-1], apart=True)  # without the activation's name
-
-
-def _triton_why_not(*args):
-    tensors = args[:-1]
-    for t in tensors:
-        if t is not None and not rows_adjacent(t):
-            return "the kernels take rows whose elements are adjacent"
-    if tensors[0].dtype == torch.float64:
-        return "float64 is computed by the reference"
-    return triton_why_not(*tensors)
-
-
 def _run_cpp(dy, gate, up, activation, y, dgate, dup):
     pointers = [0 if t is None else t.data_ptr() for t in (gate, up, dy, y, dgate, dup)]
     strides = [0 if t is None else t.stride(0) for t in (gate, up, dy)]
@@ -126,28 +110,28 @@ def _run_cpp(dy, gate, up, activation, y, dgate, dup):
     extension("_cpu").glu(*pointers, *gate.shape, *strides, activation, dtype, threads)
 
 
-@glu_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@glu_op.backend("cpp", "cpu", layout=ROWS)
 def _cpp(gate, up, activation):
     y = _fake(gate, up, activation)
     _run_cpp(None, gate, up, activation, y, None, None)
     return y
 
 
-@glu_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@glu_backward_op.backend("cpp", "cpu", layout=ROWS)
 def _backward_cpp(dy, gate, up, activation):
     outputs = _backward_fake(dy, gate, up, activation)
     _run_cpp(dy, gate, up, activation, None, outputs[0], None if up is None else outputs[1])
     return outputs
 
 
-@glu_op.backend("triton", "cuda", why_not=_triton_why_not)
+@glu_op.backend("triton", "cuda", layout=ROWS)
 def _triton(gate, up, activation):
     y = _fake(gate, up, activation)
     kernels("glu").glu(gate, up, y, activation)
     return y
 
 
-@glu_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
+@glu_backward_op.backend("triton", "cuda", layout=ROWS)
 def _backward_triton(dy, gate, up, activation):
     outputs = _backward_fake(dy, gate, up, activation)
     kernels("glu").glu_backward(dy, gate, up, outputs[0], None if up is None else outputs[1], activation)

@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import dtype_name, extension, kernels
 from efftune.ops._divide import divide
 from efftune.ops._op import Op
-
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _reference(codes, scales, group, dtype):
@@ -37,21 +35,7 @@ def _fake(codes, scales, group, dtype):
 int8_op = Op("int8_dequantize(Tensor codes, Tensor scales, int group, ScalarType dtype) -> Tensor", _reference, _fake)
 
 
-def _dtype_why_not(scales: Tensor, dtype: torch.dtype) -> str | None:
-    return None if scales.dtype in _STORED and dtype in _STORED else "float64 is computed by the reference"
-
-
-def _cpp_why_not(codes, scales, group, dtype):
-    return cpp_why_not(codes, scales) or _dtype_why_not(scales, dtype)
-
-
-def _triton_why_not(codes, scales, group, dtype):
-    if not (codes.is_contiguous() and scales.is_contiguous()):
-        return "the Triton kernel takes contiguous tensors"
-    return triton_why_not(codes, scales) or _dtype_why_not(scales, dtype)
-
-
-@int8_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@int8_op.backend("cpp", "cpu")
 def _cpp(codes, scales, group, dtype):
     out = _fake(codes, scales, group, dtype)
     extension("_cpu").int8_dequantize(
@@ -67,7 +51,7 @@ def _cpp(codes, scales, group, dtype):
     return out
 
 
-@int8_op.backend("triton", "cuda", why_not=_triton_why_not)
+@int8_op.backend("triton", "cuda")
 def _triton(codes, scales, group, dtype):
     out = _fake(codes, scales, group, dtype)
     kernels("int8").int8_dequantize(codes, scales, out, group)
@@ -104,14 +88,17 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     if group < 1:
         raise ValueError(f"int8_quantize takes a group of at least 1 weight, not {group}.")
     w = w.detach()
-    n, k = w.shape
-    groups = (k + group - 1) // group
-    if w.is_meta:  # there each operation runs in Python: a recipe is tried on such a model, with hundreds of layers
-        return torch.empty_like(w, dtype=torch.int8, memory_format=torch.contiguous_format), w.new_empty(n, groups)
+    if w.is_meta:  # there each of the operations below runs in Python, and models without data have hundreds of layers
+        return torch.empty(w.shape, dtype=torch.int8, device="meta"), w.new_empty(len(w), -(-w.shape[1] // group))
     if not torch.isfinite(w).all():
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
+    return _quantized(w, group)
+
+
+def _quantized(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    (n, k), groups = w.shape, -(-w.shape[1] // group)
     compute = torch.float64 if w.dtype == torch.float64 else torch.float32
     grouped = F.pad(w.to(compute), (0, groups * group - k)).view(n, groups, group)
     scales = divide(grouped.abs().amax(dim=2), 127).to(w.dtype)

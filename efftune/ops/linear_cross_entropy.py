@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from efftune.errors import refuse_second_derivative
-from efftune.ops._available import cpp_why_not, extension, kernels, triton_why_not
+from efftune.ops._available import ANY, extension, kernels
 from efftune.ops._op import Op, forced_backend, use_backend
 
 BLOCK = 2**21  # elements of the weight that are widened at a time
@@ -333,21 +333,10 @@ BACKWARD = Op(
 )
 
 
-def _cpp_why_not(first: Tensor, *args) -> str | None:
-    if first.dtype == torch.float64 or args[0].dtype == torch.float64:
-        return "float64 is computed by the reference"
-    return cpp_why_not(first.new_empty(0))  # strides do not matter: only the tile goes to the kernel
-
-
-def _triton_why_not(first: Tensor, *args) -> str | None:
-    if first.dtype == torch.float64 or args[0].dtype == torch.float64:
-        return "float64 is computed by the reference"
-    return triton_why_not(first)
-
-
+# Strides do not matter: only the tile goes to the kernel.
 for _op, _run in ((FORWARD, _run_forward), (BACKWARD, _run_backward)):
-    _op.backend("cpp", "cpu", why_not=_cpp_why_not)(lambda *args, run=_run: run(_cpp_tile, *args))
-    _op.backend("triton", "cuda", why_not=_triton_why_not)(lambda *args, run=_run: run(_triton_tile, *args))
+    _op.backend("cpp", "cpu", layout=ANY)(lambda *args, run=_run: run(_cpp_tile, *args))
+    _op.backend("triton", "cuda", layout=ANY)(lambda *args, run=_run: run(_triton_tile, *args))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

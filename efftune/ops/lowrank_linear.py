@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import kernels, triton_why_not
+from efftune.ops._available import ANY, kernels
 from efftune.ops._op import Op, forced_backend
 
 MAX_TRITON_RANK = 256
@@ -74,10 +74,10 @@ def _triton_why_not(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | N
         return "tiles are copied by descriptor from compute capability 9.0 on (Hopper)"
     if x.stride(1) != 1 or h.stride(1) != 1 or b.shape[0] % 8 or not all(_aligned(t) for t in (x, w, h, b)):
         return "it takes dense matrices whose sizes and offsets are multiples of 8"
-    return triton_why_not(x, w, h, b)
+    return None
 
 
-@OP.backend("triton", "cuda", why_not=_triton_why_not)
+@OP.backend("triton", "cuda", layout=ANY, of="x w h b", why_not=_triton_why_not)
 def _triton(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return kernels("lowrank_linear").lowrank_linear(x, w, h, b, bias)
 

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import ANY, dtype_name, extension, kernels
 from efftune.ops._divide import divide
 from efftune.ops._op import Op
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
-_FLOATS = (*_STORED, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FRACTION = 2**17  # codes are computed in units of 2^-17: a 16-bit draw and the half that centres it
 _SMALLEST = 2.0**-100  # least scale of a group that is not constant: 2^17 / scale stays finite
 
@@ -133,38 +132,15 @@ unpack_op = Op(
 )
 
 
-def _dtype_why_not(dtype: torch.dtype) -> str | None:
-    return None if dtype in _STORED else f"{dtype} is computed by the reference"
-
-
-def _rows_why_not(x: Tensor) -> str | None:
+def _rows_why_not(x: Tensor, *_) -> str | None:
     return None if _row_stride(x) is not None else "the kernels take dense rows at one stride"
-
-
-def _pack_cpp_why_not(x, *_):
-    return _rows_why_not(x) or cpp_why_not(x, contiguous=False) or _dtype_why_not(x.dtype)
-
-
-def _unpack_cpp_why_not(codes, stats, bits, group, cols, dtype):
-    return cpp_why_not(codes, stats) or _dtype_why_not(dtype)
-
-
-def _pack_triton_why_not(x, bits, group, *_):
-    too_long = None if group <= 8192 else f"a group of {group} does not fit one tile (8192)"
-    return triton_why_not(x) or _dtype_why_not(x.dtype) or _rows_why_not(x) or too_long
-
-
-def _unpack_triton_why_not(codes, stats, bits, group, cols, dtype):
-    if not (codes.is_contiguous() and stats.is_contiguous()):
-        return "the Triton kernel takes contiguous tensors"
-    return triton_why_not(codes, stats) or _dtype_why_not(dtype)
 
 
 def _rows(x: Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-@pack_op.backend("cpp", "cpu", why_not=_pack_cpp_why_not)
+@pack_op.backend("cpp", "cpu", layout=ANY, why_not=_rows_why_not)
 def _pack_cpp(x, bits, group, seed, stream):
     codes, stats = _fake(x, bits, group, seed, stream)
     extension("_cpu").pack_act(
@@ -185,7 +161,7 @@ def _pack_cpp(x, bits, group, seed, stream):
     return codes, stats
 
 
-@unpack_op.backend("cpp", "cpu", why_not=_unpack_cpp_why_not)
+@unpack_op.backend("cpp", "cpu")
 def _unpack_cpp(codes, stats, bits, group, cols, dtype):
     out = _unpack_fake(codes, stats, bits, group, cols, dtype)
     extension("_cpu").unpack_act(
@@ -202,7 +178,11 @@ def _unpack_cpp(codes, stats, bits, group, cols, dtype):
     return out
 
 
-@pack_op.backend("triton", "cuda", why_not=_pack_triton_why_not)
+def _tile_why_not(x, bits, group, *_):
+    return _rows_why_not(x) or (f"a group of {group} does not fit one tile (8192)" if group > 8192 else None)
+
+
+@pack_op.backend("triton", "cuda", layout=ANY, why_not=_tile_why_not)
 def _pack_triton(x, bits, group, seed, stream):
     codes, stats = _fake(x, bits, group, seed, stream)
     kernels("pack_act").pack_act(
@@ -211,7 +191,7 @@ def _pack_triton(x, bits, group, seed, stream):
     return codes, stats
 
 
-@unpack_op.backend("triton", "cuda", why_not=_unpack_triton_why_not)
+@unpack_op.backend("triton", "cuda")
 def _unpack_triton(codes, stats, bits, group, cols, dtype):
     out = _unpack_fake(codes, stats, bits, group, cols, dtype)
     kernels("pack_act").unpack_act(codes, stats, out, bits, group)

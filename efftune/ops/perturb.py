@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import dtype_name, extension, kernels
 from efftune.ops._op import Op
-
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _compute_dtype(w: Tensor) -> torch.dtype:
@@ -74,31 +72,13 @@ perturb_op = Op(
 )
 
 
-def _dtype_why_not(w: Tensor) -> str | None:
-    return None if w.dtype in _STORED else f"{w.dtype} is computed by the reference"
-
-
-def _cpp_why_not(w, out, *_):
-    return cpp_why_not(w, out) or _dtype_why_not(w)
-
-
-def _triton_why_not(w, out, *_):
-    if not (w.is_contiguous() and out.is_contiguous()):
-        return "the Triton kernel takes contiguous tensors"
-    return triton_why_not(w, out) or _dtype_why_not(w)
-
-
-def _cuda_why_not(w, out, *_):
-    return cuda_why_not(w, out) or _dtype_why_not(w)
-
-
 def _written(out: Tensor) -> None:
     # Autograd's check that a saved tensor was not changed since sees only what torch's own kernels write.
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
 
 
-@perturb_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@perturb_op.backend("cpp", "cpu", of="w out")
 def _cpp(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     a, unsigned = a.contiguous(), [s % 2**64 for s in seeds]
@@ -117,7 +97,7 @@ def _seeds_beside(w: Tensor, seeds: Sequence[int]) -> Tensor:
     return torch.tensor(seeds, dtype=torch.int64, device="cpu", pin_memory=pinned).to(w.device, non_blocking=True)
 
 
-@perturb_op.backend("triton", "cuda", why_not=_triton_why_not)
+@perturb_op.backend("triton", "cuda", of="w out")
 def _triton(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     first, signs, stochastic = seeds[0] if seeds else 0, dist == "rademacher", rounding == "stochastic"
@@ -127,7 +107,7 @@ def _triton(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _written(out)
 
 
-@perturb_op.backend("cuda", "cuda", why_not=_cuda_why_not)
+@perturb_op.backend("cuda", "cuda", of="w out")
 def _cuda(w, out, a, seeds, stream, offset, dist, rounding, threshold):
     _check(w, out, a, seeds, stream, offset, dist, rounding, threshold)
     first, signs, stochastic = seeds[0] % 2**64 if seeds else 0, dist == "rademacher", rounding == "stochastic"
@@ -178,17 +158,9 @@ def _check_many(a, w, out, seeds, streams, dist, rounding, thresholds):
             _check(t, o, a, seeds, stream, 0, dist, rounding, threshold)
 
 
-def _each_why_not(why_not):
-    def answer(a, w, out, *_):  # then they go one by one, each to what takes it
-        if not w:
-            return None
-        dtype = w[0].dtype
-        for t in (*w, *out):
-            if t.dtype != dtype or not t.is_contiguous():
-                return "the kernels take contiguous tensors of one dtype"
-        return why_not(w[0], out[0])
-
-    return answer
+def _unlike(a, w, out, *_):  # then they go one by one, each to what takes it
+    alike = all(t.dtype == w[0].dtype for t in (*w, *out))
+    return None if alike else "the kernels take tensors of one dtype"
 
 
 def _many(run):
@@ -202,7 +174,7 @@ def _many(run):
     return launch
 
 
-@perturb_many_op.backend("cpp", "cpu", why_not=_each_why_not(_cpp_why_not))
+@perturb_many_op.backend("cpp", "cpu", of="w out", why_not=_unlike)
 @_many
 def _cpp_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
     extension("_cpu").perturb_many(
@@ -216,7 +188,7 @@ def _columns(w, out):
 
 
 # First on a GPU: its table travels with the launch, where Triton's is a copy and its launch takes longer on the host.
-@perturb_many_op.backend("cuda", "cuda", why_not=_each_why_not(_cuda_why_not))
+@perturb_many_op.backend("cuda", "cuda", of="w out", why_not=_unlike)
 @_many
 def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
     first, beside = seeds[0] % 2**64 if seeds else 0, _seeds_beside(a, seeds)
@@ -227,7 +199,7 @@ def _cuda_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
         )  # fmt: skip
 
 
-@perturb_many_op.backend("triton", "cuda", why_not=_each_why_not(_triton_why_not))
+@perturb_many_op.backend("triton", "cuda", of="w out", why_not=_unlike)
 @_many
 def _triton_many(a, w, out, seeds, streams, signs, stochastic, thresholds):
     first = seeds[0] if seeds else 0

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import dtype_name, extension, kernels
 from efftune.ops._op import Op, contiguous_like
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(x):
-    if x.dtype not in (*_STORED, torch.float64):
+    if x.dtype not in _FLOATS:
         raise ValueError(f"relu takes float64 | 32 | 16 or bfloat16, not {x.dtype}.")
     return contiguous_like(x), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
@@ -26,7 +26,7 @@ def _reference(x):
 
 
 def _backward_fake(dy, bits):
-    if dy.dtype not in (*_STORED, torch.float64) or bits.dtype != torch.uint8 or bits.shape != ((dy.numel() + 7) // 8,):
+    if dy.dtype not in _FLOATS or bits.dtype != torch.uint8 or bits.shape != ((dy.numel() + 7) // 8,):
         raise ValueError(
             f"relu_backward takes dy in float64 | 32 | 16 or bfloat16, and its bits ({(dy.numel() + 7) // 8},) in "
             f"uint8, not {dy.dtype} and {bits.dtype} {tuple(bits.shape)}."
@@ -44,48 +44,34 @@ relu_op = Op("relu(Tensor x) -> (Tensor, Tensor)", _reference, _fake)
 relu_backward_op = Op("relu_backward(Tensor dy, Tensor bits) -> Tensor", _backward_reference, _backward_fake)
 
 
-def _dtype_why_not(x: Tensor) -> str | None:
-    return None if x.dtype in _STORED else f"{x.dtype} is computed by the reference"
-
-
-def _cpp_why_not(*tensors):
-    return _dtype_why_not(tensors[0]) or cpp_why_not(*tensors)
-
-
-def _triton_why_not(*tensors):
-    if not all(t.is_contiguous() for t in tensors):
-        return "the Triton kernel takes contiguous tensors"
-    return triton_why_not(*tensors) or _dtype_why_not(tensors[0])
-
-
 def _run_cpp(x, y, bits, backward):
     extension("_cpu").relu(
         x.data_ptr(), y.data_ptr(), bits.data_ptr(), x.numel(), dtype_name(x.dtype), backward, torch.get_num_threads()
     )
 
 
-@relu_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@relu_op.backend("cpp", "cpu")
 def _cpp(x):
     y, bits = _fake(x)
     _run_cpp(x, y, bits, False)
     return y, bits
 
 
-@relu_backward_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@relu_backward_op.backend("cpp", "cpu")
 def _backward_cpp(dy, bits):
     dx = _backward_fake(dy, bits)
     _run_cpp(dy, dx, bits, True)
     return dx
 
 
-@relu_op.backend("triton", "cuda", why_not=_triton_why_not)
+@relu_op.backend("triton", "cuda")
 def _triton(x):
     y, bits = _fake(x)
     kernels("relu").relu(x, y, bits)
     return y, bits
 
 
-@relu_backward_op.backend("triton", "cuda", why_not=_triton_why_not)
+@relu_backward_op.backend("triton", "cuda")
 def _backward_triton(dy, bits):
     dx = _backward_fake(dy, bits)
     kernels("relu").relu_backward(dy, bits, dx)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_float_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import dtype_name, extension, kernels
 from efftune.ops._op import Op, contiguous_like
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,31 +139,6 @@ def _wanted(outputs: list[Tensor], need_weight: bool, need_bias: bool) -> tuple[
     return outputs[0], outputs[1] if need_weight else None, outputs[-1] if need_bias else None
 
 
-def _triton_why_not(x, *others):
-    for t in (x, *others):
-        if t is not None:
-            if not t.is_contiguous():
-                return "the Triton kernel takes contiguous tensors"
-            if t.dtype == torch.float64:
-                return "float64 is computed by the reference"
-    if x.shape[1] > MAX_TRITON_COLUMNS:
-        return f"{x.shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
-    return triton_why_not(x)
-
-
-# Of each operator the tensors among its arguments.
-def _of_forward(why_not):
-    return lambda x, weight, bias, eps, offset, center: why_not(x, weight, bias)
-
-
-def _of_apply(why_not):
-    return lambda x, weight, bias, mean, rstd, offset: why_not(x, weight, bias, mean, rstd)
-
-
-def _of_backward(why_not):
-    return lambda dy, x, weight, mean, rstd, offset, *need: why_not(dy, x, weight, mean, rstd)
-
-
 def _pointers(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
@@ -174,21 +149,21 @@ def _run_cpp(x, y, weight, bias, mean, rstd, offset, eps, saved):
     extension("_cpu").norm(*pointers, *x.shape, eps, dtype_name(x.dtype), saved, torch.get_num_threads())
 
 
-@rms_norm_op.backend("cpp", "cpu", why_not=_of_forward(cpp_float_why_not))
+@rms_norm_op.backend("cpp", "cpu")
 def _cpp(x, weight, bias, eps, offset, center):
     outputs = _fake(x, weight, bias, eps, offset, center)
     _run_cpp(x, outputs[0], weight, bias, outputs[2] if center else None, outputs[1], offset, eps, False)
     return outputs
 
 
-@rms_norm_apply_op.backend("cpp", "cpu", why_not=_of_apply(cpp_float_why_not))
+@rms_norm_apply_op.backend("cpp", "cpu")
 def _apply_cpp(x, weight, bias, mean, rstd, offset):
     y = _apply_fake(x, weight, bias, mean, rstd, offset)
     _run_cpp(x, y, weight, bias, mean, rstd, offset, 0.0, True)
     return y
 
 
-@rms_norm_backward_op.backend("cpp", "cpu", why_not=_of_backward(cpp_float_why_not))
+@rms_norm_backward_op.backend("cpp", "cpu")
 def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     gain = _gain(x, weight, offset)
@@ -197,21 +172,27 @@ def _backward_cpp(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     return outputs
 
 
-@rms_norm_op.backend("triton", "cuda", why_not=_of_forward(_triton_why_not))
+def _too_wide(x, *_):
+    if x.shape[1] > MAX_TRITON_COLUMNS:
+        return f"{x.shape[1]} columns exceed the {MAX_TRITON_COLUMNS} that one program holds"
+    return None
+
+
+@rms_norm_op.backend("triton", "cuda", why_not=_too_wide)
 def _triton(x, weight, bias, eps, offset, center):
     outputs = _fake(x, weight, bias, eps, offset, center)
     kernels("rms_norm").rms_norm(x, weight, bias, outputs[0], outputs[2] if center else None, outputs[1], eps, offset)
     return outputs
 
 
-@rms_norm_apply_op.backend("triton", "cuda", why_not=_of_apply(_triton_why_not))
+@rms_norm_apply_op.backend("triton", "cuda", why_not=_too_wide)
 def _apply_triton(x, weight, bias, mean, rstd, offset):
     y = _apply_fake(x, weight, bias, mean, rstd, offset)
     kernels("rms_norm").rms_norm_apply(x, weight, bias, y, mean, rstd, offset)
     return y
 
 
-@rms_norm_backward_op.backend("triton", "cuda", why_not=_of_backward(_triton_why_not))
+@rms_norm_backward_op.backend("triton", "cuda", why_not=_too_wide)
 def _backward_triton(dy, x, weight, mean, rstd, offset, need_weight, need_bias):
     outputs = _backward_fake(dy, x, weight, mean, rstd, offset, need_weight, need_bias)
     kernels("rms_norm").rms_norm_backward(dy, x, weight, mean, rstd, *_wanted(outputs, need_weight, need_bias), offset)

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from efftune.ops._available import (
+    ROWS,
     adjacent,
-    cpp_float_why_not,
     dtype_name,
     extension,
     kernels,
-    rows_adjacent,
-    triton_why_not,
 )
 from efftune.ops._op import Op
 
@@ -72,19 +70,6 @@ def _reference(x, also, cos, sin, transposed):
 rotary_op = Op("rotary(Tensor x, Tensor? also, Tensor cos, Tensor sin, bool transposed) -> Tensor[]", _reference, _fake)
 
 
-def _cpp_why_not(x, also, cos, sin, transposed):
-    return cpp_float_why_not(*_both(x, also), cos, sin, apart=True)
-
-
-def _triton_why_not(x, also, cos, sin, transposed):
-    for t in (*_both(x, also), cos, sin):
-        if not rows_adjacent(t):
-            return "the kernels take rows whose elements are adjacent"
-    if x.dtype == torch.float64:
-        return "float64 is computed by the reference"
-    return triton_why_not(x, cos, sin)
-
-
 def _steps(table: Tensor) -> tuple[int, int]:
     """From sample to sample, which may share one table, and from token to token."""
     sample, token, _ = table.stride()
@@ -95,7 +80,7 @@ def _of_cpp(x: Tensor, out: Tensor) -> tuple:
     return x.data_ptr(), out.data_ptr(), x.shape[1], x.stride()[:3], out.stride()[:3]
 
 
-@rotary_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@rotary_op.backend("cpp", "cpu", layout=ROWS)
 def _cpp(x, also, cos, sin, transposed):
     outs = _fake(x, also, cos, sin, transposed)
     b, _, t, d = x.shape
@@ -117,7 +102,7 @@ def _cpp(x, also, cos, sin, transposed):
     return outs
 
 
-@rotary_op.backend("triton", "cuda", why_not=_triton_why_not)
+@rotary_op.backend("triton", "cuda", layout=ROWS)
 def _triton(x, also, cos, sin, transposed):
     outs = _fake(x, also, cos, sin, transposed)
     kernels("rotary").rotary(_both(x, also), outs, cos, sin, (*_steps(cos), *_steps(sin)), transposed)

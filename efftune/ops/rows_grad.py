@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from efftune.ops._available import cpp_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import ROWS, dtype_name, extension, kernels
 from efftune.ops._op import Op
-
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fake(g, idx, weight, rows):
@@ -42,25 +40,7 @@ def _reference(g, idx, weight, rows):
 rows_grad_op = Op("rows_grad(Tensor g, Tensor idx, Tensor weight, Tensor rows) -> Tensor", _reference, _fake)
 
 
-def _why_not(g, idx, weight, rows):
-    if g.dtype not in _STORED:
-        return f"{g.dtype} is computed by the reference"
-    if g.ndim == 2 and g.shape[1] > 1 and g.stride(1) != 1:
-        return "the kernel takes rows of g whose elements are neighbours in memory"
-    if not (idx.is_contiguous() and weight.is_contiguous()):
-        return "the kernel takes contiguous idx and weight"
-    return None
-
-
-def _cpp_why_not(g, idx, weight, rows):
-    return cpp_why_not(g, idx, weight, contiguous=False) or _why_not(g, idx, weight, rows)
-
-
-def _triton_why_not(g, idx, weight, rows):
-    return triton_why_not(g, rows) or _why_not(g, idx, weight, rows)
-
-
-@rows_grad_op.backend("cpp", "cpu", why_not=_cpp_why_not)
+@rows_grad_op.backend("cpp", "cpu", layout=ROWS, of="g idx weight")
 def _cpp(g, idx, weight, rows):
     _fake(g, idx, weight, rows)
     (m, n), s, transposed = g.shape, rows.shape[0], _laid_out(g, rows)
@@ -73,7 +53,7 @@ def _cpp(g, idx, weight, rows):
 
 # One pass instead of torch's four for the copy of S·N elements. A kernel that gathered inside the product, without the
 # copy, took 2.2 times as long on an H200 (1.3 in float32; docs/log.md).
-@rows_grad_op.backend("triton", "cuda", why_not=_triton_why_not)
+@rows_grad_op.backend("triton", "cuda", layout=ROWS, of="g idx weight")
 def _triton(g, idx, weight, rows):
     _fake(g, idx, weight, rows)
     return kernels("rows_grad").scale_rows(g, idx, weight).t() @ rows

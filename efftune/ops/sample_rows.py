@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from efftune.ops import philox
-from efftune.ops._available import cpp_why_not, cuda_why_not, dtype_name, extension, kernels, triton_why_not
+from efftune.ops._available import ROWS, dtype_name, extension, kernels, why_not
 from efftune.ops._op import Op
 
-_STORED = (torch.float32, torch.bfloat16, torch.float16)
 SAMPLERS = ("systematic", "wta", "crs", "topk")
 MAX_CUDA_ROWS = 8192  # one block sorts them in shared memory and registers
 
@@ -35,23 +34,7 @@ def _norms_reference(x):
 row_norms_op = Op("row_norms(Tensor x) -> Tensor", _norms_reference, _norms_fake)
 
 
-def _rows_why_not(x: Tensor) -> str | None:
-    if x.dtype not in _STORED:
-        return f"{x.dtype} is computed by the reference"
-    if x.ndim == 2 and x.shape[1] > 1 and x.stride(1) != 1:
-        return "the kernels take rows whose elements are neighbours in memory"
-    return None
-
-
-def _norms_cpp_why_not(x):
-    return cpp_why_not(x, contiguous=False) or _rows_why_not(x)
-
-
-def _norms_triton_why_not(x):
-    return triton_why_not(x) or _rows_why_not(x)
-
-
-@row_norms_op.backend("cpp", "cpu", why_not=_norms_cpp_why_not)
+@row_norms_op.backend("cpp", "cpu", layout=ROWS)
 def _norms_cpp(x):
     out = _norms_fake(x)
     dtype = dtype_name(x.dtype)
@@ -59,7 +42,7 @@ def _norms_cpp(x):
     return out
 
 
-@row_norms_op.backend("triton", "cuda", why_not=_norms_triton_why_not)
+@row_norms_op.backend("triton", "cuda", layout=ROWS)
 def _norms_triton(x):
     out = _norms_fake(x)
     kernels("sample_rows").row_norms(x, out)
@@ -168,16 +151,12 @@ select_rows_op = Op(
 )
 
 
-def _select_cpp_why_not(scores, *_):
-    return cpp_why_not(scores)
-
-
 def _select_cuda_why_not(scores, k, seed, sampler, stream):
     if sampler != "systematic":
         return f"{sampler} is composed of torch's operations and a Triton kernel's words"
     if scores.shape[0] > MAX_CUDA_ROWS:
         return f"{scores.shape[0]} rows exceed the {MAX_CUDA_ROWS} that one block sorts"
-    return cuda_why_not(scores)
+    return None
 
 
 def _select_compiled(run, where: int, scores, k, seed, sampler, stream):
@@ -187,7 +166,7 @@ def _select_compiled(run, where: int, scores, k, seed, sampler, stream):
     return outs
 
 
-@select_rows_op.backend("cpp", "cpu", why_not=_select_cpp_why_not)
+@select_rows_op.backend("cpp", "cpu")
 def _select_cpp(*args):
     return _select_compiled(extension("_cpu").select_rows, 0, *args)
 
@@ -198,11 +177,7 @@ def _select_cuda(scores, *args):
         return _select_compiled(extension("_cuda").select_rows, torch.cuda.current_stream().cuda_stream, scores, *args)
 
 
-def _select_triton_why_not(scores, *_):
-    return triton_why_not(scores)
-
-
-@select_rows_op.backend("triton", "cuda", why_not=_select_triton_why_not)
+@select_rows_op.backend("triton", "cuda")
 def _select_triton(*args):
     """The reference, whose generator would be two thirds of its operations."""
     return _select_reference(*args, words=kernels("sample_rows").words)
@@ -275,14 +250,6 @@ sample_rows_op = Op(
 )
 
 
-def _sample_cpp_why_not(x, *_):
-    return _norms_cpp_why_not(x)
-
-
-def _sample_triton_why_not(x, *_):
-    return _norms_triton_why_not(x)
-
-
 def _gather_cpp(x, idx):
     out = x.new_empty(idx.shape[0], x.shape[1])
     pointers = x.data_ptr(), idx.data_ptr(), out.data_ptr()
@@ -290,15 +257,15 @@ def _gather_cpp(x, idx):
     return out
 
 
-@sample_rows_op.backend("cpp", "cpu", why_not=_sample_cpp_why_not)
+@sample_rows_op.backend("cpp", "cpu", layout=ROWS, of="x")
 def _sample_cpp(*args):
     return _sample_by(_norms_cpp, _select_cpp, _gather_cpp, *args)
 
 
-@sample_rows_op.backend("triton", "cuda", why_not=_sample_triton_why_not)
+@sample_rows_op.backend("triton", "cuda", layout=ROWS, of="x")
 def _sample_triton(*args):
     def select(*a):
-        return (_select_triton if _select_cuda_why_not(*a) else _select_cuda)(*a)
+        return (_select_triton if why_not("cuda", a[0]) or _select_cuda_why_not(*a) else _select_cuda)(*a)
 
     return _sample_by(_norms_triton, select, kernels("sample_rows").gather_rows, *args)
 

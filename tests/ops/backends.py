@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from efftune.ops._available import triton_why_not
+from efftune.ops._available import why_not
 from efftune.ops._op import use_backend
 from tests.ops.cuda_on_cpu.build import cuda_on_cpu
 from tests.pairwise import pairwise
@@ -46,7 +46,7 @@ def cases(backends, dtypes, *axes):
 def on(backend, function, *args, **kwargs):
     """function(...) with CPU tensors moved to the backend's device; the result comes back to the CPU."""
     name, device = backend
-    if name.startswith("triton") and device == "cpu" and triton_why_not(torch.empty(0)) is not None:
+    if name.startswith("triton") and device == "cpu" and why_not("triton", torch.empty(0)) is not None:
         pytest.skip("Triton is not interpreted in this process")
     with use_backend(name), cuda_on_cpu() if backend == ("cuda", "cpu") else nullcontext():
         result = function(*(a.to(device) if isinstance(a, torch.Tensor) and a.ndim else a for a in args), **kwargs)

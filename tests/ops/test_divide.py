@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efftune.ops import dropout, pack_act, philox, sample_rows
+from efftune.ops import dropout, int8, pack_act, philox, sample_rows
 from efftune.ops._divide import divide
-from efftune.ops.int8 import int8_quantize
 
 SEED = torch.tensor(7)
 aten = torch.ops.aten
@@ -32,7 +31,7 @@ def x(*shape, dtype=torch.float32):
 
 
 CASES = {
-    "int8_quantize": (1 + 1, lambda: int8_quantize(x(5, 131), 32)),
+    "int8_quantize": (1 + 1, lambda: int8._quantized(x(5, 131), 32)),
     "pack_act, 8 bits": (1, lambda: pack_act._reference(x(5, 131), 8, 32, SEED, 3)),
     "pack_act, 4 bits": (1, lambda: pack_act._reference(x(5, 131), 4, 32, None, 3)),
     "dropout": (1, lambda: dropout._reference(x(40, dtype=torch.float64), 0.3, SEED, 3)),

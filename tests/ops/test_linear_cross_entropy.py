@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import efftune.ops.linear_cross_entropy as module
 from bench.harness import peak_bytes
 from efftune import use_backend
-from efftune.ops._available import triton_why_not
+from efftune.ops._available import why_not
 from efftune.ops.linear_cross_entropy import BACKWARD, FORWARD, linear_cross_entropy
 from tests.budget import assert_within_budget, rms
 
@@ -20,7 +20,7 @@ SHAPES = [(1, 8, 16), (7, 13, 11), (37, 24, 1301), (5, 4096, 33), (3, 16, 5000)]
 @pytest.fixture(autouse=True)
 def _interpreted(request):
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if parameters.get("backend") == "triton" and triton_why_not(torch.empty(0)) is not None:
+    if parameters.get("backend") == "triton" and why_not("triton", torch.empty(0)) is not None:
         pytest.skip("Triton is not interpreted in this process")
 
 
@@ -404,7 +404,7 @@ def test_errors_name_the_remedy(args, settings, sentence):
 def test_a_target_outside_is_nan_where_it_is_not_looked_at():
     """What a GPU does: neither clamped nor trained on."""
     for tile in (module._torch_tile, module._triton_tile):
-        if tile is module._triton_tile and triton_why_not(torch.empty(0)) is not None:
+        if tile is module._triton_tile and why_not("triton", torch.empty(0)) is not None:
             continue
         z, loss, norm = torch.randn(3, 9), torch.empty(3), torch.empty(2, 3)
         dz = torch.empty_like(z)

@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -106,10 +105,6 @@ def kernels():
     return _loaded(once(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}", _linked()))
 
 
-def _why_not(*tensors: torch.Tensor) -> str | None:
-    return None if all(t.is_contiguous() for t in tensors) else "the CUDA C++ kernels take contiguous tensors"
-
-
 @contextmanager
 def cuda_on_cpu(module=None):
     """Within the block the backend "cuda" takes CPU tensors."""
@@ -117,9 +112,8 @@ def cuda_on_cpu(module=None):
     with ExitStack() as stack:
         put = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         put(_available, "_load", lambda name: (module, "") if name == "_cuda" else load(name))
-        for name, other in list(sys.modules.items()):
-            if name.startswith("efftune.ops.") and hasattr(other, "cuda_why_not"):
-                put(other, "cuda_why_not", _why_not)
+        elsewhere = _available.elsewhere
+        put(_available, "elsewhere", lambda kind, t: None if kind == "cuda" else elsewhere(kind, t))
         put(torch.cuda, "device", lambda device: nullcontext())
         put(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
         yield
