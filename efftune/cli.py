@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import sys
+import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efftune.errors import EfftuneError
+
+if TYPE_CHECKING:
+    from efftune.methods import Method
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     add_options(verify, without=("resume",))
     verify.set_defaults(run=_verify)
 
-    commands.add_parser("methods", help="what a recipe can be made of").set_defaults(run=_methods)
+    methods = commands.add_parser("methods", help="what a recipe can be made of; with names, all about these methods")
+    methods.add_argument("names", nargs="*", metavar="NAME", help="a method, as recipes name it")
+    methods.set_defaults(run=_methods)
     commands.add_parser("info", help="versions, and operator x backend: available, or why not").set_defaults(run=_info)
 
     bench = commands.add_parser("bench", help="run the microbenchmarks of a checkout", add_help=False)
@@ -105,14 +114,44 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _methods(arguments: argparse.Namespace) -> None:
-    import dataclasses
-
     from efftune.methods import available
+    from efftune.recipe import method_class
 
-    for name, method in available().items():
-        settings = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(method))
-        first = (method.__doc__ or "").strip().splitlines()[0]
-        print(f"{name}({settings})\n    {first}")
+    if arguments.names:
+        print("\n\n".join(_everything_about(method_class(name)) for name in arguments.names))
+        return
+    for method in available().values():
+        print(_signature(method))
+        first, _, _ = inspect.cleandoc(method.__doc__ or "").partition("\n\n")
+        print(textwrap.fill(" ".join(first.split()), 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _everything_about(method: type[Method]) -> str:
+    """The signature, the docstrings of the method and of its family, the settings, and the name of its page."""
+    from efftune.methods import Method
+
+    family = [cls for cls in method.__mro__ if issubclass(cls, Method) and cls is not Method]
+    texts = [inspect.cleandoc(cls.__doc__) for cls in family if cls.__doc__]
+    settings = [f"    {field.name}: {_type(field)}{_default(field)}" for field in dataclasses.fields(method)]
+    parts = [_signature(method), *texts, "\n".join(["Settings:", *(settings or ["    none"])])]
+    if method.__module__.startswith("efftune."):
+        parts.append(f"Page: docs/methods/{method.name}.md")
+    return "\n\n".join(parts)
+
+
+def _signature(method: type[Method]) -> str:
+    return f"{method.name}({', '.join(field.name + _default(field, '=') for field in dataclasses.fields(method))})"
+
+
+def _type(field: dataclasses.Field) -> str:
+    return field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+
+
+def _default(field: dataclasses.Field, equals: str = " = ") -> str:
+    """As it stands behind the name of a setting; nothing where a recipe has to give one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f"{equals}{field.default_factory()!r}"
+    return "" if field.default is dataclasses.MISSING else f"{equals}{field.default!r}"
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,19 @@ def format_recipe(methods: list[Method]) -> str:
     return " + ".join(str(method).removesuffix("()") for method in methods)
 
 
+def method_class(name: str) -> type[Method]:
+    """The class of the method `name`.
+
+    Raises: EfftuneError with the nearest name and all others, where there is none.
+    """
+    methods = available()
+    if name not in methods:
+        raise EfftuneError(
+            f"There is no method {name!r}{nearest(name, methods)}; the methods are: {', '.join(methods)}."
+        )
+    return methods[name]
+
+
 def _terms(tree: ast.expr) -> list[ast.expr]:
     if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         return [*_terms(tree.left), *_terms(tree.right)]
@@ -47,12 +60,8 @@ def _method(term: ast.expr, text: str) -> Method:
         raise EfftuneError(
             f"recipe {text!r}: {ast.unparse(term)!r} is no method; write for example 'int8 + lora(r=16)'."
         )
-    name, methods = call.func.id, available()
-    if name not in methods:
-        raise EfftuneError(
-            f"There is no method {name!r}{nearest(name, methods)}; the methods are: {', '.join(methods)}."
-        )
-    cls = methods[name]
+    name = call.func.id
+    cls = method_class(name)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if call.args:
         raise EfftuneError(f"{name} takes its settings by name: {', '.join(f'{f}=...' for f in fields)}.")
