@@ -11,10 +11,14 @@ from efftune.structure import matches
 
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """Trains every floating-point parameter of the modules that `target_modules` means (None: of the whole model).
+    """Trains every floating-point parameter of the modules that `target_modules` selects, or of the whole model where
+    it is None.
 
-    Exact nn.Linear layers stay nn.Linear: there is nothing to save on them.
-    Raises: EfftuneError if nothing matches, or if a layer's storage cannot be trained (int8 codes).
+    A linear layer that keeps its input exactly stays an nn.Linear, because there is nothing to save on it.
+
+    Args:
+        target_modules: a regular expression, or a list of path endings.
+    Raises: EfftuneError where nothing matches, or where a layer's storage cannot be trained (int8 codes).
     """
 
     target_modules: str | tuple[str, ...] | None = None
