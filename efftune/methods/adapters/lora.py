@@ -13,14 +13,17 @@ from efftune.structure import CLASSIFIERS, matches
 
 @dataclass(frozen=True)
 class LoraMethod(Method):
-    """y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ on the layers that `target_modules` means; see `efftune.linear.LoRA`.
+    """Trains a low-rank term beside the frozen weight of each linear layer that `target_modules` selects:
+    y = x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ.
 
-    Args (names, meanings and defaults of PEFT's LoraConfig where it has them):
+    `efftune.linear.LoRA` says how it is computed, what is rounded and what backward keeps.
+
+    Args (names and meanings are those of PEFT's LoraConfig where it has them):
         r, lora_alpha, lora_dropout, use_rslora, freeze_a, dtype: see `efftune.linear.LoRA`.
         target_modules: a regular expression, a list of path endings, or "all-linear" (all but the output head).
-        bias: "none", "lora_only" (of the layers with adapters) or "all".
-        modules_to_save: path endings of modules that train whole beside the adapters. None: a classification head,
-            which is new in a model made from an encoder.
+        bias: which biases train: "none", "lora_only" (those of the layers with adapters) or "all".
+        modules_to_save: path endings of modules that train whole beside the adapters. None selects a classification
+            head, which is new in a model made from an encoder.
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
