@@ -12,9 +12,12 @@ from efftune.plan import ALL_LINEAR
 
 @dataclass(frozen=True)
 class Int8Method(Method):
-    """Stores the layers that `target_modules` means as `efftune.linear.Int8(group)`: about 1 byte per weight.
+    """Stores the weights of the linear layers that `target_modules` selects as 8-bit integers with a scale for each
+    `group` of a row, about 1 byte a weight.
 
-    Says nothing about what trains: "int8 + lora(r=16)" trains adapters over the integers.
+    The method says nothing about what trains: "int8 + lora(r=16)" trains adapters over the integers.
+    `efftune.linear.Int8` says how they are rounded and multiplied.
+
     Raises: EfftuneError where a layer's weight is tied to another module's, trains itself, or is not finite (the layers
         before it are then already stored as integers).
     """

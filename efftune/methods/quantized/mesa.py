@@ -43,27 +43,27 @@ class Chosen(State):
 
 @dataclass(frozen=True)
 class Mesa(Method):
-    """What backward keeps is quantised in groups, with stochastic rounding: the inputs of the trained linear layers
-    that `target_modules` means, and the inputs of norms, activations and attention in the blocks around them.
+    """Keeps 8- or 4-bit codes for backward in the place of activations: of the inputs of the trained linear layers that
+    `target_modules` selects, and of the inputs of norms, activations and attention in the blocks around them.
 
-    Given dy, a linear layer's gradient stays unbiased, unless its input is an activation made again from codes. There,
-    and through norms, activations and attention, gradients have a bias of second order in the rounding error. `efftune
-    verify` measures it.
+    Values are quantised in groups, with stochastic rounding. Given dy, a linear layer's gradient stays unbiased, unless
+    its input is an activation that is made again from codes. There, and through norms, activations and attention,
+    gradients have a bias of second order in the rounding error. `efftune verify` measures it.
 
     With `max_error` not everything has `bits`. The first micro-batch that goes through `tuner.backward` tells how much
     error each place (the norms, activations, attention or linear layers of one block) puts into the gradient of each
-    block; places are then given 8 bits, or are kept exactly, most error per byte first, until
+    block. Places are then given 8 bits, or are kept exactly, most error per byte first, until
 
         √(E‖g − g*‖² / ‖g*‖²) ≤ max_error    over the parameters of every block
 
     and three draws with everything together confirm it. g* is the gradient with 8-bit keeps, whose own error is 17
-    times smaller than that of 4 bits; with bits=8, or a max_error that small, it is that with exact keeps, and the
-    first micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
+    times smaller than that of 4 bits. With bits=8, or with a max_error that small, g* is the gradient with exact keeps,
+    and the first micro-batch needs memory for them. Blocks that a schedule trains later only are not looked at.
 
     Memory: bits/8 + 4/group bytes for each value instead of 2 or 4.
-    Cost of max_error: once, a forward and backward pass for each place, about four a block. The gradients are
+    Cost of max_error: once, a forward and backward pass for each place, about four places a block. Their gradients are
         dropped, but hooks on parameters see them.
-    Raises: EfftuneError for other bits than 8 and 4, a max_error that is not positive, and where no layer trains.
+    Raises: EfftuneError for other bits than 8 and 4, for a max_error that is not positive, and where no layer trains.
     Source: Pan et al. 2021, arXiv:2111.11124.
     """
 

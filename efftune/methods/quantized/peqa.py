@@ -12,14 +12,17 @@ from efftune.plan import ALL_LINEAR
 
 @dataclass(frozen=True)
 class Peqa(Method):
-    """Trains the scales of the quantised layers that `target_modules` means: "int8(group=64) + peqa" trains a 64th of
-    the weights, and what comes out is a model quantised as before, with no adapter beside it.
+    """Trains the scales of the quantised layers that `target_modules` selects, and leaves their integers as they are.
 
-    Saved for backward: what each layer's keep says (its input). Gradients and optimizer state: of the scales alone. The
-    scales have the weights' dtype: in 16 bits small updates are lost with AdamW, and not with mezo, whose ε should be a
-    hundredth of the scales (absmax/127 of their group), since 1e-3 is as large as they are.
+    "int8(group=64) + peqa" trains one number for every 64 weights. What comes out is a model that is quantised as
+    before, with no adapter beside it.
+
+    Saved for backward: what the keep of each layer says, which is its input.
+    Memory: gradients and optimizer state are those of the scales alone.
+    Numerics: the scales have the weights' dtype. In 16 bits AdamW loses small updates, and mezo does not. The ε of mezo
+        should be a hundredth of the scales (absmax/127 of their group), since 1e-3 is as large as they are.
     Raises: EfftuneError where a layer is not quantised.
-    Source: Kim et al. 2023, arXiv:2305.14152 (one scale for each row; here for each group).
+    Source: Kim et al. 2023, arXiv:2305.14152, which has one scale for each row; here each group has one.
     """
 
     target_modules: str | tuple[str, ...] = ALL_LINEAR
