@@ -72,28 +72,33 @@ class Controller(State):
 
 @dataclass(frozen=True)
 class Vcas(Method):
-    """Forward on all samples, backward on a part of them, chosen so that the gradient stays unbiased and its variance
-    grows by at most tau_act + tau_w of what the mini-batch has anyway.
+    """Runs forward on all samples and backward on a part of them, chosen so that the gradient stays unbiased and its
+    variance grows by at most tau_act + tau_w of what the mini-batch has anyway.
 
-    Blocks of the transformer's stack keep only their inputs and run again in backward (`nn.subbatch`), block l on a
-    share ρ_l of the samples that falls with depth below the loss; within those each linear layer takes its weight's
-    gradient from a share ν_l of the rows. All shares begin at 1. Every `interval` steps, `batches` micro-batches (of
-    the same step if it has as many, else of the steps that follow) are measured: their exact gradients, which train as
-    ever, and `batches` repeats each with samples drawn but all rows. With V_s the variance of a micro-batch's gradient,
-    V_act what drawing samples adds and V_w,l what drawing rows would add,
+    The blocks of the transformer's stack keep only their inputs and run again in backward (`nn.subbatch`): block l on a
+    share ρ_l of the samples, which falls with its depth below the loss. Within those samples each linear layer takes
+    its weight's gradient from a share ν_l of the rows. All shares begin at 1. Every `interval` steps, `batches`
+    micro-batches are measured (of the same step if it has as many, else of the steps that follow): their exact
+    gradients, which train as ever, and `batches` repeats of each with samples drawn but all rows. With V_s the variance
+    of a micro-batch's gradient, V_act what drawing samples adds to it and V_w,l what drawing rows would add,
 
         s   ← s + alpha·sign(V_act − tau_act·V_s)           the share of Σ‖G_i‖ that the kept samples must hold
         ρ_l ← 0.6·ρ_l + 0.4·max_{j≤l} p_j(s)                p_j(s): the least share of the samples that holds it
         ν_l ← min(1, ν_l/beta) if V_w,l > tau_w·V_s,l, else ν_l·beta
 
-    V_s and V_act are taken over the stack's weights, from one coordinate in 97; V_w,l is Σ_i (1/q_i − 1)‖g_i‖²‖x_i‖²,
-    for rows drawn independently; systematic sampling stays below it.
-    Needs `tuner.backward`: with a loop that calls loss.backward() itself the shares stay at 1.
+    V_s and V_act are taken over the stack's weights, from one coordinate in 97. V_w,l is Σ_i (1/q_i − 1)‖g_i‖²‖x_i‖²,
+    which holds for rows drawn independently; systematic sampling stays below it.
+    The method needs `tuner.backward`: with a loop that calls loss.backward() itself the shares stay at 1.
 
     Args:
-        interval: 0 measures nothing: sample_ratio and row_ratio are the shares, for the whole run.
-    Memory: that of block checkpointing; while measuring, one copy of a block's gradients and 1 % of all.
-    Cost: a block's forward 1 + 3ρ times, of checkpointing's 4. Measuring: `batches`² steps every `interval` steps.
+        tau_act, tau_w: what drawing samples and drawing rows may add, as shares of V_s and V_s,l.
+        alpha, beta: the steps by which s and ν_l are adapted.
+        interval: 0 measures nothing; sample_ratio and row_ratio are then the shares, for the whole run.
+        batches: how many micro-batches are measured, and how often each is repeated.
+        sample_ratio, row_ratio: fixed shares, which interval=0 belongs to.
+    Memory: that of block checkpointing. While it measures, one copy of a block's gradients and 1 % of all.
+    Cost: 1 + 3ρ times a block's forward, where checkpointing takes 4. Measuring takes `batches`² steps every `interval`
+        steps.
     Raises: EfftuneError where no weight of the stack trains, or where backward on a part of the batch would be wrong.
     Source: Wang, Chen, Zhu 2024, arXiv:2402.17227, algorithm 1; in its equation 7 the sign of ν's update is reversed.
     """

@@ -16,18 +16,21 @@ from efftune.structure import blocks
 
 @dataclass(frozen=True)
 class WtaCrs(Method):
-    """The trained linear layers that `target_modules` means estimate dW = dyᵀ·x from `ratio` of the tokens, without
-    bias; dx stays exact. See `efftune.linear.keep.sampled.Sampled` for the samplers, and for when rows are drawn.
+    """Estimates the weight gradients dW = dyᵀ·x of the trained linear layers that `target_modules` selects from a share
+    `ratio` of the tokens, without bias. The gradient dx of a layer's input stays exact.
 
-    Scores: ‖x_i‖ · ‖dy_i‖ of each token. Where rows are drawn in forward, ‖dy_i‖ is remembered from the last time the
-    sample was seen, one number per token for all layers, under the `sample_ids` of the batch; `tuner.summary()` says
+    `efftune.linear.keep.sampled.Sampled` describes the samplers, and says when rows are drawn.
+
+    A token's score is ‖x_i‖ · ‖dy_i‖. Where rows are drawn in forward, ‖dy_i‖ is remembered from the last time that the
+    sample was seen: one number per token for all layers, under the `sample_ids` of the batch. `tuner.summary()` says
     how often there was one.
-    With `attention`, models that run with attn_implementation="eager" also estimate dv and dk of attention, from
-    `ratio` of the query rows: see `efftune.nn.eager_attention`. It saves time only, and composes with `mesa`, which
-    says how the attention weights are kept.
 
-    Memory: `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor; an input that
-        backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
+    With `attention`, models that run with attn_implementation="eager" also estimate dv and dk of attention, from a
+    share `ratio` of the query rows (see `efftune.nn.eager_attention`). This saves time only. It composes with `mesa`,
+    which says how the attention weights are kept.
+
+    Memory: a share `ratio` of what such layers keep, k·K elements, once for layers that read the same tensor. An input
+        that backward can make again costs nothing in any case, and its layer draws in backward, with exact scores.
     Raises: EfftuneError for a ratio outside (0, 1], for sampler="topk" without biased=True, where no layer trains, and
         for attention=True on a model without eager attention.
     Source: Liu et al. 2023, arXiv:2305.15265.
