@@ -12,12 +12,13 @@ from efftune.structure import blocks
 
 @dataclass(frozen=True)
 class Lisa(Method):
-    """Trains only `layers` of the stack of transformer layers at a time, drawn anew every `interval` steps.
+    """Trains only `layers` of the stack of transformer layers at a time, and draws them anew every `interval` steps.
 
-    Of what the recipe trains, everything outside the stack (embeddings, head, final norm) always trains. The draw is
-    without replacement and follows from (seed, step // interval) alone, so a resumed run repeats it. All parameters are
-    in the optimizer from the start; a layer that leaves loses its gradient and optimizer state, one that enters starts
-    afresh.
+    Of what the recipe trains, everything outside the stack (embeddings, head, final norm) always trains. Layers are
+    drawn without replacement, and the draw follows from (seed, step // interval) alone, so a resumed run repeats it.
+    All parameters are in the optimizer from the start. A layer that leaves loses its gradient and optimizer state, and
+    one that enters starts afresh.
+
     Memory: gradients and optimizer state of `layers` layers; a frozen layer keeps no input for its weights.
     Source: Pan et al. 2024, arXiv:2403.17919, algorithm 1 (γ = layers = 2, K = interval = 20).
     """

@@ -10,11 +10,14 @@ from efftune.methods._base import Method
 
 @dataclass(frozen=True)
 class RecomputeBlocks(Method):
-    """Every `every`-th block of the transformer's stack keeps its inputs only; backward runs it again (checkpointing).
+    """Lets every `every`-th block of the transformer's stack keep its inputs only, and runs it again in backward
+    (checkpointing).
 
-    The gradient is the same, bit for bit. Composes with everything inside the block: while a block runs again, its
+    The gradient is the same, bit for bit. It composes with everything inside the block: while a block runs again, its
     layers keep what they keep for that block alone.
-    Memory: a block's inputs, 2 d bytes a token in 16 bits.   Cost: one more forward of the block, a third of a step.
+
+    Memory: a block's inputs, 2 d bytes a token in 16 bits.
+    Cost: one more forward of the block, a third of a step.
     Raises: EfftuneError for an `every` below 1, and where the model has no stack of alike blocks.
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
