@@ -34,19 +34,24 @@ class Exactly(State):
 
 @dataclass(frozen=True)
 class ZerothOrder(Method):
-    """a = (L(θ + εz) − L(θ − εz)) / 2ε for a random z, which is drawn again from its seed wherever it is wanted.
+    """Estimates the slope a = (L(θ + εz) − L(θ − εz)) / 2ε of the loss along a random direction z from forward passes
+    alone. z is drawn again from its seed wherever it is needed.
 
-    Settings that all methods of the family have; see `efftune.optim.zeroth_order.ZerothOrderSGD` for how they update.
+    All methods of the family have these settings; `efftune.optim.zeroth_order.ZerothOrderSGD` says how they update.
 
     Args:
         eps: ε. 1e-3 suits float32; bfloat16 wants more (docs/benchmarks.md), and `efftune verify` measures what it is
-            worth.   dist: of z, "normal" or "rademacher" (±1).   seed: of all draws; step t draws from (seed, t).
-        points: 2, or 1: a = (L(θ_t + εz_t) − L(θ_{t−1} + εz_{t−1})) / ε, one forward pass a step and a larger variance
-            (one-point estimate with residual feedback, Zhang et al. 2022, arXiv:2006.10820). The first step only looks.
-        samples: directions a step, whose estimates are averaged.
-        momentum, beta2: of the update.
-        update: "stochastic" rounds 16-bit weights stochastically; "exact" refuses them; "log" writes the first weights
-            plus the sum over all steps, rounded once: a draw for each different seed so far, and a copy in host memory.
+            worth.
+        dist: the distribution of z, "normal" or "rademacher" (±1).
+        seed: the seed of all draws; step t draws from (seed, t).
+        points: 2, or 1: a = (L(θ_t + εz_t) − L(θ_{t−1} + εz_{t−1})) / ε takes one forward pass a step and has a larger
+            variance (one-point estimate with residual feedback, Zhang et al. 2022, arXiv:2006.10820). The first step
+            only looks.
+        samples: how many directions a step has; their estimates are averaged.
+        momentum, beta2: those of the update.
+        update: "stochastic" rounds 16-bit weights stochastically, "exact" refuses them, and "log" writes the first
+            weights plus the sum over all steps, rounded once. That takes a draw for each different seed so far, and a
+            copy in host memory.
         per_layer: "variance" or "expectation" perturbs each tensor in proportion to the size of its weights.
     """
 

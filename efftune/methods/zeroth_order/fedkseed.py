@@ -33,16 +33,17 @@ class Known(Exactly):
 
 @dataclass(frozen=True)
 class FedKSeed(ZerothOrder):
-    """MeZO whose step draws z from one of `k` seeds; θ − θ₀ = Σ_k c_k · z(seed_k), and the c_k are all that a client
-    sends, or that a seed log sums up to (`SeedLog.sums`).
+    """Trains as mezo does, with directions from `k` shared seeds only: θ − θ₀ = Σ_k c_k · z(seed_k), and the c_k are
+    all that a client sends, or that a seed log sums up to (`SeedLog.sums`).
 
-    With pro=True a seed is drawn with probability p_k = softmax of its mean |a|, min-max scaled over the seeds (a seed
-    that was not drawn yet counts with the mean of the others), taken anew every `interval` steps: directions in which
-    the loss is steep come more often. The update is then that of another expectation, Σ p_k a_k z_k; unbiased=True
-    weights a by 1/(k·p_k) and has the uniform one's.
+    With pro=True a seed is drawn with probability p_k, the softmax of its mean |a|, min-max scaled over the seeds (a
+    seed that was not drawn yet counts with the mean of the others), taken anew every `interval` steps. So directions in
+    which the loss is steep come more often. The update is then that of another expectation, Σ p_k a_k z_k;
+    unbiased=True weights a by 1/(k·p_k) and has the expectation of uniform draws.
 
-    Memory: mezo's, and with pro two numbers a seed. Cost: mezo's; replaying the sums draws k numbers for each weight,
-    and reads it once (`perturb` with many seeds).
+    Memory: that of mezo, and with pro two numbers a seed.
+    Cost: that of mezo. Replaying the sums draws k numbers for each weight, and reads it once (`perturb` with many
+        seeds).
     State in a checkpoint: sums and counts of |a| (pro).
     Raises: EfftuneError for k or interval below 1, and for unbiased without pro, which has nothing to correct.
     Source: Qin et al. 2024, arXiv:2312.06353 (K = 4096), section 3.4 for pro.

@@ -44,24 +44,25 @@ class Round(State):
 
 @dataclass(frozen=True)
 class Ferret(Method):
-    """Rounds of `local_steps` optimizer steps from w₀ to w, then w ← w₀ + Δ̃: Δ̃ is what a few numbers say of Δ = w − w₀.
+    """Lets the recipe's optimizer take rounds of `local_steps` steps from w₀ to w, and then writes w ← w₀ + Δ̃, where
+    Δ̃ is what a few numbers say of Δ = w − w₀. Those numbers are all that processes and clients exchange.
 
     A block b of `block` consecutive entries of a tensor has k random directions z_i, drawn from the round's seeds,
     which follow from `seed`:
 
         a_i = scale/k · <z_i, Δ_b>,    Δ̃_b = Σ_i a_i z_i,    E Δ̃ = scale · Δ,
 
-    for scale=1 with E‖Δ̃_b − Δ_b‖² = (block ∓ 1)/k · ‖Δ_b‖², − for ±1 ("rademacher"), + for "normal". The a_i,
+    for scale=1 with E‖Δ̃_b − Δ_b‖² = (block ∓ 1)/k · ‖Δ_b‖², − for ±1 ("rademacher"), + for "normal". The a_i, in
     float32, are all that a round takes: processes of torch.distributed exchange nothing else and apply their mean, a
-    federated client sends them (examples/federated.py), the seed log holds them.
+    federated client sends them (examples/federated.py), and the seed log holds them.
 
-    `k`, `block`: the error and the count of numbers depend on block/k alone, the work on k, so that large blocks with
-    many directions gain nothing over small ones with few. So tensors get numbers by their size, which makes the sum of
-    errors least where all entries move about as far (under Adam), and of which nothing need be sent.
+    `k` and `block`: the error and the count of numbers depend on block/k alone, and the work on k, so that large blocks
+    with many directions gain nothing over small ones with few. So tensors get numbers by their size. That makes the sum
+    of errors least where all entries move about as far (under Adam), and nothing need be sent to agree on it.
 
     `scale`: Δ̃ is about scale·√(block/k) times as long as Δ, which does harm only where the loss is curved. So the scale
-    of the least error, k/(k + block ∓ 1), is far too careful, and 1 too bold for large block/k or rates. Held-out loss
-    of the small default model, 6.26 before, after 120 steps (docs/benchmarks.md has the command):
+    of the least error, k/(k + block ∓ 1), is far too careful, and 1 is too bold for a large block/k or rate. Held-out
+    loss of the small default model, 6.26 before, after 120 steps (docs/benchmarks.md has the command):
 
         recipe   --lr   without   ferret   scale=1.0   scale=0.2   scale=0.06, the least error's
         full     1e-3   4.782     5.013    4.825                   5.896
@@ -69,10 +70,13 @@ class Ferret(Method):
 
     The local steps are those of the recipe's optimizer, whose state goes on from round to round. A tensor that rests
     for a whole round (lisa) sends nothing and stays as it is. Between the ends of rounds the weights are the local
-    ones; a round that the end of training cuts stays so and is in no log: let the steps be a multiple of local_steps.
-    Memory: w₀, one copy of the trained weights, and scratch of a tensor's size.   Cost: 2k draws for a weight, a round.
-    Numerics: Δ and the products in float32 (float64 for float64); 16-bit weights are rounded stochastically.
-    State in a checkpoint: within a round w₀; the log, four bytes a number, which ends when it is longer than the
+    ones. A round that the end of training cuts stays so and is in no log, so let the steps be a multiple of
+    local_steps.
+
+    Memory: w₀, one copy of the trained weights, and scratch of a tensor's size.
+    Cost: 2k draws for a weight and round.
+    Numerics: Δ and the products are float32 (float64 for float64); 16-bit weights are rounded stochastically.
+    State in a checkpoint: within a round w₀, and the log, four bytes a number, which ends when it is longer than the
         trained weights. Buffers (running statistics of BatchNorm) are not in the log.
     Raises: EfftuneError for k outside [1, block], local_steps below 1, a scale not above 0, an unknown dist, and beside
         a method whose run is scalars already (mezo).
