@@ -15,6 +15,20 @@ def said(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def test_methods_lists_each_with_whole_sentences(capsys):
+    lines = said(capsys).splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert [head.partition("(")[0] for head in heads] == list(available())
+    for name, cls in METHODS.items():
+        at = lines.index(next(head for head in heads if head.startswith(f"{name}(")))
+        end = next((i for i in range(at + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
+        text = " ".join(line.strip() for line in lines[at + 1 : end])
+        assert text[0].isupper() and text.endswith("."), name
+        assert text in " ".join((cls.__doc__ or "").split())
+        assert len(text) <= 300, name  # a list of them is read
+        assert max(map(len, lines[at + 1 : end])) <= 100
+
+
 def test_the_signature_has_every_setting_and_its_default(capsys):
     assert "recompute(every=1)" in said(capsys)
     assert "mesa(bits=8, group=64, max_error=None, target_modules='all-linear')" in said(capsys)
