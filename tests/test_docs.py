@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ from efftune.cli import parser
 from efftune.recipe import parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+METHODS = ROOT / "docs" / "methods"  # whose pages go on from what their index defines, and show what they print
 LANGUAGES = {"python", "cpp", "text", "json", "toml"}
 
 # Each page in a process of its own, as somebody would who pastes one block after the other. They are forked from one
 # that has imported what takes long. A method that a page writes into a file of its own is found as if it lay there.
+# A block that is followed by what it prints has to print that.
 RUN = """
-import json, os, sys, traceback, types
+import contextlib, io, json, os, sys, traceback, types
 import peft, torch, transformers  # before what a page shows, and once
 import efftune
 from efftune.methods import Method, available
@@ -31,8 +34,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 def paste(blocks):
     sys.modules["__main__"] = types.ModuleType("__main__")
     names = vars(sys.modules["__main__"])
-    for place, block in blocks:
-        exec(compile(block, place, "exec"), names)
+    for place, block, shown in blocks:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, place, "exec"), names)
+        if shown is not None and printed.getvalue() != shown:
+            raise AssertionError(f"{place} prints:\\n{printed.getvalue()}and not:\\n{shown}")
         for value in list(names.values()):
             if isinstance(value, type) and issubclass(value, Method) and value.__module__ == "__main__":
                 available()[value.name] = value
@@ -54,12 +60,16 @@ print(json.dumps(failed))
 """
 
 
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
 def blocks(page):
     """(place, language, text) of each fenced block."""
     text = page.read_text()
     for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
         line = text.count("\n", 0, found.start()) + 1
-        yield f"{page.relative_to(ROOT)}:{line}", found[1], found[2]
+        yield f"{name(page)}:{line}", found[1], found[2]
 
 
 def commands(page):
@@ -73,7 +83,7 @@ def commands(page):
         for command in found:
             command = command.replace(" ...", "").replace("[", "").replace("]", "")
             words = shlex.split(re.sub(r"(\w)\|\w+", r"\1", command) if "bench." in command else command, comments=True)
-            yield f"{page.relative_to(ROOT)}:{number}", words
+            yield f"{name(page)}:{number}", words
 
 
 def statements(source):
@@ -86,13 +96,19 @@ def repository():
     return set().union(*(statements(f.read_text()) for folder in folders for f in (ROOT / folder).rglob("*.py")))
 
 
+def to_run(page):
+    """(place, text, what it prints or None) of each block of Python."""
+    before = to_run(METHODS / "README.md") if page.parent == METHODS and page.name != "README.md" else []
+    found = [*blocks(page), (None, None, None)]
+    shows = page.parent == METHODS
+    pairs = [(block, text if shows and kind == "text" else None) for block, (_, kind, text) in pairwise(found)]
+    return before + [(place, text, shown) for (place, kind, text), shown in pairs if kind == "python"]
+
+
 def test_python_runs(repository, tmp_path):
-    own = {}
-    for page in PAGES:
-        found = [(place, text) for place, language, text in blocks(page) if language == "python"]
-        own[page.name] = [block for block in found if not statements(block[1]) <= repository]
+    own = {name(page): [b for b in to_run(page) if not statements(b[1]) <= repository] for page in PAGES}
     own = {page: found for page, found in own.items() if found}
-    assert "README.md" in own
+    assert {"README.md", "docs/methods/lora.md"} <= own.keys()
     run = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps(own), capture_output=True, text=True, cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
@@ -118,7 +134,7 @@ def fail(self, message):
     raise ValueError(message)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_command_lines_parse(page, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "error", fail)
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)

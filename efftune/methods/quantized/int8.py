@@ -13,7 +13,7 @@ from efftune.plan import ALL_LINEAR
 @dataclass(frozen=True)
 class Int8Method(Method):
     """Stores the weights of the linear layers that `target_modules` selects as 8-bit integers with a scale for each
-    `group` of a row, about 1 byte a weight.
+    `group` of a row, about 1 byte a weight (1.03 for bfloat16 and a group of 64).
 
     The method says nothing about what trains: "int8 + lora(r=16)" trains adapters over the integers.
     `efftune.linear.Int8` says how they are rounded and multiplied.
