@@ -16,12 +16,12 @@ def _stride(parameter: Tensor) -> int:
 
 
 def inverse_share(parameter: Tensor) -> float:
-    """Of a sum over the looked-at coordinates, to one over all."""
+    """The factor that makes a sum over the looked-at coordinates one over all coordinates."""
     return parameter.numel() / len(range(0, parameter.numel(), _stride(parameter)))
 
 
 def distance(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
-    """‖a - b‖² of two gradients of `parameter`, from their looked-at coordinates."""
+    """‖a − b‖² of two gradients of `parameter`, estimated from their looked-at coordinates."""
     return (a - b).square().sum(dtype=torch.float64) * inverse_share(parameter)
 
 
@@ -46,7 +46,7 @@ def coordinates(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tenso
 
 @contextmanager
 def discarding(model: nn.Module) -> Iterator[None]:
-    """Gradients within are dropped, each as soon as it is there; those of before are back afterwards."""
+    """Drops the gradients of backward passes within, each as soon as it is there, and puts those of before back."""
     held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
 
     def drop(p: Tensor) -> None:

@@ -33,7 +33,7 @@ Places = dict[str, list[Any]]  # name -> modules whose `keep` is chosen together
 
 @dataclass
 class Chosen(State):
-    """What max_error has led to."""
+    """The bits that `max_error` has chosen for the places."""
 
     bits: dict[str, int] | None = None  # place -> 4, 8 or EXACT; None: not measured yet
     error: float = 0.0
@@ -129,7 +129,7 @@ class Mesa(Method):
     def _choose(
         self, model: nn.Module, places: Places, loss: Callable[[], Tensor], max_error: float
     ) -> tuple[dict[str, int], float]:
-        """-> place -> bits, and the error of the worst block with them."""
+        """The bits of each place, and the error of the worst block with them."""
         truth = {name: Aligned() for name in places}
         reference = truth if self.bits == 8 else {name: Quantized(8, self.group) for name in places}
         with probing(model, places) as probe:
@@ -189,7 +189,7 @@ class Mesa(Method):
 
 
 def _block(name: str) -> str:
-    """Of a module or parameter: the path up to its first number, which counts the blocks of a model."""
+    """The path of a module or parameter up to its first number, which counts the blocks of a model."""
     numbered = re.match(r"(.*?\b\d+)\.", name)
     return numbered[1] if numbered else "the rest"
 
@@ -211,7 +211,8 @@ def _set(places: Places, keeps: dict[str, Any]) -> None:
 def allocate(
     bits: int, costs: dict[str, dict[int, float]], errors: dict[str, dict[str, float]], limit: float
 ) -> dict[str, int]:
-    """place -> bits, such that the errors of every block add up to `limit` at most; greedy, most error per byte first.
+    """The bits of each place, chosen so that the errors of every block add up to `limit` at most. The choice is greedy:
+    places with the most error per byte come first.
 
     Args:
         costs: place -> bits -> bytes.   errors: place -> block -> squared relative error of that block's gradient with
@@ -236,7 +237,7 @@ def allocate(
 
 
 def total(bits: int, chosen: dict[str, int], errors: dict[str, dict[str, float]]) -> dict[str, float]:
-    """block -> squared relative error with the bits of `chosen`."""
+    """The squared relative error of each block with the bits of `chosen`."""
     found: dict[str, float] = defaultdict(float)
     for name, blocks in errors.items():
         for block, error in blocks.items():
@@ -251,14 +252,14 @@ def _share(bits: int, other: int) -> float:
 
 @dataclass(frozen=True)
 class Aligned(Exact):
-    """Exact, and takes a seed like keeps that draw: what is drawn after it (dropout) does not change."""
+    """Keeps exactly, and takes a seed like keeps that draw, so that what is drawn after it (dropout) stays the same."""
 
     random = True
 
 
 @dataclass(frozen=True, eq=False)
 class Counting(Quantized):
-    """Quantized, and notes the shapes of what it keeps."""
+    """Keeps codes, and notes the shapes of what it keeps."""
 
     seen: list[tuple[torch.Size, int]] = field(default_factory=list)
 
@@ -267,7 +268,7 @@ class Counting(Quantized):
         return super().hold(z, seed, stream)
 
     def bytes(self, bits: int) -> float:
-        """What these tensors take in `bits`."""
+        """How many bytes the tensors that it has seen take in `bits`."""
         if bits == EXACT:
             return sum(m * k * size for (m, k), size in self.seen)
         return sum(m * (k * bits / 8 + 4 * -(-k // self.group)) for (m, k), _ in self.seen)
@@ -292,11 +293,11 @@ class Probe:
         return seen
 
     def advance(self) -> None:
-        """Other random numbers from here on."""
+        """Takes other random numbers from here on."""
         self.before = self.after
 
     def errors(self, drawn: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-        """block -> ‖drawn - exact‖² / ‖exact‖² over its parameters."""
+        """‖drawn − exact‖² / ‖exact‖² of each block, over its parameters."""
         parameters = dict(self.model.named_parameters())
         error: dict[str, float] = defaultdict(float)
         size: dict[str, float] = defaultdict(float)

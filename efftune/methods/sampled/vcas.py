@@ -237,7 +237,7 @@ class Vcas(Method):
 
 @dataclass(frozen=True, eq=False)
 class Probe(Exact):
-    """Exact, and notes V_w = Σ_i (1/q_i − 1)‖g_i‖²‖z_i‖²: what drawing `ratio` of the rows would add."""
+    """Keeps exactly, and notes V_w = Σ_i (1/q_i − 1)‖g_i‖²‖z_i‖², which drawing `ratio` of the rows would add."""
 
     ratio: float
     seen: list[Tensor]

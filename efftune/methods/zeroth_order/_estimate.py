@@ -27,7 +27,7 @@ LOST = 0.01  # of the trained entries may be too large for eps before it is said
 
 @dataclass
 class Exactly(State):
-    """What the family has in common: nothing to learn."""
+    """The state of a zeroth-order method, which as a rule learns nothing."""
 
     _exactly: bool = False  # gradients are asked for
 
@@ -87,12 +87,12 @@ class ZerothOrder(Method):
         return ZerothOrderSGD(groups, **self._of_optimizer(), **defaults)
 
     def directions(self, run: Run) -> list[tuple[int, float]]:
-        """The step's directions: seeds, and what their estimates are weighted by."""
+        """The step's directions: their seeds, and the weights of their estimates."""
         draw = random.Random(f"{self.seed}:{run.step}")
         return [(draw.randrange(DECAY), 1.0) for _ in range(self.samples)]
 
     def weights(self, run: Run) -> dict[int, float]:
-        """Seed -> what its estimate is multiplied by in the step's mean; a seed that is drawn twice counts twice."""
+        """The factor of each seed's estimate in the step's mean; a seed that is drawn twice counts twice."""
         found: dict[int, float] = defaultdict(float)
         for seed, weight in self.directions(run):
             found[seed] += weight / self.samples
@@ -162,7 +162,7 @@ def loss_at(model, batch, loss_fn, perturbation: Perturbation, eps: float, seed:
 
 
 def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: Set[int]) -> None:
-    """Warns of weights that do not train, or are too large for ε."""
+    """Warns of weights that no forward pass used, and of weights that are too large for ε."""
     training = {name: p for name, p in optimizer.named_parameters() if p.requires_grad}
     unused = [name for name, p in training.items() if id(p) not in used]
     if unused:

@@ -23,7 +23,7 @@ def candidates(seed: int, k: int) -> tuple[int, ...]:
 
 @dataclass
 class Known(Exactly):
-    """Of |a| by seed, in the order of `candidates`."""
+    """Sums and counts of |a| by seed, in the order of `candidates`."""
 
     sum: Tensor | None = None  # (k,) float64
     count: Tensor | None = None  # (k,) float64
@@ -89,7 +89,8 @@ class FedKSeed(ZerothOrder):
 
 
 def significance(total: Tensor | None, count: Tensor | None, k: int) -> list[float]:
-    """p (k,), of Σ|a| and how often, by seed; uniform while nothing is known. Waits for the device."""
+    """The probabilities p (k,) of the seeds, from the sum and the count of |a| of each; they are uniform while nothing
+    is known. This waits for the device."""
     if total is None or count is None or not bool(count.any()):
         return [1 / k] * k
     mean = total / count.clamp_min(1)

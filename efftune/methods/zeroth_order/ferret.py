@@ -181,7 +181,7 @@ class Ferret(Method):
         )
 
     def arrives(self, name, change, turn):
-        """Without `scale`, which acts like the rate."""
+        """What becomes of the change, without `scale`, which acts like a learning rate."""
         zero, seeds = torch.zeros_like(change), self.seeds(turn)
         return self.reconstruct(name, zero, self.project(name, change, zero, seeds) / self.scale, seeds)
 
