@@ -21,8 +21,8 @@ class Called(State):
 
 @dataclass(frozen=True)
 class Dft(Method):
-    """Dynamic fine-tuning multiplies the cross entropy of each token by the token's own probability, which takes part
-    in no gradient:
+    """Multiplies the cross entropy of each token by the token's own probability, which takes part in no gradient
+    (dynamic fine-tuning).
 
         loss = Σ_i p_i · (−log p_i) / n,    ∂loss/∂θ = −Σ_i ∂p_i/∂θ / n,    p_i detached as a weight
 
@@ -35,7 +35,8 @@ class Dft(Method):
     "mean" stays a mean over the tokens that count. The loss that a step reports is the plain one, Σ −log p_i / n: the
     weighted one rises while p grows from 0 to 1/e, and tells nothing.
 
-    Memory: one float32 a token.   Cost: none to speak of.
+    Memory: one float32 a token.
+    Cost: none to speak of.
     Raises: EfftuneError for a loss without such a cross entropy, or one with label smoothing or class weights, where
         the loss is not −log p; and in a zeroth-order recipe, whose differences of losses see the factor change as well.
     Source: Wu et al. 2025, arXiv:2508.05629, equation 9.

@@ -39,7 +39,7 @@ class Seen(State):
 
 @dataclass(frozen=True)
 class StageFilter(Method):
-    """Training on a stream of samples in three stages.
+    """Trains on a stream of samples in three stages, the later ones of which leave out rows that the model has learnt.
 
     1. The first `window` micro-batches train whole. Their mean loss is the threshold, and stays the mean of the last
        `window` micro-batches as the model learns.
@@ -53,8 +53,9 @@ class StageFilter(Method):
     left out, and one that is a mean is the mean of the hard rows. Either is biased towards what is hard, which is the
     purpose. The loss that is returned is that of the hard rows, or the mean of those that were looked at.
 
-    Memory: 128 KiB.   Cost: in units of a forward 3 for a hard row and 1 more to find it, 1 for an easy one, 0 for one
-        that is predicted so. With a share h of hard rows stage 2 costs 1 + 3h of 3: it pays below h = 2/3.
+    Memory: 128 KiB.
+    Cost: in units of a forward 3 for a hard row and 1 more to find it, 1 for an easy one, 0 for one that is predicted
+        so. With a share h of hard rows stage 2 costs 1 + 3h of 3: it pays below h = 2/3.
     Raises: EfftuneError for settings out of range, and for a batch that has no token ids (B, T).
     Source: Ouyang, Ansari, Lin, Ji 2022, arXiv:2207.14386 (IJCAI 2023). Settings are not the paper's.
     """
