@@ -149,12 +149,13 @@ def test_settings_and_recipes_of_a_page_exist(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_source_names_the_papers_of_the_docstring(name):
-    source = text_of(name).partition("**Source.**")[2]
-    of_page, of_docstring = (set(re.findall(r"arXiv:(\d+\.\d+)", t)) for t in (source, METHODS[name].__doc__ or ""))
+    source, doc = text_of(name).partition("**Source.**")[2], METHODS[name].__doc__ or ""
+    paper = re.search(r"^ *Source: (.+? \d{4})\b", doc, re.M)
+    assert (paper[1] if paper else "no paper") in source
+    of_page, of_docstring = (set(re.findall(r"arXiv:(\d+\.\d+)", text)) for text in (source, doc))
     assert of_docstring <= of_page
     code = "".join(path.read_text() for path in (ROOT / "efftune").rglob("*.py"))
-    assert all(f"arXiv:{paper}" in code for paper in of_page)
-    assert of_page or "no paper" in source
+    assert all(f"arXiv:{number}" in code for number in of_page)
 
 
 @pytest.mark.parametrize("name", METHODS)
