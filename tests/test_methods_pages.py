@@ -165,7 +165,7 @@ def test_figures_of_a_page_stand_where_a_command_puts_them(name):
     prose, shown = "".join(text.split("```")[::2]), "".join(text.split("```")[1::2])
     tables = (ROOT / "README.md").read_text() + (ROOT / "docs" / "benchmarks.md").read_text()
     known = f"{tables}{shown}{METHODS[name].__doc__}"
-    words = re.sub(r"`[^`]+`|arXiv:\S+", "", prose)
+    words = re.sub(r"`[^`]+`|arXiv:\S+|section \S+", "", prose)
     for figure in re.findall(r"\d+\.\d+|\d[\d.,]*(?=\s(?:MiB|GiB|ms|d|%)(?!\w))", words):
         assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d|[.,]\d)", known), figure
 
