@@ -18,6 +18,7 @@ from efftune.linear.keep.quantized import Quantized
 from efftune.methods._base import TRAINS, Method
 from efftune.methods.zeroth_order.mezo import Mezo
 from efftune.plan import ALL_LINEAR
+from efftune.recipe import parse
 from tests.linear.toys import Codebook, Entries, FourBits, Rotated, repick
 
 M, K, N = 24, 32, 16
@@ -369,6 +370,13 @@ def test_moved_to_the_meta_device_and_back():
 def test_a_base_that_is_not_written_to(base):
     with pytest.raises(EfftuneError, match=r"writes entries of the stored weight, and those of .* add an adapter"):
         made(base=base)
+
+
+def test_a_recipe_that_stores_the_weight_otherwise_is_refused_before_the_model_is_touched():
+    model = network()
+    with pytest.raises(EfftuneError, match=r"^0: Entries\(\) writes entries of the stored weight"):
+        efftune.apply(model, [Picks(), *parse("int8(group=8)")])
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_weight_that_others_read_is_refused():
