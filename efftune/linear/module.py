@@ -331,6 +331,13 @@ def adopted(module: nn.Module, base: Base | None) -> tuple[Base, Stored]:
     raise EfftuneError(f"{why} put an nn.Linear with its dequantised weight in its place.")
 
 
+def take_back(model: nn.Module) -> None:
+    """Leaves every W in the model as it was stored, until its layer is called: for who reads parameters themselves."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.take_back()
+
+
 @contextmanager
 def room_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, `tensors` (by their names in the model) can be copied over those of its layers, whatever length they

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from efftune.errors import EfftuneError
-from efftune.linear.module import room_for
+from efftune.linear.module import room_for, take_back
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
 RESTORED = ("requires_grad", "optimizer", "scheduler", "generators")  # what `restore` needs beside tensors
@@ -46,6 +46,7 @@ def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
 
     What is trained is in the checkpoint whole, so its values cannot be wrong.
     """
+    take_back(model)
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())

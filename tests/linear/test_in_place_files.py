@@ -10,8 +10,9 @@ from torch import nn
 import efftune
 from efftune import EfftuneError, Linear
 from efftune.methods import available
+from efftune.optim import seed_log
 from efftune.optim.contract import move
-from efftune.train.state import restore_tensors
+from efftune.train.state import fingerprint, restore_tensors
 from tests.linear.test_in_place import (
     K,
     N,
@@ -110,7 +111,7 @@ def test_a_checkpoint_is_restored():
 
 
 def test_a_run_whose_entries_move_goes_on_bit_for_bit(tmp_path):
-    """Trained by fused AdamW in 16 bits, interrupted, resumed in another process's model, and taken out again."""
+    """Trained by fused AdamW in 16 bits, interrupted, resumed in a fresh model, and taken out again."""
     before = llama().bfloat16()
     straight = trainer([Moving()], model=llama().bfloat16(), run=tmp_path / "a")
     straight.fit()
@@ -130,6 +131,19 @@ def test_a_run_whose_entries_move_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(t, plain[n]) for n, t in before.state_dict().items())
     changed = {n for n, t in plain.items() if not torch.equal(t, merged[n])}
     assert changed == {n.removesuffix("values") + "weight" for n in state if n.endswith(".values")}
+
+
+@pytest.mark.parametrize("of", [seed_log.fingerprint, lambda model: fingerprint(model, set())])
+def test_the_base_of_a_run_is_the_stored_weight(of):
+    """Whether or not the model has been called since what trains was loaded, or since it was stepped."""
+    model = efftune.apply(network(), [Picks()]).model
+    repicked(model)
+    first = of(model)
+    model(inputs())
+    assert of(model) == first
+    with torch.no_grad():
+        model[0].original.add_(1)
+    assert of(model) != first
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing():
