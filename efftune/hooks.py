@@ -31,9 +31,10 @@ def watched(module: nn.Module) -> bool:
     return not all(hasattr(hook, MARK) for hook in hooks) or "forward" in vars(module)  # accelerate replaces forward
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a module that took its place would lack something: what watches it, or what it does to its state dict."""
-    own = any(getattr(type(module), name) is not getattr(nn.Module, name) for name in STATE_METHODS)
+def hooked(module: nn.Module, by: type[nn.Module] = nn.Module) -> bool:
+    """Whether a module of class `by` that took its place would lack something: what watches it, or what it does to its
+    state dict."""
+    own = any(getattr(type(module), name) is not getattr(by, name) for name in STATE_METHODS)
     return own or watched(module) or any(getattr(module, kind) for kind in STATE_HOOKS)
 
 

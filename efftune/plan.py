@@ -95,7 +95,7 @@ class Plan:
     def _row(self, name: str, module: nn.Module) -> Layer:
         parameters = {n: f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)}
         if isinstance(module, Linear):
-            shape, axes = module.stored().shape, (module.base, module.delta, module.keep)
+            shape, axes = (module.out_features, module.in_features), (module.base, module.delta, module.keep)
             return Layer(name, False, shape, *axes, parameters)
         weight = cast(nn.Linear, module).weight
         transposed = is_conv1d(module)
@@ -260,18 +260,26 @@ class Plan:
             if layer.is_replaced:
                 if not name:
                     raise EfftuneError("this is a layer and no model; use efftune.Linear.from_linear on it.")
-                if hooked(self.model.get_submodule(name)):
+                module = self.model.get_submodule(name)
+                if hooked(module, by=Linear if isinstance(module, Linear) else nn.Module):
                     raise EfftuneError(f"{name}: {HOOKED}.")
                 if (problem := check(layer.base, layer.delta, layer.keep, layer.shape)) is not None:
                     raise EfftuneError(f"{name}: {problem}.")
         self._check_tied()
 
     def _check_tied(self) -> None:
-        """A weight may not train by one layer while another, tied to it, only adds to it."""
+        """A weight may not train by one layer while another, tied to it, only adds to it; and no layer may write its
+        delta into a weight that others read."""
         trained = {id(self.model.get_parameter(name)) for name in self.parameters}
         for name, layer in self.layers.items():
             if layer.plain and not layer.is_replaced:
                 continue
+            shared = [o for part in layer.base.names if (n := layer.parameters.get(part)) for o in self.tied(n)]
+            if shared and layer.delta.in_place:
+                raise EfftuneError(
+                    f"{name} would write {layer.delta} into a weight that others read ({', '.join(shared)}); choose "
+                    "target_modules without it."
+                )
             learns = layer.delta.stored_learns(layer.base)
             module, base = self.model.get_submodule(name), layer.base
             stored: list[Any] = [module._parameters.get(part) for part in base.names if part not in learns]

@@ -18,6 +18,7 @@ from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_json, read_tensors, required
 from efftune.interop import peft
 from efftune.linear import Linear
+from efftune.linear.module import room_for
 from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Run, autograd, drawing_keeps
 from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks
@@ -100,7 +101,9 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
         if statistics and (path / TRAINED).exists():  # PEFT writes none
             copy_tensors(read_tensors(path / TRAINED), statistics, path / TRAINED, type(model).__name__)
         return tuner
-    copy_tensors(read_tensors(path / TRAINED), tuner._saved(), path / TRAINED, type(model).__name__)
+    read, saved = read_tensors(path / TRAINED), tuner._saved()
+    with room_for(model, read):
+        copy_tensors(read, saved, path / TRAINED, type(model).__name__)
     return tuner
 
 

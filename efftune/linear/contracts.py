@@ -15,7 +15,7 @@ import dataclasses
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from efftune.linear.handle import Handle, Source
 
@@ -67,6 +67,13 @@ class Base(Axis):
         """Returns the tensors that stand for `weight` (N, K), a floating-point tensor."""
         raise NotImplementedError
 
+    def adopt(self, module: nn.Module) -> Stored | None:
+        """What `module`, a linear layer of torch or of another library, stores already, in this base's layout: shared
+        where that is the same, and with no dense W in between. None where it is no layer whose storage this base has.
+        (The bias is `module.bias`, or None.)
+        """
+        return None
+
     def dtype(self, tensors: Tensors) -> torch.dtype | None:
         """The dtype of W that the stored tensors tell: after `.to()` it is another one. None where they do not, and W
         keeps the dtype it had when it was stored."""
@@ -91,6 +98,20 @@ class Base(Axis):
     def rows(self, w: Stored, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """W[a:b] (b - a, K) in dtype: the matrix that a plain layer would have."""
         raise NotImplementedError
+
+    def put(self, w: Stored, index: Tensor, values: Tensor) -> None:
+        """Writes into the stored weight: W[n, k] = values[s] for n·K + k = index[s].
+
+        index (S,), int32 or int64, no place twice; values (S,), floating-point, rounded once to W's dtype. Neither
+        autograd nor the version of a tensor tells of it. Only a base whose every entry can be any number of W's dtype
+        has it. Codes cannot be written so: a change below half of their step would be lost.
+        """
+        raise NotImplementedError
+
+    @property
+    def puts(self) -> bool:
+        """Whether entries of W can be written, which a delta that W holds asks for."""
+        return type(self).put is not Base.put
 
     def weight_vjp(self, w: Stored, dw_rows: Tensor, a: int, b: int) -> Gradients:
         """dL/dW[a:b], W as the product with z has it -> the gradients of rows a..b of the stored tensors, or of a whole
@@ -181,6 +202,7 @@ class Delta(Axis):
     learns: ClassVar[tuple[str, ...] | None] = None  # of p, those that train (may be a property); None: all
     trains: ClassVar[bool] = True
     random: ClassVar[bool] = False  # draws in training mode (may be a property)
+    resizes: ClassVar[tuple[str, ...]] = ()  # of p, those whose length a run decides
 
     def init(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Fresh p for a layer of (N, K), where W need not be read for it."""
@@ -220,14 +242,32 @@ class Delta(Axis):
         """Rows a..b of the W that a plain layer would have, in dtype: the stored ones, where the delta adds nothing."""
         return c.base.rows(c.w, a, b, dtype)
 
+    def put(self, c: Call) -> None:
+        """Writes into the stored weight what p says, by `c.base.put`. Called without grad mode, before W is read: W has
+        then any delta that was put there before, or none, and p may have changed in ways that leave no trace.
+        """
+
+    def take_back(self, c: Call) -> None:
+        """Undoes `put`, bit for bit, whatever the tensors that train have become since."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the stored weight holds the delta, so that products with it need nothing more."""
+        return type(self).put is not Delta.put
+
     @property
     def adds(self) -> bool:
-        """Whether that W is another than the stored one."""
-        return type(self).weight is not Delta.weight
+        """Whether that W is another than the one that was stored."""
+        return self.in_place or type(self).weight is not Delta.weight
 
 
 def check(base: Base, delta: Delta, keep: Keep, shape: tuple[int, int]) -> str | None:
     """None, or why the three cannot be combined on a layer of (N, K), as a sentence with the remedy."""
     if not keep.keeps and delta.needs_keep():
         return f"{delta} needs the layer's input in backward and keep={keep} drops it; use keep=Exact()"
+    if delta.in_place and not base.puts:
+        return (
+            f"{delta} writes entries of the stored weight, and those of {base} cannot be any number; leave the weight "
+            "dense, or add an adapter such as lora(r=16)"
+        )
     return delta.why_not(base, keep, shape)

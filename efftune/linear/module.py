@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from efftune.errors import EfftuneError
-from efftune.hooks import hooked
-from efftune.linear.base.dense import Dense
+from efftune.hooks import hooked, watched
+from efftune.linear.base.dense import Dense, is_conv1d
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored, Tensors, check
 from efftune.linear.delta.none import NoDelta
 from efftune.linear.delta.trained import Trained
@@ -20,12 +22,6 @@ from efftune.linear.keep.exact import Exact
 from efftune.linear.scores import TokenScores
 from efftune.ops._op import forced_backend
 from efftune.ops.draw_seed import draw_seed
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer with W stored as (K, N)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
 
 HOOKED = "it has hooks or a state dict of its own, which the new layer would not have; add hooks after the swap"
 
@@ -65,9 +61,11 @@ class Linear(nn.Module):
         if problem is not None:
             raise EfftuneError(problem + ".")
         self.base, self.delta, self.keep, self._dtype = base, delta, keep, w.dtype
-        self._eval_delta = delta.eval()
+        self._eval_delta, self._in_place = delta.eval(), delta.in_place
         if p is None:
             p = delta.init(w.shape, w.dtype, w.tensors[0].device)
+        if self._in_place:
+            refuse_alias(delta, w, p)
         learns = {*delta.stored_learns(base), *(delta.names if delta.learns is None else delta.learns)}
         self._w_trains = not learns.isdisjoint(base.names)
         for name, tensor in zip((*base.names, *delta.names), (*w.tensors, *p), strict=True):
@@ -84,26 +82,26 @@ class Linear(nn.Module):
     def from_linear(
         cls, linear: nn.Module, base: Base | None = None, delta: Delta | None = None, keep: Keep | None = None
     ) -> Linear:
-        """The layer `linear` (nn.Linear, transformers' Conv1D or efftune.Linear) with the given axes replaced and the
-        others as they are.
+        """The layer `linear` (nn.Linear, transformers' Conv1D, efftune.Linear, or what `base` adopts: a quantised layer
+        of another library) with the given axes replaced and the others as they are.
 
-        W and the bias are shared, not copied, unless `base` stores them otherwise. An nn.Linear counts as `Dense`, as
-        `Trained` if its weight requires grad and `NoDelta` if not, and as `Exact`.
+        W and the bias are shared, not copied, unless `base` stores them otherwise. What is no efftune.Linear counts as
+        `Trained` if its weight requires grad and `NoDelta` if not, and as `Exact`. An efftune.Linear whose delta is
+        replaced is not to be called any more if that delta writes into W.
         """
         if isinstance(linear, Linear):
-            w, p, bias = linear.stored(), linear.added(), linear.bias
-            old = linear.base, linear.delta, linear.keep
-        elif isinstance(linear, nn.Linear) or is_conv1d(linear):
-            plain = cast(nn.Linear, linear)
-            transposed, weight, p, bias = is_conv1d(linear), plain.weight, (), plain.bias
-            n, k = weight.shape[::-1] if transposed else weight.shape
-            w = Stored((weight,), (n, k), weight.dtype)
-            old = Dense(transposed), Trained() if weight.requires_grad else NoDelta(), Exact()
+            w = linear.stored() if delta is None or delta == linear.delta else linear.take_back()
+            p, bias, old = linear.added(), linear.bias, (linear.base, linear.delta, linear.keep)
+            loses = hooked(linear, by=Linear)
         else:
-            raise EfftuneError(
-                f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not {type(linear).__name__}."
-            )
-        if hooked(linear):
+            holder, w = adopted(linear, base)
+            trains = any(t.requires_grad for t in w.tensors)
+            p, bias, old = (), linear.bias, (holder, Trained() if trains else NoDelta(), Exact())
+            if bias is not None and not isinstance(bias, nn.Parameter):
+                bias = nn.Parameter(cast(Tensor, bias), requires_grad=False)
+            # What another library does to its state dict concerns its own storage, which is not its own any more.
+            loses = hooked(linear) if isinstance(holder, Dense) else watched(linear)
+        if loses:
             raise EfftuneError(HOOKED + ".")
         base, delta, keep = base or old[0], delta or old[1], keep or old[2]
         if delta == old[1] == Trained() and old[0].trains and not base.trains:
@@ -127,9 +125,60 @@ class Linear(nn.Module):
         return new.train(linear.training)
 
     def stored(self) -> Stored:
-        """W as it is held: the tensors, (N, K), and the dtype that it has now."""
+        """W as it is held, an in-place delta in it: the tensors, (N, K), and the dtype that it has now."""
         tensors = self._tensors(self.base.names)
-        return new(Stored, (tensors, self._shape, self.base.dtype(tensors) or self._dtype))
+        w = new(Stored, (tensors, self._shape, self.base.dtype(tensors) or self._dtype))
+        if self._in_place:
+            # Always: an optimizer that writes by a fused kernel or through `.data`, a tensor that is swapped for a
+            # while, a copy and a checkpoint leave no trace to tell a change by. It costs what trains, and not W.
+            if is_compiling():
+                raise EfftuneError(not_compiled(self.delta))
+            with torch.no_grad():
+                self.delta.put(self._call(w))
+        return w
+
+    def take_back(self) -> Stored:
+        """W as it is held, without what an in-place delta writes into it: until `stored` or the layer is called."""
+        w = self.stored()
+        if self._in_place:
+            with torch.no_grad():
+                self.delta.take_back(self._call(w))
+        return w
+
+    def _call(self, w: Stored) -> Call:
+        """A call that nobody asks gradients of."""
+        p = self.added()
+        need = Need(False, False, (False,) * len(w.tensors), (False,) * len(p))
+        return Call(self.base, self.keep, w, p, None, None, need, None)
+
+    @torch.no_grad()
+    def replace(self, p: Tensors) -> None:
+        """Copies p over the tensors of an in-place delta, which stay the same objects, after their old values have been
+        taken back out of W. Those that `delta.resizes` names may have another length."""
+        # Cloned, since p may have in it what is written to here: those that stay, or parts of them.
+        given = {name: tensor.detach().clone() for name, tensor in zip(self.delta.names, p, strict=True)}
+        for name, own in zip(self.delta.names, self.added(), strict=True):
+            if name not in self.delta.resizes and given[name].shape != own.shape:
+                raise EfftuneError(
+                    f"{name} of {self.delta} is {tuple(own.shape)} and was given {tuple(given[name].shape)}; only what "
+                    "`resizes` names can have another length."
+                )
+        self.make_room(given)
+        for name, tensor in given.items():
+            getattr(self, name).copy_(tensor)
+
+    def make_room(self, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """To be called before values are copied over the tensors of an in-place delta: takes the old ones back out of
+        W, and gives those that `delta.resizes` names the length of the given ones. Returns the resized tensors, each
+        with the `.data` that it had."""
+        before = []
+        self.take_back()  # first: it reads what is resized below
+        for name in self.delta.resizes:
+            tensor, other = cast(Tensor, getattr(self, name)), given.get(name)
+            if other is not None and other.dim() == tensor.dim() and other.shape[1:] == tensor.shape[1:]:
+                before.append((tensor, tensor.data))
+                tensor.data = tensor.data.new_empty(other.shape)
+        return before
 
     def added(self) -> tuple[Tensor, ...]:
         return self._tensors(self.delta.names)
@@ -185,15 +234,15 @@ class Linear(nn.Module):
     def merge(self) -> nn.Module:
         """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)
         and rounded once to W's dtype. Shares what did not change."""
-        return self._plain(self.delta)
+        return self._plain(self.delta, self.stored())
 
     def remove(self) -> nn.Module:
-        """The plain layer with the stored W, without what the delta adds to it."""
-        return self._plain(NoDelta())
+        """The plain layer with the stored W, without what the delta adds to it. Shares W: this layer is not to be
+        called any more if its delta writes into it."""
+        return self._plain(NoDelta(), self.take_back())
 
     @torch.no_grad()
-    def _plain(self, delta: Delta) -> nn.Module:
-        w, p = self.stored(), self.added()
+    def _plain(self, delta: Delta, w: Stored) -> nn.Module:
         if self.conv1d is None:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=w.dtype)
         else:
@@ -202,8 +251,7 @@ class Linear(nn.Module):
         if not delta.adds and self.base == Dense(self.conv1d is not None):
             linear.weight = w.tensors[0]
         else:
-            need = Need(False, False, (False,) * len(w.tensors), (False,) * len(p))
-            c = Call(self.base, self.keep, w, p, None, None, need, None)
+            c = self._call(w)
             dtype = torch.promote_types(w.dtype, torch.float32) if delta.adds else w.dtype
             weight = torch.empty(w.shape, device=w.tensors[0].device, dtype=w.dtype)
             step = max(1, 2**22 // self.in_features)  # tiles of 16 MiB in float32
@@ -215,6 +263,24 @@ class Linear(nn.Module):
             )
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self._in_place:
+            self.stored()  # W as of now, whatever has been stepped since it was read
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        if self._in_place:
+            given = {name for name in (*self.base.names, *self.delta.names) if prefix + name in state_dict}
+            lacking = [name for name in self.delta.names if name not in given]
+            if lacking and not given.isdisjoint(self.base.names):
+                errors.append(
+                    f"{prefix}{self.base.names[0]} comes without {', '.join(lacking)}, which tell what {self.delta} "
+                    "wrote into it; load it before the recipe is applied."
+                )
+                return
+            self.make_room({name: state_dict[prefix + name] for name in given})
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
         """`.to()` and its like: what the base calls fixed moves and keeps its dtype, and W takes the new one."""
@@ -230,3 +296,60 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.base}, {self.delta}, {self.keep}"
+
+
+def refuse_alias(delta: Delta, w: Stored, p: Tensors) -> None:
+    """Raises EfftuneError where a tensor of an in-place delta is a part of W. (torch's fused optimizers write beside a
+    strided one, and what W was before could not be kept in it.)"""
+    memory = {t.untyped_storage()._cdata for t in w.tensors}
+    for name, tensor in zip(delta.names, p, strict=True):
+        if tensor.untyped_storage()._cdata in memory:
+            raise EfftuneError(
+                f"{name} of {delta} shares memory with the weight that it writes to; let `begin` clone it."
+            )
+
+
+def not_compiled(delta: Delta) -> str:
+    # It would be right: the graph writes into a copy of W, which backward keeps, and copies that back into W.
+    name = type(delta).__name__
+    return f"{name} writes into the stored weight, of which a compiled graph would keep a copy; leave the layer eager."
+
+
+def adopted(module: nn.Module, base: Base | None) -> tuple[Base, Stored]:
+    """What `module` stores, and the base that it is the storage of: the given one, or else a dense one.
+
+    Raises: EfftuneError if it is of neither.
+    """
+    for holder in (base, Dense(transposed=is_conv1d(module))):
+        if holder is not None and (w := holder.adopt(module)) is not None:
+            return holder, w
+    kind = type(module).__name__
+    if base is None or isinstance(base, Dense):
+        why = f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not a {kind}; give a base for it, or"
+    else:
+        why = f"{base} cannot adopt what a {kind} stores;"
+    raise EfftuneError(f"{why} put an nn.Linear with its dequantised weight in its place.")
+
+
+def take_back(model: nn.Module) -> None:
+    """Leaves every W in the model as it was stored, until its layer is called: for who reads parameters themselves."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.take_back()
+
+
+@contextmanager
+def room_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, `tensors` (by their names in the model) can be copied over those of its layers, whatever length they
+    have, and no W is to be asked for. Everything has its own length and values again if that raises."""
+    before = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, Linear) and layer.delta.in_place:
+            names = {name: f"{path}.{name}" for name in layer.delta.names}
+            before += layer.make_room({name: tensors[full] for name, full in names.items() if full in tensors})
+    try:
+        yield
+    except BaseException:
+        for tensor, data in before:
+            tensor.data = data
+        raise

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
+from efftune.linear.module import take_back
 
 FORMAT = "efftune-seed-log-2"
 ENTRY = np.dtype([("direction", "<u8"), ("scalar", "<f4"), ("step", "<u4")])
@@ -200,6 +201,7 @@ def as_bytes(entries: np.ndarray) -> Tensor:
 
 def fingerprint(model: nn.Module) -> str:
     """sha256 over names, shapes, dtypes and checksums of all parameters and buffers: equal on all devices."""
+    take_back(model)
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor)}\n".encode())

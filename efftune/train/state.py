@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from efftune.errors import EfftuneError
+from efftune.linear.module import room_for, take_back
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
 RESTORED = ("requires_grad", "optimizer", "scheduler", "generators")  # what `restore` needs beside tensors
@@ -45,6 +46,7 @@ def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
 
     What is trained is in the checkpoint whole, so its values cannot be wrong.
     """
+    take_back(model)
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -107,14 +109,17 @@ def restore_tensors(tuner: Any, trained: dict[str, torch.Tensor]) -> None:
     """Copies what `capture` gave back into the model. Raises: EfftuneError, before any copy, if anything misfits."""
     delta = tuner.named_delta()
     targets = {**delta, **{BUFFER + name: b for name, b in tuner.model.named_buffers()}}
-    wrong = [
-        n for n, t in trained.items() if n not in targets or targets[n].shape != t.shape or targets[n].dtype != t.dtype
-    ]
-    wrong += [n for n in delta if n not in trained]
-    if wrong:
-        raise EfftuneError(f"The checkpoint does not fit this model (first at '{wrong[0]}'); nothing was changed.")
-    for name, tensor in trained.items():
-        targets[name].copy_(tensor)
+    with room_for(tuner.model, trained):
+        wrong = [
+            n
+            for n, t in trained.items()
+            if n not in targets or targets[n].shape != t.shape or targets[n].dtype != t.dtype
+        ]
+        wrong += [n for n in delta if n not in trained]
+        if wrong:
+            raise EfftuneError(f"The checkpoint does not fit this model (first at '{wrong[0]}'); nothing was changed.")
+        for name, tensor in trained.items():
+            targets[name].copy_(tensor)
 
 
 def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -17,10 +17,10 @@ from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear import toys
 from tests.linear.test_keeps import bias_z
-from tests.linear.toys import Codebook, FourBits, Kronecker, Magnitude, Masked, Pissa, Rotated
+from tests.linear.toys import Codebook, Entries, FourBits, Kronecker, Magnitude, Masked, Pissa, Rotated
 
 M, K, N = 24, 32, 16
-BASES = [*toys.BASES, Int8(group=8)]
+BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [*toys.DELTAS, NoDelta()]
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
 
@@ -29,7 +29,7 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
     torch.manual_seed(0)
     plain = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear.from_linear(plain, base=base, delta=delta, keep=keep or Exact())
-    for name in ("lora_b", "kron_p"):
+    for name in ("lora_b", "kron_p", "values"):
         if name in layer._parameters and not isinstance(delta, Pissa):
             nn.init.normal_(getattr(layer, name))
     return layer
@@ -54,23 +54,25 @@ def formula(layer, x, w, p):
     if isinstance(delta, Masked):
         straight = (p[0] > 0) + p[0] - p[0].detach()
         return F.linear(x, w * straight)
+    if isinstance(delta, Entries):
+        return F.linear(x, w.detach().flatten().index_put((p[0].long(),), p[1] + p[2]).view(N, K))
     return F.linear(x, w)
 
 
 def expected(layer, x, dy):
     """y, dx and the gradients of what trains, by autograd in float64 from the formula."""
     w = layer.base.rows(layer.stored(), 0, N, torch.float64).detach().requires_grad_()
-    p = [t.detach().clone().requires_grad_() for t in layer.added()]
+    p = [t.detach().clone().requires_grad_(t.requires_grad) for t in layer.added()]
     x = x.clone().requires_grad_()
     y = formula(layer, x, w, p) + (0 if layer.bias is None else layer.bias.detach())
-    grads = torch.autograd.grad(y, [x, w, *p], dy, allow_unused=True)
+    trains = [t for t in p if t.requires_grad]
+    grads = torch.autograd.grad(y, [x, w, *trains], dy, allow_unused=True)
     learns = layer.delta.stored_learns(layer.base)
     if learns:
         entered = layer.base.enter(layer.stored(), grads[1])  # the W of the product has its columns turned
         stored = layer.base.weight_vjp(layer.stored(), entered, 0, N)
         return y.detach(), grads[0], [g for g, name in zip(stored, layer.base.names, strict=True) if name in learns]
-    trains = [t.requires_grad for t in layer.added()]
-    return y.detach(), grads[0], [g for g, trains in zip(grads[2:], trains, strict=True) if trains]
+    return y.detach(), grads[0], list(grads[2:])
 
 
 def actual(layer, x, dy):
@@ -82,7 +84,7 @@ def actual(layer, x, dy):
 
 
 def combines(base, delta):
-    return not (isinstance(delta, Trained) and not base.learns)
+    return base.learns if isinstance(delta, Trained) else base.puts or not delta.in_place
 
 
 VALID = [pair for pair in itertools.product(BASES, DELTAS) if combines(*pair)]
@@ -101,7 +103,9 @@ def test_gradients_are_those_of_the_formula(base, delta, bias, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
-@pytest.mark.parametrize("base, delta", [p for p in VALID if p[1].trains and p[0] == Codebook()], ids=str)
+@pytest.mark.parametrize(
+    "base, delta", [p for p in VALID if p[1].trains and p[0] == (Dense() if p[1].in_place else Codebook())], ids=str
+)
 def test_every_keep_is_unbiased_under_every_delta(base, delta, keep, monkeypatch):
     """Whatever the base: what a keep gives does not depend on it. (Over a dense one: tests/linear/test_keeps.py.)"""
     monkeypatch.setattr(trained, "TILE", 3 * K)
@@ -125,7 +129,8 @@ def test_every_keep_is_unbiased_under_every_delta(base, delta, keep, monkeypatch
 def test_merged_is_unmerged_and_remove_gives_the_stored_weight(base, delta):
     layer, (x, _) = made(base, delta), inputs()
     torch.testing.assert_close(layer.merge()(x), layer(x).detach(), rtol=1e-9, atol=1e-11)
-    stored = layer.base.rows(layer.stored(), 0, N, torch.float64)
+    stored = layer.base.rows(layer.take_back(), 0, N, torch.float64).clone()
+    assert delta.adds != torch.equal(layer.merge().weight, stored)
     assert torch.equal(layer.remove().weight, stored)
 
 

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from efftune.linear import Dense, LoRA
+from efftune.linear import Dense, Int8, Linear, LoRA
 from efftune.linear.base.dense import product, product_with
-from efftune.linear.contracts import Base, Delta, product_t
+from efftune.linear.contracts import Base, Delta, Stored, product_t
 from efftune.linear.delta.trained import Trained
 
 LEVELS = torch.tensor(
@@ -124,6 +124,53 @@ class Rotated(Unpacked):
         return (self.turned(dw_rows),)
 
 
+class RowWise(nn.Module):
+    """A quantised layer of another library: codes (K, N), a scale for each column of them, a bias that is a buffer, and
+    a state dict of its own."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        scale = plain.weight.detach().abs().amax(1) / 127
+        self.register_buffer(
+            "int_weight", (plain.weight.detach() / scale[:, None]).round().to(torch.int8).t().contiguous()
+        )
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if plain.bias is None else plain.bias.detach())
+
+    def forward(self, x):
+        y = (x @ self.int_weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "format"] = torch.tensor(1)
+
+
+class EightBits(nn.Linear):
+    """One that is an nn.Linear to look at, with codes for a weight."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
+        codes, scales = Int8(group=plain.in_features).store(plain.weight.detach())
+        self.weight, self.bias = nn.Parameter(codes, requires_grad=False), plain.bias
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Adopting(Int8):
+    """Takes over what both of them store."""
+
+    def adopt(self, module):
+        if isinstance(module, RowWise):
+            codes, scales = module.int_weight.t().contiguous(), module.scale[:, None]
+        elif isinstance(module, EightBits):
+            codes, scales = module.weight, module.scales
+        else:
+            return None
+        groups = -(-codes.shape[1] // self.group)
+        return Stored((codes, scales.repeat_interleave(groups, 1) if groups > 1 else scales), codes.shape, scales.dtype)
+
+
 @dataclass(frozen=True)
 class Pissa(LoRA):
     """The largest singular part of W trains, and the rest is stored."""
@@ -234,5 +281,66 @@ class Masked(Delta):
         return dy @ self.weight(c, 0, n, dy.dtype), c.no_dw(), (torch.cat(ds),)
 
 
+@dataclass(frozen=True)
+class Entries(Delta):
+    """As SpIEL or LIFT: a few entries of W train, in place: W holds original + values at `picks`, so that the products
+    are plain. What leaves the picks stays in W as it was trained (`left_values`), and what it was before is known."""
+
+    count: int = 40
+    tile: int = 16  # entries whose gradients are computed at once
+
+    names = ("picks", "original", "values", "left", "left_original", "left_values")
+    learns = ("values",)
+    resizes = ("left", "left_original", "left_values")
+
+    def begin(self, weight):
+        picks = weight.abs().flatten().topk(self.count).indices.sort().values.int()
+        original, none = weight.flatten()[picks], weight.new_empty(0)
+        values = torch.zeros_like(original, dtype=torch.promote_types(weight.dtype, torch.float32))
+        return weight, (picks, original, values, picks[:0].clone(), none, none.clone())
+
+    def put(self, c):
+        picks, original, values, left, _, left_values = c.p
+        c.base.put(c.w, left, left_values)
+        c.base.put(c.w, picks, original + values)
+
+    def take_back(self, c):
+        picks, original, _, left, left_original, _ = c.p
+        c.base.put(c.w, left, left_original)
+        c.base.put(c.w, picks, original)
+
+    def forward(self, c, x):
+        return c.linear(x), c.save(x, c.source) if c.need.p[2] else ()
+
+    def backward(self, c, dy, saved):
+        dx, dvalues = c.linear_t(dy) if c.need.x else None, None
+        if c.need.p[2]:
+            (g, z), k = c.operands(dy, saved), c.w.shape[1]
+            parts = [(g[:, i // k] * z[:, i % k]).sum(0) for i in c.p[0].split(self.tile)]
+            dvalues = torch.cat(parts).to(c.p[2].dtype)
+        return dx, c.no_dw(), (None, None, dvalues, None, None, None)
+
+
+@torch.no_grad()
+def repick(layer: Linear, picks: Tensor) -> Tensor:
+    """Lets other entries of the layer train, sorted and as many. Returns for each the place that it had among the old
+    ones, or -1: where the optimizer's state of it is."""
+    picks = picks.int()
+    old, original, values, left, left_original, left_values = layer.added()
+    place = torch.searchsorted(old, picks).clamp(max=len(old) - 1)
+    place = torch.where(old[place] == picks, place, -1)
+    # All that ever trained, by how much it has changed, and what it is in W.
+    known, order = torch.cat([old, left]).sort()
+    change = torch.cat([values, left_values.to(values.dtype) - left_original])[order]
+    last = torch.cat([(original + values).to(original.dtype), left_values])[order]
+    at = torch.searchsorted(known, picks).clamp(max=len(known) - 1)
+    gone = ~torch.isin(known, picks)
+    w = layer.take_back()
+    plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
+    change = torch.where(known[at] == picks, change[at], 0)
+    layer.replace((picks, plain[picks], change, known[gone], plain[known[gone]], last[gone]))
+    return place
+
+
 BASES = [Dense(), FourBits(), Codebook(), Rotated(), Rotated(None)]
-DELTAS = [Trained(), LoRA(r=4, dtype=None), Pissa(r=4, dtype=None), Magnitude(r=4), Kronecker(), Masked()]
+DELTAS = [Trained(), LoRA(r=4, dtype=None), Pissa(r=4, dtype=None), Magnitude(r=4), Kronecker(), Masked(), Entries()]

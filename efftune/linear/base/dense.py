@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from efftune.linear.contracts import Base, Stored, Tensors
 from efftune.ops.lowrank_linear import lowrank_linear, lowrank_linear_t
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear layer with W stored as (K, N)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,15 @@ class Dense(Base):
     def store(self, weight: Tensor) -> Tensors:
         return (weight.t().contiguous() if self.transposed else weight,)
 
+    def adopt(self, module):
+        if not (is_conv1d(module) if self.transposed else isinstance(module, nn.Linear)):
+            return None
+        weight = cast(Tensor, module.weight)
+        if not weight.is_floating_point():
+            return None  # a subclass with codes in it
+        n, k = weight.shape[::-1] if self.transposed else weight.shape
+        return Stored((weight,), (n, k), weight.dtype)
+
     def dtype(self, tensors):
         return tensors[0].dtype
 
@@ -42,6 +57,12 @@ class Dense(Base):
     def rows(self, w, a, b, dtype):
         weight = w.tensors[0]
         return (weight[:, a:b].t() if self.transposed else weight[a:b]).to(dtype)
+
+    def put(self, w, index, values):
+        (n, k), weight = w.shape, w.tensors[0].data  # .data: a graph that saved W must not see a change of its version
+        if self.transposed:
+            index = index % k * n + index // k
+        weight.put_(index.long(), values.to(weight.dtype))
 
     def weight_vjp(self, w, dw_rows, a, b):
         return (dw_rows.t() if self.transposed else dw_rows,)
