@@ -19,7 +19,6 @@ from efftune.linear.delta.trained import Trained
 from efftune.linear.function import apply_linear, as_matrix, new
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
-from efftune.linear.scores import TokenScores
 from efftune.ops._op import forced_backend
 from efftune.ops.draw_seed import draw_seed
 
@@ -44,7 +43,7 @@ class Linear(nn.Module):
     in_features: int
     out_features: int
     conv1d: type | None = None  # the class of the plain layer, where it is transformers' Conv1D
-    scores: TokenScores | None = None  # of a keep that samples: which rows' gradients are expected to be large
+    scores: Any = None  # of a keep that samples: `scores.of_rows(x)` says which rows' gradients may be large
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled, fallbacks
-from efftune.linear.scores import TokenScores
 from efftune.methods._base import KEEPS, Method, exact_keeps
+from efftune.methods.sampled._scores import TokenScores
 from efftune.nn import eager_attention
 from efftune.plan import ALL_LINEAR
 from efftune.structure import blocks
