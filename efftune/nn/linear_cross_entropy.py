@@ -66,8 +66,8 @@ def head_cross_entropy(
 ) -> Tensor:
     """`linear_cross_entropy` of any head: hidden (M, K), targets (M,) -> () for "sum", (M,) for "none"."""
     if has_torch_function_variadic(hidden, targets):  # modes see the whole: when a tile runs again, they are off
-        given = dict(softcap=softcap, reduction=reduction)
-        return handle_torch_function(head_cross_entropy, (hidden, targets), head, hidden, targets, **given)
+        given = head, hidden, targets, softcap, reduction
+        return handle_torch_function(head_cross_entropy, (hidden, targets), *given)
     if type(head) is nn.Linear:
         return linear_cross_entropy(hidden, head.weight, targets, head.bias, reduction=reduction, softcap=softcap)
     step = max(1, TILE // head.out_features)

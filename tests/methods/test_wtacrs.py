@@ -7,7 +7,7 @@ import efftune
 from efftune import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled
-from efftune.linear.scores import FLOOR, TokenScores
+from efftune.methods.sampled._scores import FLOOR, TokenScores
 from tests.methods.models import Perceptron, batch, llama, loss_fn
 
 
