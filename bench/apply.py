@@ -1,5 +1,4 @@
-"""Host time of `efftune.apply` on a Llama of 1.2 B parameters without data: reading the plan, building the layers, trying
-the blocks.
+"""Host time of `efftune.apply` on a Llama of 1.2 B parameters without data: its plan, and its layers.
 
 python -m bench.apply [--repeats N]
 """
