@@ -29,7 +29,7 @@ FOREIGN = (
 
 
 def adapters(model: nn.Module) -> dict[str, Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and isinstance(m.delta, LoRA)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and type(m.delta) is LoRA}
 
 
 def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path) -> None:

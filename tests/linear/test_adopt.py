@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Int8, LoRA, NoDelta, Trained
-from tests.linear.toys import Adopting, EightBits, FourBits, Pissa, RowWise
+from tests.linear.toys import Adopting, EightBits, FourBits, Rest, RowWise
 
 N, K = 24, 32
 
@@ -63,7 +63,7 @@ def test_what_has_the_same_layout_is_shared():
 
 def test_a_delta_that_begins_from_the_weight_gets_it():
     foreign, x = RowWise(plain_layer()), torch.randn(5, K, dtype=torch.float64)
-    layer = Linear.from_linear(foreign, base=Adopting(8), delta=Pissa(r=4, dtype=None))
+    layer = Linear.from_linear(foreign, base=Adopting(8), delta=Rest(r=4, dtype=None))
     assert layer.lora_b.any()
     torch.testing.assert_close(layer(x).detach(), foreign(x), rtol=0.1, atol=0.05)  # the rest is quantised anew
 

@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from efftune import EfftuneError, Linear
-from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta
-from efftune.linear.delta import trained
-from efftune.linear.delta.trained import Trained
+from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
+from efftune.linear.delta import tiled, trained
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear import toys
 from tests.linear.test_keeps import bias_z
-from tests.linear.toys import Codebook, Entries, FourBits, Kronecker, Magnitude, Masked, Pissa, Rotated
+from tests.linear.toys import Codebook, Entries, FourBits, Kasa, Kronecker, LoHa, Masked, Pissa, Rest, Rotated, Vera
 
 M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
-DELTAS = [*toys.DELTAS, NoDelta()]
+DELTAS = [
+    Trained(), NoDelta(), LoRA(r=4, dtype=None),
+    *toys.DELTAS,
+]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
 
 
@@ -29,10 +31,16 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
     torch.manual_seed(0)
     plain = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear.from_linear(plain, base=base, delta=delta, keep=keep or Exact())
-    for name in ("lora_b", "kron_p", "values"):
-        if name in layer._parameters and not isinstance(delta, Pissa):
+    for name in ("lora_b", "one_b", "u", "kron_p", "values"):  # those that begin at zero
+        if name in layer._parameters and not getattr(layer, name).any():
             nn.init.normal_(getattr(layer, name))
     return layer
+
+
+@pytest.fixture
+def several_tiles(monkeypatch):
+    for module in (trained, tiled):
+        monkeypatch.setattr(module, "TILE", 3 * K)
 
 
 def inputs():
@@ -43,12 +51,19 @@ def inputs():
 def formula(layer, x, w, p):
     """y without a bias, of the stored W (N, K) and the delta's tensors, as torch differentiates it."""
     delta = layer.delta
+    s = getattr(delta, "scale", None)
+    if isinstance(delta, Pissa):
+        return F.linear(x, w + s * (p[1] @ p[0] - p[3] @ p[2]))
+    if isinstance(delta, Vera):
+        a, b, v, u = p
+        return F.linear(x, w + s * u.diag() @ b @ v.diag() @ a)
+    if isinstance(delta, Kasa):
+        a, b, sigma, lost_a, lost_b = p
+        return F.linear(x, w + s * (b @ sigma.diag() @ a - lost_b @ lost_a))
     if isinstance(delta, LoRA):
-        y = F.linear(x, w) + delta.scale * F.linear(F.linear(x, p[0]), p[1])
-        if isinstance(delta, Magnitude):
-            squares = p[3] + ((w + delta.scale * p[1] @ p[0]).square() - w.square()).sum(1)
-            y = y * (p[2] / squares.sqrt().detach())
-        return y
+        return F.linear(x, w + s * p[1] @ p[0])
+    if isinstance(delta, LoHa):
+        return F.linear(x, w + (p[1] @ p[0]) * (p[3] @ p[2]))
     if isinstance(delta, Kronecker):
         return F.linear(x, w + torch.kron(*p))
     if isinstance(delta, Masked):
@@ -92,8 +107,7 @@ VALID = [pair for pair in itertools.product(BASES, DELTAS) if combines(*pair)]
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("base, delta", VALID, ids=str)
-def test_gradients_are_those_of_the_formula(base, delta, bias, monkeypatch):
-    monkeypatch.setattr(trained, "TILE", 3 * K)  # several tiles
+def test_gradients_are_those_of_the_formula(base, delta, bias, several_tiles):
     layer, (x, dy) = made(base, delta, bias=bias), inputs()
     y, dx, grads = actual(layer, x, dy)
     y_right, dx_right, grads_right = expected(layer, x, dy)
@@ -106,9 +120,8 @@ def test_gradients_are_those_of_the_formula(base, delta, bias, monkeypatch):
 @pytest.mark.parametrize(
     "base, delta", [p for p in VALID if p[1].trains and p[0] == (Dense() if p[1].in_place else Codebook())], ids=str
 )
-def test_every_keep_is_unbiased_under_every_delta(base, delta, keep, monkeypatch):
+def test_every_keep_is_unbiased_under_every_delta(base, delta, keep, several_tiles):
     """Whatever the base: what a keep gives does not depend on it. (Over a dense one: tests/linear/test_keeps.py.)"""
-    monkeypatch.setattr(trained, "TILE", 3 * K)
     layer, (x, dy) = made(base, delta, keep), inputs()
     _, dx_right, grads_right = expected(layer, x, dy)
     draws = []
@@ -126,7 +139,7 @@ def test_every_keep_is_unbiased_under_every_delta(base, delta, keep, monkeypatch
 
 
 @pytest.mark.parametrize("base, delta", VALID, ids=str)
-def test_merged_is_unmerged_and_remove_gives_the_stored_weight(base, delta):
+def test_merged_is_unmerged_and_remove_gives_the_stored_weight(base, delta, several_tiles):
     layer, (x, _) = made(base, delta), inputs()
     torch.testing.assert_close(layer.merge()(x), layer(x).detach(), rtol=1e-9, atol=1e-11)
     stored = layer.base.rows(layer.take_back(), 0, N, torch.float64).clone()
@@ -164,7 +177,7 @@ def test_a_base_that_lets_nothing_learn_is_not_trained():
 
 
 def test_what_a_delta_begins_with_stays_with_another_keep_and_over_another_base():
-    layer = made(Dense(), Pissa(r=4, dtype=None))
+    layer = made(Dense(), Rest(r=4, dtype=None))
     x, _ = inputs()
     kept = Linear.from_linear(layer, keep=Quantized(8, 8))
     assert kept.weight is layer.weight and kept.lora_a is layer.lora_a

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from efftune.linear import Dense, Int8, Linear, LoRA
 from efftune.linear.base.dense import product, product_with
 from efftune.linear.contracts import Base, Delta, Stored, product_t
-from efftune.linear.delta.trained import Trained
+from efftune.linear.delta.factored import Factored
+from efftune.linear.delta.tiled import Tiled
 
 LEVELS = torch.tensor(
     [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
@@ -171,56 +172,88 @@ class Adopting(Int8):
         return Stored((codes, scales.repeat_interleave(groups, 1) if groups > 1 else scales), codes.shape, scales.dtype)
 
 
-@dataclass(frozen=True)
-class Pissa(LoRA):
-    """The largest singular part of W trains, and the rest is stored."""
-
-    def begin(self, weight):
-        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-        root = s[: self.r].sqrt()
-        a, b = root[:, None] * v[: self.r] / self.scale, u[:, : self.r] * root
-        rest = weight - self.scale * (b @ a).to(weight.dtype)
-        dtype = weight.dtype if self.dtype is None else getattr(torch, self.dtype)
-        return rest, (a.to(dtype).contiguous(), b.to(dtype).contiguous())
+def singular(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, K) and B (N, r) with B·A the largest part of W of that rank; for r < 0 the smallest of -r."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    which = slice(r) if r > 0 else slice(r, None)
+    root = s[which].sqrt()
+    return (root[:, None] * v[which]).to(weight.dtype), (u[:, which] * root).to(weight.dtype)
 
 
 @dataclass(frozen=True)
-class Magnitude(LoRA):
-    """As DoRA: y = g ∘ (x Wᵀ + s x Aᵀ Bᵀ) + bias with g = m / ‖W + sBA‖ by row, the norm held constant in backward."""
-
-    dtype: str | None = None
-
-    names = ("lora_a", "lora_b", "magnitude", "squares")  # squares: ‖W‖² by row, as it began
-
-    @property
-    def learns(self):
-        return "lora_a", "lora_b", "magnitude"
+class Rest(LoRA):
+    """The largest singular part of W trains, and the rest is what is stored."""
 
     def begin(self, weight):
-        a, b = self.init(weight.shape, weight.dtype, weight.device)
-        return weight, (a, b, weight.norm(dim=1), weight.square().sum(1))
+        a, b = singular(weight, self.r)
+        return weight - self.scale * (b @ a), (a, b)
 
-    def norm(self, c) -> Tensor:
-        a, b, _, squares = c.p
-        wa = c.base.linear(c.w, c.base.enter(c.w, a)).t()  # W Aᵀ, over any storage
-        s = squares + 2 * self.scale * (wa * b).sum(1) + self.scale**2 * ((b @ (a @ a.t())) * b).sum(1)
-        return s.sqrt()
 
-    def forward(self, c, x):
-        norm = self.norm(c)
-        u, saved = super().forward(c._replace(bias=None, p=c.p[:2], need=c.need._replace(p=(True, True))), x)
-        y = u * (c.p[2] / norm)
-        return y if c.bias is None else y + c.bias, (u, norm, *saved)
+@dataclass(frozen=True)
+class Pissa(Factored):
+    """The largest singular part of W trains, and W is stored as it was: what the part begins with is taken from it."""
 
-    def backward(self, c, dy, saved):
-        u, norm, *rest = saved
-        inner = c._replace(p=c.p[:2], need=c.need._replace(p=(True, True)))
-        dx, dws, dab = super().backward(inner, dy * (c.p[2] / norm), tuple(rest))
-        return dx, dws, (*dab, (dy * u).sum(0) / norm, None)
+    names, learns = ("lora_a", "lora_b", "start_a", "start_b"), ("lora_a", "lora_b")
 
-    def weight(self, c, a, b, dtype):
-        plain = super().weight(c._replace(p=c.p[:2]), a, b, dtype)
-        return plain * (c.p[2] / self.norm(c))[a:b, None].to(dtype)
+    def begin(self, weight):
+        a, b = singular(weight, self.r)
+        return weight, (a, b, a.clone(), b.clone())
+
+    def factors(self, p):
+        return p[:2]
+
+    def taken(self, p):
+        return p[2:]
+
+
+@dataclass(frozen=True)
+class Vera(Factored):
+    """ΔW = diag(u)·B·diag(v)·A, of which the vectors train."""
+
+    names, learns = ("random_a", "random_b", "v", "u"), ("v", "u")
+
+    def init(self, shape, dtype, device):
+        a, b = super().init(shape, dtype, device)
+        return a, torch.randn_like(b), torch.full_like(a[:, 0], 0.1), torch.zeros_like(b[:, 0])
+
+    def factors(self, p):
+        a, b, v, u = p
+        return v[:, None] * a, u[:, None] * b
+
+
+@dataclass(frozen=True)
+class Kasa(Factored):
+    """ΔW = B·diag(sigma)·A, and W loses its smallest singular part."""
+
+    names, learns = ("lora_a", "lora_b", "sigma", "lost_a", "lost_b"), ("lora_a", "lora_b", "sigma")
+
+    def begin(self, weight):
+        a, b = self.init(tuple(weight.shape), weight.dtype, weight.device)
+        lost_a, lost_b = singular(weight, -self.r)
+        return weight, (a, b, torch.ones_like(a[:, 0]), lost_a / self.scale, lost_b)
+
+    def factors(self, p):
+        return p[2][:, None] * p[0], p[1]
+
+    def taken(self, p):
+        return p[3:]
+
+
+@dataclass(frozen=True)
+class LoHa(Tiled):
+    """ΔW = B₁·A₁ ∘ B₂·A₂."""
+
+    r: int = 3
+
+    names = ("one_a", "one_b", "two_a", "two_b")
+
+    def init(self, shape, dtype, device):
+        factors = LoRA(self.r, dtype=None).init(shape, dtype, device)
+        return *factors, *[torch.randn_like(t) for t in factors]
+
+    def tile(self, p, a, b, w):
+        assert w is None  # nobody has unpacked it for this
+        return (p[1][a:b] @ p[0]) * (p[3][a:b] @ p[2])
 
 
 @dataclass(frozen=True)
@@ -343,4 +376,7 @@ def repick(layer: Linear, picks: Tensor) -> Tensor:
 
 
 BASES = [Dense(), FourBits(), Codebook(), Rotated(), Rotated(None)]
-DELTAS = [Trained(), LoRA(r=4, dtype=None), Pissa(r=4, dtype=None), Magnitude(r=4), Kronecker(), Masked(), Entries()]
+DELTAS = [
+    Rest(r=4, dtype=None), Pissa(r=4, lora_alpha=6, dtype=None), Kasa(r=4, lora_alpha=6, dtype=None),
+    Vera(r=4, dtype=None), LoHa(), Kronecker(), Masked(), Entries(),
+]  # fmt: skip

@@ -189,11 +189,11 @@ def complete() -> dict[str, tuple[float, int, float]]:
 
 
 def kinds(contract: type) -> set[type]:
-    """The kinds of a base, delta or keep that efftune.linear has: a file each."""
+    """The kinds of a base, delta or keep that efftune.linear has: a file each. What others are made from is none."""
     package = importlib.import_module(f"efftune.linear.{contract.__name__.lower()}")
     files = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     classes = {c for f in files for _, c in inspect.getmembers(f, inspect.isclass) if c.__module__ == f.__name__}
-    return {c for c in classes if issubclass(c, contract)}
+    return {c for c in classes if issubclass(c, contract) and not inspect.isabstract(c)}
 
 
 CONTRACTS = {"base": Base, "delta": Delta, "keep": Keep}
