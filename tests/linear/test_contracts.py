@@ -11,7 +11,8 @@ from torch import nn
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
-from efftune.linear.delta import tiled, trained
+from efftune.linear.delta import dora, tiled, trained
+from efftune.linear.delta.dora import DoRA
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear import toys
@@ -21,7 +22,7 @@ from tests.linear.toys import Codebook, Entries, FourBits, Kasa, Kronecker, LoHa
 M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [
-    Trained(), NoDelta(), LoRA(r=4, dtype=None),
+    Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None),
     *toys.DELTAS,
 ]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
@@ -39,7 +40,7 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
 
 @pytest.fixture
 def several_tiles(monkeypatch):
-    for module in (trained, tiled):
+    for module in (trained, tiled, dora):
         monkeypatch.setattr(module, "TILE", 3 * K)
 
 
@@ -60,6 +61,10 @@ def formula(layer, x, w, p):
     if isinstance(delta, Kasa):
         a, b, sigma, lost_a, lost_b = p
         return F.linear(x, w + s * (b @ sigma.diag() @ a - lost_b @ lost_a))
+    if isinstance(delta, DoRA):
+        a, b, m = p
+        moved = w + s * b @ a
+        return F.linear(x, moved) * (m / moved.norm(dim=1).detach())
     if isinstance(delta, LoRA):
         return F.linear(x, w + s * p[1] @ p[0])
     if isinstance(delta, LoHa):

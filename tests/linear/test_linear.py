@@ -1,6 +1,7 @@
 """One Linear: every base x delta x keep that combines, against float64, and as a citizen of torch."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Nothing, Trained
+from efftune.linear.delta.dora import DoRA
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.budget import assert_within_budget
@@ -22,6 +24,7 @@ BASES = [Dense(), Int8(group=16), Int8(group=20)]
 DELTAS = [
     Trained(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
+    DoRA(r=4), DoRA(r=3, lora_alpha=5, lora_dropout=0.3, dtype=None),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
 DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
@@ -31,8 +34,9 @@ def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(
     torch.manual_seed(seed)
     layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear.from_linear(layer, base=base, delta=delta, keep=keep or Exact())
-    if isinstance(delta, LoRA):
-        nn.init.normal_(layer.lora_b)
+    for name in ("lora_b",):
+        if name in delta.names:
+            nn.init.normal_(getattr(layer, name))
     return layer
 
 
@@ -52,7 +56,7 @@ def dy_for(y):
 def oracle(layer, x, dtype, rounded=lambda t: t):
     """y, dx and the gradients of what trains, from the formulas, in dtype; `rounded` is applied where the docstrings
     say that something is rounded to x.dtype."""
-    n, scale = layer.out_features, getattr(layer.delta, "scale", None)
+    n, scale = layer.out_features, getattr(layer.delta, "scale", 0.0)
     w = layer.base.rows(layer.stored(), 0, n, x.dtype).detach().to(dtype)
     x2 = x.detach().reshape(-1, x.shape[-1]).to(dtype)
     bias = 0 if layer.bias is None else layer.bias.detach().to(dtype)
@@ -66,6 +70,14 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
         padded = torch.zeros(n, scales.shape[1] * layer.base.group, dtype=dtype)
         padded[:, : codes.shape[1]] = (dy.t() @ x2) * codes
         grads = [padded.view(n, scales.shape[1], -1).sum(-1)]
+    elif isinstance(layer.delta, DoRA):
+        a, b, m = (t.detach().to(dtype) for t in layer.added())
+        g = m / (w + scale * b @ a).norm(dim=1)
+        a, b, dyg = rounded(a), rounded(b), rounded(dy * g)
+        h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dyg @ b))
+        y, dx = rounded(x2 @ w.t() + h @ b.t()) * g + bias, dyg @ w + dh @ a
+        dm = rounded(dy * rounded(rounded(y) - bias)).sum(0) / m
+        grads = [dh.t() @ x2, dyg.t() @ h, dm]
     elif isinstance(layer.delta, LoRA):
         a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
         h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
@@ -124,10 +136,12 @@ def test_values_and_gradients_are_within_budget(base, delta, keep, dtype, device
 
 @pytest.mark.parametrize("base, delta, keep", VALID, ids=str)
 def test_gradcheck(base, delta, keep):
-    if isinstance(delta, LoRA):
-        delta = LoRA(**{**vars(delta), "dtype": "float64"})
+    if hasattr(delta, "dtype"):
+        delta = dataclasses.replace(delta, dtype="float64")
     layer = make(base, delta, keep, dtype=torch.float64, shape=(8, 11))
     names = [n for n, p in layer.named_parameters() if p.requires_grad]
+    if isinstance(delta, DoRA):  # what it takes for the gradients of A and B is none: the norm counts as a constant
+        names = ["lora_magnitude_vector"]
     leaves = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
     x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
 
@@ -153,6 +167,8 @@ COMPILED = [
     (Dense(), LoRA(r=4, freeze_a=True), Nothing()),
     (Int8(group=16), NoDelta(), Nothing()),
     (Int8(group=20), Trained(), Exact()),
+    (Int8(group=20), DoRA(r=4), Exact()),
+    (Dense(), DoRA(r=3, lora_dropout=0.3), Exact()),
 ]
 
 
