@@ -11,8 +11,12 @@ from torch import nn
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
+from efftune.linear.contracts import Call, Need
 from efftune.linear.delta import dora, tiled, trained
 from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.factored import Factored
+from efftune.linear.delta.hira import HiRA
+from efftune.linear.delta.tiled import Tiled
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear import toys
@@ -22,7 +26,7 @@ from tests.linear.toys import Codebook, Entries, FourBits, Kasa, Kronecker, LoHa
 M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [
-    Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None),
+    Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None), HiRA(r=4, dtype=None),
     *toys.DELTAS,
 ]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
@@ -32,7 +36,7 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
     torch.manual_seed(0)
     plain = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear.from_linear(plain, base=base, delta=delta, keep=keep or Exact())
-    for name in ("lora_b", "one_b", "u", "kron_p", "values"):  # those that begin at zero
+    for name in ("lora_b", "hira_b", "one_b", "u", "kron_p", "values"):  # those that begin at zero
         if name in layer._parameters and not getattr(layer, name).any():
             nn.init.normal_(getattr(layer, name))
     return layer
@@ -67,6 +71,8 @@ def formula(layer, x, w, p):
         return F.linear(x, moved) * (m / moved.norm(dim=1).detach())
     if isinstance(delta, LoRA):
         return F.linear(x, w + s * p[1] @ p[0])
+    if isinstance(delta, HiRA):
+        return F.linear(x, w + w * (p[1] @ p[0]))
     if isinstance(delta, LoHa):
         return F.linear(x, w + (p[1] @ p[0]) * (p[3] @ p[2]))
     if isinstance(delta, Kronecker):
@@ -119,6 +125,23 @@ def test_gradients_are_those_of_the_formula(base, delta, bias, several_tiles):
     assert len(grads) == len(grads_right) == len([p for p in layer.parameters() if p.requires_grad])
     for got, right in zip((y, dx, *grads), (y_right, dx_right, *grads_right), strict=True):
         torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "delta", [d for d in DELTAS if isinstance(d, DoRA | HiRA | Factored | Tiled)] + [
+        DoRA(r=4, lora_dropout=0.3, dtype=None), HiRA(r=4, hira_dropout=0.3, dtype=None)
+    ], ids=str,
+)  # fmt: skip
+def test_a_delta_adds_its_dx_to_what_it_is_given(delta):
+    layer, (x, dy) = made(Int8(group=8), delta), inputs()
+    need = Need(True, False, (False,) * 2, tuple(p.requires_grad for p in layer.added()))
+    c = Call(layer.base, layer.keep, layer.stored(), layer.added(), layer.bias, torch.tensor(3), need, None)
+    with torch.no_grad():
+        _, saved = delta.forward(c, x)
+        alone, _, _ = delta.backward(c, dy, saved)
+        onto = torch.ones_like(x)
+        together, _, _ = delta.backward(c, dy, saved, add=onto)
+    torch.testing.assert_close(together, alone + 1, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)

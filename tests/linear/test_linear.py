@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Nothing, Trained
 from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.hira import HiRA
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.budget import assert_within_budget
@@ -25,6 +26,7 @@ DELTAS = [
     Trained(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
     DoRA(r=4), DoRA(r=3, lora_alpha=5, lora_dropout=0.3, dtype=None),
+    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
 DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
@@ -34,7 +36,7 @@ def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(
     torch.manual_seed(seed)
     layer = nn.Linear(shape[1], shape[0], bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear.from_linear(layer, base=base, delta=delta, keep=keep or Exact())
-    for name in ("lora_b",):
+    for name in ("lora_b", "hira_b"):
         if name in delta.names:
             nn.init.normal_(getattr(layer, name))
     return layer
@@ -78,6 +80,11 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
         y, dx = rounded(x2 @ w.t() + h @ b.t()) * g + bias, dyg @ w + dh @ a
         dm = rounded(dy * rounded(rounded(y) - bias)).sum(0) / m
         grads = [dh.t() @ x2, dyg.t() @ h, dm]
+    elif isinstance(layer.delta, HiRA):
+        a, b = (t.detach().to(dtype) for t in layer.added())
+        dw, added = rounded(dy.t() @ x2) * w, rounded(w * (b @ a))
+        y, dx = rounded(y) + x2 @ added.t(), rounded(dy @ added) + dx
+        grads = [b.t() @ dw, dw @ a.t()]
     elif isinstance(layer.delta, LoRA):
         a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
         h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
@@ -169,6 +176,7 @@ COMPILED = [
     (Int8(group=20), Trained(), Exact()),
     (Int8(group=20), DoRA(r=4), Exact()),
     (Dense(), DoRA(r=3, lora_dropout=0.3), Exact()),
+    (Int8(group=20), HiRA(r=3, hira_dropout=0.3), Exact()),
 ]
 
 

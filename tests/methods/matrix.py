@@ -33,6 +33,8 @@ RECIPES = {
     "lora(r=4, freeze_a=True)": (1e-2, 12, 0.97),
     "dora(r=4)": (1e-2, 12, 0.95),
     "int8(group=16) + dora(r=4, lora_dropout=0.1, dtype=None) + mesa(bits=8)": (1e-2, 12, 0.95),
+    "hira(r=4)": (1e-1, 12, 0.95),
+    "hira(r=4, dtype=None) + wtacrs(ratio=0.5, min_rows=4)": (1e-1, 12, 0.97),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4) + int8": (1e-2, 12, 0.95),
     "int8(group=16) + peqa": (1e-3, 12, 0.97),
@@ -66,6 +68,7 @@ SETTINGS = {
     "int8": "group=16",
     "lora": "r=4",
     "dora": "r=4",
+    "hira": "r=4",
     "wtacrs": "ratio=0.5, min_rows=4",
     "vcas": "interval=3",
     "lisa": "layers=2, interval=3",
@@ -73,7 +76,7 @@ SETTINGS = {
     "fedkseed": "k=64",
     "stagefilter": "window=40",  # steps, in which all rows train: the loss of those that are hard later does not fall
 }
-LEARNING_RATES = {"lora": 1e-2, "dora": 1e-2, "peqa": 1e-3}  # else 3e-3
+LEARNING_RATES = {"lora": 1e-2, "dora": 1e-2, "hira": 1e-1, "peqa": 1e-3}  # else 3e-3
 NONE = ""
 AXES = "base", "delta", "keep", "estimator", "schedule"
 UPDATES = "optimizer", "arrives"  # hooks of a method with an update of its own
@@ -173,7 +176,7 @@ def measure(row: tuple) -> tuple[float, int, float]:
     """Learning rate, steps, and the factor the loss must fall to."""
     method = parse(term(row[3]))[0] if row[3] != NONE else None
     if method is not None and method.overrides("optimizer"):  # of zeroth order
-        return {"lora": 1e-2, "dora": 1e-2, "peqa": 1e-6}.get(row[1], 1e-3), 30, 1.0
+        return {"lora": 1e-2, "dora": 1e-2, "hira": 1e-2, "peqa": 1e-6}.get(row[1], 1e-3), 30, 1.0
     return LEARNING_RATES.get(row[1], 3e-3), 12, 1.0 if method is not None else 0.99
 
 
