@@ -112,6 +112,28 @@ def lowrank_linear_t(dy: Tensor, w: Tensor, dh: Tensor, a: Tensor) -> Tensor:
     return torch.mm(dh, a).addmm_(dy, w) if _rank_comes_first(dy) else torch.mm(dy, w).addmm_(dh, a)
 
 
+def linear(
+    x: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None, bias: Tensor | None, add: Tensor | None
+) -> Tensor:
+    """x·weightᵀ (+ h·Bᵀ, low_rank = (h, b)) (+ bias) (+ add (M, N), which it consumes) -> (M, N): the product of every
+    base that has its weight at hand as a matrix, of any strides."""
+    if low_rank is not None:
+        y = lowrank_linear(x, weight, *low_rank, bias)
+    elif add is not None and bias is None:
+        return add.addmm_(x, weight.t())
+    else:
+        y = F.linear(x, weight, bias)
+    return y if add is None else y.add_(add)
+
+
+def linear_t(dy: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None, add: Tensor | None) -> Tensor:
+    """dy·weight (+ dh·A, low_rank = (dh, a)) (+ add (M, K), which it consumes) -> a fresh (M, K)."""
+    if low_rank is not None:
+        dx = lowrank_linear_t(dy, weight, *low_rank)
+        return dx if add is None else dx.add_(add)
+    return torch.mm(dy, weight) if add is None else add.addmm_(dy, weight)
+
+
 def _plain(x: Tensor) -> bool:
     # Where torch's own products are the backend they need no operator around them: two dispatches through Python are
     # 5 µs on a CPU, a twelfth of a small layer's forward and backward, and 35 µs beside a GPU that waits.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from efftune.linear import Dense, Int8, Linear, LoRA
-from efftune.linear.base.dense import product, product_with
 from efftune.linear.contracts import Base, Delta, Stored, product_t
 from efftune.linear.delta.factored import Factored
 from efftune.linear.delta.tiled import Tiled
+from efftune.ops.lowrank_linear import linear, linear_t
 
 LEVELS = torch.tensor(
     [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
@@ -28,10 +28,10 @@ class Unpacked(Base):
         return self.rows(w, 0, w.shape[0], dtype)
 
     def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return product(z, self.matrix(w, z.dtype), low_rank, bias, add)
+        return linear(z, self.matrix(w, z.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
-        return product_with(self.matrix(w, dy.dtype), dy, low_rank, add)
+        return linear_t(dy, self.matrix(w, dy.dtype), low_rank, add)
 
 
 @dataclass(frozen=True)

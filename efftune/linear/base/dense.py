@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efftune.linear.contracts import Base, Stored, Tensors
-from efftune.ops.lowrank_linear import lowrank_linear, lowrank_linear_t
+from efftune.ops.lowrank_linear import linear, linear_t
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -49,10 +48,10 @@ class Dense(Base):
         return tensors[0].dtype
 
     def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return product(z, self._matrix(w, z.dtype), low_rank, bias, add)
+        return linear(z, self._matrix(w, z.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
-        return product_with(self._matrix(w, dy.dtype), dy, low_rank, add)
+        return linear_t(dy, self._matrix(w, dy.dtype), low_rank, add)
 
     def rows(self, w, a, b, dtype):
         weight = w.tensors[0]
@@ -73,23 +72,3 @@ class Dense(Base):
         if weight.dtype != dtype:
             weight = weight.to(dtype)  # under autocast
         return weight.t() if self.transposed else weight
-
-
-def product_with(weight: Tensor, dy: Tensor, low_rank, add: Tensor | None) -> Tensor:
-    """dy·weight with the optional terms of `Base.linear_t`."""
-    if low_rank is not None:
-        dx = lowrank_linear_t(dy, weight, *low_rank)
-        return dx if add is None else dx.add_(add)
-    return torch.mm(dy, weight) if add is None else add.addmm_(dy, weight)
-
-
-def product(x: Tensor, weight: Tensor, low_rank, bias: Tensor | None, add: Tensor | None) -> Tensor:
-    """x·weightᵀ with the optional terms of `Base.linear`, for a weight at hand as a matrix of any strides."""
-    if low_rank is not None:
-        h, b = low_rank
-        y = lowrank_linear(x, weight, h, b, bias)
-    elif add is not None and bias is None:
-        return add.addmm_(x, weight.t())
-    else:
-        y = F.linear(x, weight, bias)
-    return y if add is None else y.add_(add)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.linear.base.dense import product, product_with
 from efftune.linear.contracts import Base, Stored, Tensors
 from efftune.ops.int8 import int8_dequantize, int8_quantize
+from efftune.ops.lowrank_linear import linear, linear_t
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Int8(Base):
         return tensors[1].dtype
 
     def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return product(z, self._unpacked(w, z.dtype), low_rank, bias, add)
+        return linear(z, self._unpacked(w, z.dtype), low_rank, bias, add)
 
     def linear_t(self, w, dy, low_rank=None, add=None):
-        return product_with(self._unpacked(w, dy.dtype), dy, low_rank, add)
+        return linear_t(dy, self._unpacked(w, dy.dtype), low_rank, add)
 
     def rows(self, w, a, b, dtype):
         codes, scales = w.tensors
