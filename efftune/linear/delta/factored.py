@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def vjp(function: Callable[[Tensors], Any], p: Tensors, need: tuple[bool, ...]) 
 
     if not live:
         return function(p), lambda d: (None,) * len(p)
-    value, pull = torch.func.vjp(of, *[p[i] for i in live])
+    value, pull = cast(tuple, torch.func.vjp(of, *[p[i] for i in live]))
 
     def gradients(d) -> Gradients:
         d = tree_map(lambda d, t: d.to(t.dtype), d, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class Tiled(Delta, ABC):
         return self.drop > 0
 
     @abstractmethod
-    def tile(self, p: Tensors, a: int, b: int, w: Tensor | None) -> Tensor:
-        """ΔW[a:b] (b - a, K) of p and of w = W[a:b], all in one dtype, by operations that torch differentiates."""
+    def tile(self, p: Tensors, a: int, b: int, w: Any) -> Tensor:
+        """ΔW[a:b] (b - a, K) of p and, if `of_weight`, of the tensor w = W[a:b], all in one dtype, by operations that
+        torch differentiates."""
 
     def forward(self, c, x):
         z, source = x, c.source
@@ -63,7 +64,9 @@ class Tiled(Delta, ABC):
 
     def backward(self, c, dy, saved, add=None):
         pair = c.operands(dy, saved) if any(c.need.p) else None
-        p, whole, dz, dps = _wide(c), self._whole(c, dy), None, None
+        p, whole = _wide(c), self._whole(c, dy)
+        dz: Any = None
+        dps: Gradients | None = None
         for a, b in _tiles(c):
             w = self._rows(c, a, b, p, whole)
             rows, pull = vjp(lambda p, a=a, b=b, w=w: self._tile(p, a, b, w), p, c.need.p)
@@ -95,7 +98,7 @@ class Tiled(Delta, ABC):
     def _tile(self, p: Tensors, a: int, b: int, w: Tensor | None) -> Tensor:
         return self.tile(p, a, b, w if self.of_weight else None)
 
-    def _rows(self, c: Call, a: int, b: int, p: Tensors, needed: bool) -> Tensor | None:
+    def _rows(self, c: Call, a: int, b: int, p: Tensors, needed: bool) -> Any:
         return c.base.rows(c.w, a, b, p[0].dtype) if needed or self.of_weight else None
 
 
@@ -116,4 +119,4 @@ def _wide(c: Call) -> Tensors:
 
 
 def _sum(sums: Gradients, parts: Gradients) -> Gradients:
-    return tuple([None if s is None else s.add_(part) for s, part in zip(sums, parts, strict=True)])
+    return tuple([None if s is None or d is None else s.add_(d) for s, d in zip(sums, parts, strict=True)])
