@@ -16,6 +16,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 def refuse_pickle(path: Path) -> None:
     """Raises EfftuneError when `path` is a pickle, or is not there and a pickle lies in its place."""
+    _refuse_no_file(path)
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(9)
@@ -29,6 +30,11 @@ def refuse_pickle(path: Path) -> None:
             f"{found} is a pickle, and reading a pickle can run any code that is in it: "
             "only safetensors are read; convert it where you trust it (safetensors.torch.save_file)."
         )
+
+
+def _refuse_no_file(path: Path) -> None:
+    if path.exists() and not path.is_file():  # to read a pipe is to wait for who writes to it
+        raise EfftuneError(f"{path} is no regular file; save or fetch it again.")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -47,9 +53,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: Path, model: str) -> None:
     """Copies what was read from `path` into `targets`. Raises: EfftuneError, before anything is copied, if a tensor is
-    missing, left over or of another shape."""
+    missing, left over, of another shape or sort of number, or has NaN or Inf where its target has none."""
     wrong = sorted(targets.keys() ^ tensors.keys())
-    wrong += [name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape]
+    wrong += sorted(name for name in targets.keys() & tensors.keys() if not _fits(tensors[name], targets[name]))
     if wrong:
         raise EfftuneError(f"{path} does not fit {model} (first at {wrong[0]}): nothing was loaded.")
     with torch.no_grad():
@@ -57,8 +63,15 @@ def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: P
             targets[name].copy_(tensor)
 
 
+def _fits(tensor: Tensor, target: Tensor) -> bool:
+    if tensor.shape != target.shape or tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
+        return tensor.shape == target.shape and tensor.dtype == target.dtype
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all()) or not bool(target.isfinite().all())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises: EfftuneError if it is missing or not JSON."""
+    _refuse_no_file(path)
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

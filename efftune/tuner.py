@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.files import copy_tensors, read_json, read_tensors, required
-from efftune.interop import peft
+from efftune.files import read_json, required
+from efftune.interop import formats, peft
 from efftune.linear import Linear
-from efftune.linear.module import room_for
 from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Run, autograd, drawing_keeps
 from efftune.methods.full import FullFineTuning
 from efftune.nn.blocks import Blocks
@@ -32,7 +31,7 @@ from efftune.summary import summary
 from efftune.versions import require_for
 from efftune.wrappers import compile_in_place, refuse_wrapped, unwrapped
 
-CONFIG, TRAINED = "efftune_config.json", "trained.safetensors"
+CONFIG = "efftune_config.json"
 CLOCK = "efftune"  # key of an optimizer's state_dict under which the recipe's step and state are
 # Hooks of a method that run on the CPU in every step. A CUDA graph has what they did in one of them.
 EVERY_STEP = "before_step", "backward", "after_step", "optimizer"
@@ -89,21 +88,15 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     Raises: EfftuneError if files are missing, damaged, pickles, or do not fit the model.
     """
     path = Path(path)
-    if (path / CONFIG).exists():
-        methods = parse(required(read_json(path / CONFIG), "recipe", path / CONFIG))
-    else:
-        methods = peft.read_methods(path, model)
-    tuner = apply(model, methods)
-    model = tuner.model  # not its wrapper
-    if peft.adapters(model):
-        peft.load_adapter(model, path)
-        statistics = tuner._statistics()
-        if statistics and (path / TRAINED).exists():  # PEFT writes none
-            copy_tensors(read_tensors(path / TRAINED), statistics, path / TRAINED, type(model).__name__)
+    if not (path / CONFIG).exists():  # PEFT wrote it
+        tuner = apply(model, peft.methods(path, unwrapped(model)))
+        delta = tuner.named_delta()  # PEFT leaves out what may be as it was: buffers and biases
+        optional = [name for name in tuner.named_saved() if name not in delta or name.endswith("bias")]
+        formats.load(tuner, path, [peft.Adapter.name], optional)
         return tuner
-    read, saved = read_tensors(path / TRAINED), tuner._saved()
-    with room_for(model, read):
-        copy_tensors(read, saved, path / TRAINED, type(model).__name__)
+    config = read_json(path / CONFIG)
+    tuner = apply(model, parse(required(config, "recipe", path / CONFIG)))
+    formats.load(tuner, path, config.get("formats") or formats.present(path))
     return tuner
 
 
@@ -148,16 +141,11 @@ class Tuner:
                 named |= zip((f"{name}.{part}" for part in module.delta.names), module.added(), strict=True)
         return named
 
-    def _saved(self) -> dict[str, Tensor]:
+    def named_saved(self) -> dict[str, Tensor]:
         """`named_delta` and the model's own persistent buffers: running statistics change in training, too."""
         kept = self.model.state_dict(keep_vars=True)
         own = {id(b) for m in self.model.modules() if not isinstance(m, Linear) for b in m.buffers(recurse=False)}
         return {**self.named_delta(), **{name: t for name, t in kept.items() if id(t) in own}}
-
-    def _statistics(self) -> dict[str, Tensor]:
-        """Of `_saved`, what does not train: an adapter's files have no place for it."""
-        delta = self.named_delta()
-        return {name: tensor for name, tensor in self._saved().items() if name not in delta}
 
     def state_dict(self) -> dict:
         """The step, and what the methods have learnt. It is also in the state_dict of the optimizer that `optimizer` or
@@ -340,24 +328,18 @@ class Tuner:
                 parent._modules[child] = plain
         return self.model
 
-    def save(self, path: str | Path) -> None:
-        """Writes what was trained: a PEFT adapter where the recipe trains LoRA, and the buffers of the model beside it
-        (running statistics); else all in `trained.safetensors`; beside either, `efftune_config.json` with the recipe.
-        """
-        from safetensors.torch import save_file
+    def save(self, path: str | Path, format: str | None = None) -> None:
+        """Writes `named_saved` to the folder `path`: a PEFT adapter where the recipe has layers that PEFT knows, what
+        is left in `trained.safetensors`, and beside either the recipe in `efftune_config.json`. A warning names what
+        trains and PEFT has no place for.
 
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if peft.adapters(self.model):
-            peft.save_adapter(self.model, self.named_trained(), path)
-            saved = self._statistics()
-        else:
-            saved = self._saved()
-        if saved:
-            tensors = {name: t.detach().contiguous().clone() for name, t in saved.items()}
-            save_file(tensors, path / TRAINED, metadata={"format": "pt"})
-        config = {"format": 1, "recipe": self.recipe}
-        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        Args:
+            format: the only one to write, "peft" or "safetensors".
+        Raises: EfftuneError, before anything is written, naming what no format, or not this one, can carry.
+        """
+        written = formats.save(self, Path(path), format)
+        config = {"format": 1, "formats": written, "recipe": self.recipe}
+        (Path(path) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def summary(self, batch=None, loss_fn: Callable[[nn.Module, object], Tensor] | None = None) -> str:
         """What trains, what is frozen, how each kind of layer stores, trains and keeps, and what the recipe does not

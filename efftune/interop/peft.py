@@ -1,109 +1,239 @@
-"""PEFT's LoRA files, read and written without PEFT: adapter_config.json and adapter_model.safetensors."""
+"""PEFT's adapter files, read and written without PEFT: adapter_config.json and adapter_model.safetensors.
+
+`KINDS` is a table, an entry for each kind of delta that PEFT has too: what PEFT calls its tensors and its settings.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.files import copy_tensors, read_json, read_tensors, required
-from efftune.linear import Linear, LoRA
+from efftune.files import read_json, read_tensors
+from efftune.linear import Dense, Linear, LoRA
+from efftune.linear.contracts import Delta
+from efftune.methods._base import Method
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.plan import Plan
-from efftune.structure import matches
+from efftune.structure import CLASSIFIERS, matches, parameter_names
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-# What PEFT can do to a LoRA layer and this library's cannot: a file that uses it is refused, not half read.
+# What PEFT can do to a layer and this library cannot: a file that uses it is refused, not half read.
 FOREIGN = (
-    "use_dora", "layer_replication", "megatron_config", "trainable_token_indices",
-    "target_parameters", "exclude_modules", "layers_to_transform", "use_qalora", "alora_invocation_tokens",
-    "lora_bias", "arrow_config",
+    "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "lora_bias", "arrow_config", "use_bdlora", "velora_config", "monteclora_config",
+    "kasa_config",
 )  # fmt: skip
+FEWER = ("exclude_modules", "layers_to_transform")  # of the layers that target_modules means, not all have an adapter
 
 
-def adapters(model: nn.Module) -> dict[str, Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear) and type(m.delta) is LoRA}
+@dataclass(frozen=True)
+class Kind:
+    """A kind of delta in PEFT's words. An adapter is of one kind, with a rank and an alpha for each layer.
 
-
-def save_adapter(model: nn.Module, trained: dict[str, nn.Parameter], path: Path) -> None:
-    """Writes the LoRA layers of `model`, and whole what else `trained` names, as PEFT writes an adapter.
-
-    Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r); modules trained whole and biases keep
-    their path. Ranks and alphas that differ between layers go into rank_pattern and alpha_pattern.
+    Args:
+        delta: the kind, exactly: a subclass has a meaning of its own.   method: makes it, and has `fields` as fields.
+        keys: our name of a tensor -> what PEFT's key ends in.
+        fields: our setting -> (PEFT's, its default there).   patterns: those of them that a layer may have for itself
+            -> the setting in which PEFT lists these layers. All others are those of the first layer.
+        settings: what else tells the kind in a file.
+        begins: the setting that says how the adapter began, and the words there that leave the base weights alone.
+        biases, fan: whether PEFT's settings have `bias` and `fan_in_fan_out`.
+        restate: (delta, that of the first layer) -> the same delta, with the first one's settings where PEFT has one
+            for all layers.
     """
-    from safetensors.torch import save_file
 
-    layers = adapters(model)
-    tensors, biases = {}, False
-    for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    whole = []  # modules that train beside the adapters
-    for name, parameter in trained.items():
-        parent, _, leaf = name.rpartition(".")
-        if parent in layers:
-            if leaf == "bias":
-                tensors[f"{PREFIX}{parent}.base_layer.bias"] = parameter
-                biases = True
-        elif leaf == "bias" and f"{parent}.weight" not in trained:
-            tensors[PREFIX + name] = parameter
-            biases = True
-        else:
-            tensors[PREFIX + name] = parameter
-            whole.append(parent)
-    deltas = {n: m.delta for n, m in layers.items() if isinstance(m.delta, LoRA)}
-    first = next(iter(deltas.values()))
-    others = {n: delta for n, delta in deltas.items() if delta != first}
-    task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), None)
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "r": first.r,
-        "lora_alpha": alpha(first),
-        "lora_dropout": first.lora_dropout,
-        "use_rslora": first.use_rslora,
-        "use_dora": False,
-        "fan_in_fan_out": any(layer.conv1d is not None for layer in layers.values()),
-        "bias": "none" if not biases else "lora_only" if _only_in(trained, layers) else "all",
-        "target_modules": endings(model, set(layers)),
-        "rank_pattern": {exactly([n]): d.r for n, d in others.items() if d.r != first.r},
-        "alpha_pattern": {exactly([n]): alpha(d) for n, d in others.items() if alpha(d) != alpha(first)},
-        "modules_to_save": sorted({outermost(model, name, set(trained)) for name in whole}) or None,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path / WEIGHTS, metadata={"format": "pt"})
-    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    delta: type[Delta]
+    method: Callable[..., Any]
+    peft_type: str
+    keys: dict[str, str]
+    fields: dict[str, tuple[str, Any]]
+    patterns: dict[str, str] = field(default_factory=lambda: {"r": "rank_pattern"})
+    settings: dict[str, Any] = field(default_factory=dict)
+    begins: tuple[str, tuple[str, ...]] = ("init_weights", ("gaussian",))
+    biases: bool = False
+    fan: bool = True
+    restate: Callable[[Any, Any], Any] = lambda delta, first: delta
 
 
-def alpha(delta: LoRA) -> float:
-    value = delta.r if delta.lora_alpha is None else delta.lora_alpha
-    return int(value) if value == int(value) else value
+def _one_scale(delta: LoRA, first: LoRA) -> LoRA:
+    """The same scale, said by an alpha over r or √r as `first` says it."""
+    alpha = delta.r if delta.lora_alpha is None else delta.lora_alpha
+    if delta.use_rslora != first.use_rslora:
+        alpha = delta.scale * (math.sqrt(delta.r) if first.use_rslora else delta.r)
+    return replace(delta, lora_alpha=alpha, use_rslora=first.use_rslora)
 
 
-def _only_in(trained: dict[str, nn.Parameter], layers: dict[str, Linear]) -> bool:
-    parents = [
-        n.rpartition(".")[0]
-        for n in trained
-        if n.endswith(".bias") and n.removesuffix("bias") + "weight" not in trained
-    ]
-    return all(parent in layers for parent in parents)
+LORA = Kind(
+    delta=LoRA,
+    method=LoraMethod,
+    peft_type="LORA",
+    keys={"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
+    fields={
+        "r": ("r", 8),
+        "lora_alpha": ("lora_alpha", 8),
+        "lora_dropout": ("lora_dropout", 0.0),
+        "use_rslora": ("use_rslora", False),
+    },
+    patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+    settings={"use_dora": False},
+    begins=("init_lora_weights", ("gaussian", "orthogonal", "eva")),
+    biases=True,
+    restate=_one_scale,
+)
+KINDS = [LORA]
 
 
-def outermost(model: nn.Module, name: str, trained: set[str]) -> str:
-    """The outermost module around `name` all of whose parameters train: "classifier", not each of its two layers."""
-    parent = name.rpartition(".")[0]
-    if parent and all(f"{parent}.{n}" in trained for n, _ in model.get_submodule(parent).named_parameters()):
-        return outermost(model, parent, trained)
-    return name
+class Adapter:
+    """A PEFT adapter: the layers of one kind of `KINDS`, modules that train whole, and biases."""
+
+    name, file = "peft", CONFIG
+    reader: str | None = "PEFT"
+
+    def carries(self, tuned):
+        layout = Layout.of(tuned)
+        return set() if layout is None else set(layout.keys.values())
+
+    def write(self, tuned, names, path):
+        """Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r), or what `KINDS` says; modules
+        trained whole and biases keep their path, each under all the names that it has in the model. Settings that
+        differ between layers go into rank_pattern and alpha_pattern."""
+        from safetensors.torch import save_file
+
+        layout, saved = Layout.of(tuned), tuned.named_saved()
+        assert layout is not None  # else it carries nothing
+        keys = {key: name for key, name in layout.keys.items() if name in names}
+        tensors = {key: saved[name].detach().contiguous().clone() for key, name in keys.items()}
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        config = layout.config(tuned.model)
+        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def read(self, tuned, path):
+        layout, saved = Layout.of(tuned), tuned.named_saved()
+        known = dict(layout.keys) if layout is not None else {}
+        aliases = parameter_names(tuned.model)
+        plain = {alias: name for name, t in saved.items() for alias in aliases.get(id(t), [name])}
+        found: dict[str, Tensor] = {}
+        for key, tensor in read_tensors(path / WEIGHTS).items():
+            name = known.get(key) or plain.get(key.removeprefix(PREFIX).replace(".base_layer.", "."), key)
+            if name in found and not found[name].equal(tensor):
+                raise EfftuneError(
+                    f"{path / WEIGHTS} has two different tensors for {name}, one for each of its names: the model that "
+                    "it was trained on did not tie them; load it into one that does not."
+                )
+            found[name] = tensor
+        return found
+
+
+@dataclass
+class Layout:
+    """What of a tuned model goes into an adapter, and under which keys."""
+
+    kind: Kind
+    layers: dict[str, Any]  # name -> an efftune.Linear of this kind
+    keys: dict[str, str]  # PEFT's key -> the name in named_saved
+    whole: set[str]  # modules that are saved whole
+    biases: set[str]  # that train outside of them
+
+    @classmethod
+    def of(cls, tuned) -> Layout | None:
+        """None where the model has no layer of a kind that PEFT knows. Of several kinds, that of most layers."""
+        model = tuned.model
+        linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+        counts = Counter(type(m.delta) for m in linear.values())
+        kind = max(KINDS, key=lambda kind: counts[kind.delta])
+        if not counts[kind.delta]:
+            return None
+        layers = {name: m for name, m in linear.items() if type(m.delta) is kind.delta}
+        keys = {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in layers for part, ending in kind.keys.items()}
+        added = {id(t) for m in linear.values() for t in m.added()}
+        names = {id(t): name for name, t in tuned.named_saved().items() if id(t) not in added}
+        aliases = {i: found for i, found in parameter_names(model).items() if i in names}
+        states = _whole(model, {alias.rpartition(".")[0] for found in aliases.values() for alias in found}, set(names))
+        while True:
+            inside = {f"{m}.{part}": i for m, state in states.items() for part, i in state.items()}
+            outside = {alias: i for i, found in aliases.items() for alias in found if alias not in inside}
+            biases = {alias: i for alias, i in outside.items() if kind.biases and alias.endswith("bias")}
+            torn = set(outside.values()) - set(biases.values())  # of a tensor with two names, only one has a place
+            if not torn & set(inside.values()):
+                break
+            states = {m: state for m, state in states.items() if torn.isdisjoint(state.values())}
+        keys |= {PREFIX + alias: names[i] for alias, i in inside.items()}
+        for alias, i in biases.items():
+            parent = alias.removesuffix(".bias")
+            keys[PREFIX + (f"{parent}.base_layer.bias" if parent in layers else alias)] = names[i]
+        return cls(kind, layers, keys, set(states), set(biases))
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        """adapter_config.json."""
+        kind, first = self.kind, next(iter(self.layers.values())).delta
+        deltas = {name: kind.restate(m.delta, first) for name, m in self.layers.items()}
+        first = kind.restate(first, first)
+        task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), None)
+        if task != "CAUSAL_LM" and not _wrapped(model, CLASSIFIERS) <= self.whole:
+            task = None  # for the others PEFT wraps what is called so, whatever modules_to_save says
+        config = {
+            "peft_type": kind.peft_type,
+            "task_type": task,
+            "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+            "target_modules": endings(model, set(self.layers)),
+            "modules_to_save": sorted(self.whole) or None,
+            kind.begins[0]: True,
+            "inference_mode": True,
+            **kind.settings,
+        }
+        for ours, (theirs, default) in kind.fields.items():
+            config[theirs] = value = _number(getattr(first, ours), default)
+            if ours in kind.patterns:
+                each = {exactly([n]): _number(getattr(delta, ours), default) for n, delta in deltas.items()}
+                config[kind.patterns[ours]] = {n: other for n, other in each.items() if other != value}
+        if kind.biases:
+            ours = all(name.removesuffix(".bias") in self.layers for name in self.biases)
+            config["bias"] = "none" if not self.biases else "lora_only" if ours else "all"
+        if kind.fan:
+            config["fan_in_fan_out"] = any(layer.conv1d is not None for layer in self.layers.values())
+        return config
+
+
+def _number(value: Any, default: Any) -> Any:
+    """As PEFT has it: 8 and not 8.0 where it has a whole number."""
+    return int(value) if type(default) is int and value == int(value) else value
+
+
+def _wrapped(model: nn.Module, modules_to_save: Iterable[str]) -> set[str]:
+    """The modules that PEFT saves whole: whose paths end so, also within a name."""
+    endings = tuple(modules_to_save)
+    return {name for name, _ in model.named_modules() if endings and name.endswith(endings)}
+
+
+def _whole(model: nn.Module, modules: set[str], ids: set[int]) -> dict[str, dict[str, int]]:
+    """The outermost modules around `modules` whose whole state is among the tensors `ids` ("classifier", not each of
+    its two layers) and as a plain module has it -> the ids in their states. Not those that PEFT cannot name alone."""
+
+    def state(name: str) -> dict[str, int] | None:
+        module = model.get_submodule(name)
+        if not name or any(isinstance(m, Linear) and not isinstance(m.base, Dense) for m in module.modules()):
+            return None
+        found = {key: id(t) for key, t in module.state_dict(keep_vars=True).items()}
+        return found if ids.issuperset(found.values()) else None
+
+    states: dict[str, dict[str, int]] = {}
+    for name in modules:
+        outermost = None
+        while (found := state(name)) is not None:
+            outermost, name = (name, found), name.rpartition(".")[0]
+        states.update([outermost] if outermost else [])
+    return {name: found for name, found in states.items() if _wrapped(model, [name]) <= states.keys()}
 
 
 def endings(model: nn.Module, chosen: set[str]) -> list[str] | str:
@@ -118,67 +248,97 @@ def exactly(names: Iterable[str]) -> str:
     return f"^({'|'.join(re.escape(name) for name in sorted(names))})"
 
 
-def read_methods(path: Path, model: nn.Module) -> list[LoraMethod]:
-    """The recipe that the PEFT adapter in the folder `path` means for `model`: one LoRA method per rank and alpha.
+def methods(path: Path, model: nn.Module) -> list[Method]:
+    """The recipe that the PEFT adapter in the folder `path` means for `model`: a method for each rank and alpha. Which
+    layers have an adapter is read off the keys of its tensors.
 
-    Raises: EfftuneError if it is no LoRA adapter, or uses a setting that this library's LoRA does not have.
+    Raises: EfftuneError if it is of no kind of `KINDS`, uses a setting that this library has not, or does not fit.
     """
-    config = read_json(path / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise EfftuneError(f"{path / CONFIG} is a {config.get('peft_type')} adapter; only LORA can be read.")
-    used = [name for name in FOREIGN if config.get(name)]
-    if used:
-        raise EfftuneError(f"{path / CONFIG} uses {', '.join(used)}, which efftune's LoRA has not; merge it with PEFT.")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+    file, plan = path / CONFIG, Plan(model)
+    config = read_json(file)
+    kind = _kind(config, file)
+    parts = tuple("." + ending for ending in kind.keys.values())
+    keys = [key.removeprefix(PREFIX) for key in read_tensors(path / WEIGHTS)]
+    found = {key.removesuffix(part) for key in keys for part in parts if key.endswith(part)}
+    wholly = _wrapped(model, _names(config, "modules_to_save", file))
+    _refuse_untied(model, wholly, config, file)
+    wrong, targets = found - plan.layers.keys(), config.get("target_modules")
+    if not isinstance(targets, str) and (targets := _names(config, "target_modules", file)):
+        meant = {layer.name for layer in plan.targets(kind.method(), targets)}
+        meant -= {layer.name for module in wholly for layer in plan.inside(module)}
+        wrong |= found - meant if any(config.get(name) for name in FEWER) else found ^ meant
+    if wrong or not found:
+        at = f" (first at {min(wrong)})" if wrong else ""
+        raise EfftuneError(f"{path / WEIGHTS} does not fit {type(model).__name__}{at}: nothing was loaded.")
+    groups: dict[tuple, set[str]] = {}
+    for name in found:
+        groups.setdefault(tuple(_settings(kind, config, name, file)), set()).add(name)
+    bias = {"bias": config.get("bias", "none")} if kind.biases else {}
+    recipe: list[Any] = []
+    for settings in sorted(groups):
+        targets = endings(model, groups[settings])
+        recipe.append(
+            kind.method(
+                **dict(zip(kind.fields, settings, strict=True)),
+                **bias,
+                target_modules=targets if isinstance(targets, str) else tuple(targets),
+                modules_to_save=() if recipe else tuple(sorted(wholly)),
+            )
+        )
+    return recipe
+
+
+def _kind(config: dict[str, Any], file: Path) -> Kind:
+    def other(kind: Kind) -> list[str]:
+        return [name for name, value in kind.settings.items() if bool(config.get(name)) != bool(value)]
+
+    kinds = [kind for kind in KINDS if kind.peft_type == config.get("peft_type")]
+    if not kinds:
+        known = ", ".join(sorted({kind.peft_type for kind in KINDS}))
+        raise EfftuneError(f"{file} is a {config.get('peft_type')} adapter; only {known} can be read.")
+    kind = min(kinds, key=lambda kind: len(other(kind)))
+    if used := other(kind) + [name for name in FOREIGN if config.get(name)]:
         raise EfftuneError(
-            f"{path / CONFIG} was begun by {init!r}, which changes the base weights; merge it with PEFT."
+            f"{file} uses {', '.join(used)}, which efftune's {kind.delta.__name__} has not; merge it with PEFT."
         )
-    r, lora_alpha, targets = (required(config, key, path / CONFIG) for key in ("r", "lora_alpha", "target_modules"))
-    # PEFT lists every name that a classification head may have.
-    names = [name for name, _ in model.named_modules()]
-    wholly = tuple(m for m in config.get("modules_to_save") or () if any(matches(name, (m,)) for name in names))
-    common = LoraMethod(
-        r=r,
-        lora_alpha=float(lora_alpha),
-        lora_dropout=config.get("lora_dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        bias=config.get("bias", "none"),
-        use_rslora=config.get("use_rslora", False),
-        modules_to_save=wholly,
-    )
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    if not ranks and not alphas:
-        return [common]
-    groups: dict[tuple, list[str]] = {}
-    for name in (layer.name for layer in Plan(model).targets(common, common.target_modules)):
-        key = _by_pattern(ranks, name, common.r), _by_pattern(alphas, name, common.lora_alpha)
-        groups.setdefault(key, []).append(name)
-    return [
-        replace(
-            common, r=r, lora_alpha=float(a), target_modules=exactly(names), modules_to_save=wholly if i == 0 else ()
-        )
-        for i, ((r, a), names) in enumerate(groups.items())
-    ]
+    begun = config.get(kind.begins[0])
+    if isinstance(begun, str) and begun not in kind.begins[1]:
+        raise EfftuneError(f"{file} was begun by {begun!r}, which changes the base weights; merge it with PEFT.")
+    return kind
 
 
-def _by_pattern(patterns: dict, name: str, default):
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def _settings(kind: Kind, config: dict[str, Any], layer: str, file: Path) -> Iterable[Any]:
+    """What the file says of one layer, in the order of `kind.fields`."""
+    for ours, (theirs, default) in kind.fields.items():
+        value = config.get(theirs, default)
+        patterns = config.get(kind.patterns.get(ours, "")) or {}
+        try:
+            for pattern, other in patterns.items():
+                if re.match(rf"(.*\.)?({pattern})$", layer):
+                    value = other
+                    break
+        except (AttributeError, re.error):
+            raise EfftuneError(f"{file} has a {kind.patterns[ours]} that is none; save or fetch it again.") from None
+        if not isinstance(value, bool if isinstance(default, bool) else int | float):
+            raise EfftuneError(f"{file} says {theirs}={value!r}, where PEFT has {default!r}; save or fetch it again.")
+        yield value
 
 
-def load_adapter(model: nn.Module, path: Path) -> None:
-    """Copies the tensors of the PEFT adapter in the folder `path` into `model`, which has the LoRA layers it names.
+def _names(config: dict[str, Any], setting: str, file: Path) -> list[str]:
+    names = config.get(setting) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise EfftuneError(f"{file} says {setting}={names!r}, which is no list of names; save or fetch it again.")
+    return names
 
-    Raises: EfftuneError, before anything is copied, if a tensor is missing, left over or of another shape.
-    """
-    targets = {}
-    for name, layer in adapters(model).items():
-        targets[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_a
-        targets[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_b
-    parameters = dict(model.named_parameters())
-    tensors = read_tensors(path / WEIGHTS)
-    for key in tensors:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if key not in targets and name in parameters:
-            targets[key] = parameters[name]
-    copy_tensors(tensors, targets, path / WEIGHTS, type(model).__name__)
+
+def _refuse_untied(model: nn.Module, wholly: set[str], config: dict[str, Any], file: Path) -> None:
+    """PEFT trains a copy of a module that is tied to another, which keeps what it had."""
+    names = parameter_names(model)
+    for module in sorted(wholly):
+        for p in model.get_submodule(module).parameters():
+            others = [name for name in names[id(p)] if not any((name + ".").startswith(m + ".") for m in wholly)]
+            if others and not config.get("ensure_weight_tying"):
+                raise EfftuneError(
+                    f"{file} saves {module} whole, a copy in PEFT of what {others[0]} is tied to in this model; load "
+                    "it into a model that does not tie them, or merge it with PEFT."
+                )

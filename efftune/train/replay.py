@@ -83,7 +83,7 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
     else:
         player.replay(log)
     with rundir.writing(out), quiet():
-        if peft.adapters(tuner.model):
+        if peft.Adapter().carries(tuner):
             tuner.save(out)
         else:
             plain: Any = tuner.merge()
