@@ -90,8 +90,8 @@ def load(model: nn.Module, path: str | Path) -> Tuner:
     path = Path(path)
     if not (path / CONFIG).exists():  # PEFT wrote it
         tuner = apply(model, peft.methods(path, unwrapped(model)))
-        delta = tuner.named_delta()  # PEFT leaves out what may be as it was: buffers and biases
-        optional = [name for name in tuner.named_saved() if name not in delta or name.endswith("bias")]
+        trained = tuner.named_trained()  # PEFT leaves out what may be as it was
+        optional = [name for name in tuner.named_saved() if name not in trained or name.endswith("bias")]
         formats.load(tuner, path, [peft.Adapter.name], optional)
         return tuner
     config = read_json(path / CONFIG)

@@ -44,8 +44,9 @@ class Kind:
     Args:
         delta: the kind, exactly: a subclass has a meaning of its own.   method: makes it, and has `fields` as fields.
         keys: our name of a tensor -> what PEFT's key ends in.
-        fields: our setting -> (PEFT's, its default there).   patterns: those of them that a layer may have for itself
-            -> the setting in which PEFT lists these layers. All others are those of the first layer.
+        fields: our setting -> (PEFT's, its default there).
+        patterns: those of them that a layer may have for itself -> the setting in which PEFT lists such layers. A layer
+            that in evaluation differs from the first in another one has no place in the file.
         settings: what else tells the kind in a file.
         begins: the setting that says how the adapter began, and the words there that leave the base weights alone.
         biases, fan: whether PEFT's settings have `bias` and `fan_in_fan_out`.
@@ -58,7 +59,7 @@ class Kind:
     peft_type: str
     keys: dict[str, str]
     fields: dict[str, tuple[str, Any]]
-    patterns: dict[str, str] = field(default_factory=lambda: {"r": "rank_pattern"})
+    patterns: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     begins: tuple[str, tuple[str, ...]] = ("init_weights", ("gaussian",))
     biases: bool = False
@@ -140,7 +141,7 @@ class Layout:
     """What of a tuned model goes into an adapter, and under which keys."""
 
     kind: Kind
-    layers: dict[str, Any]  # name -> an efftune.Linear of this kind
+    deltas: dict[str, Any]  # layer -> its delta, restated
     keys: dict[str, str]  # PEFT's key -> the name in named_saved
     whole: set[str]  # modules that are saved whole
     biases: set[str]  # that train outside of them
@@ -148,37 +149,31 @@ class Layout:
     @classmethod
     def of(cls, tuned) -> Layout | None:
         """None where the model has no layer of a kind that PEFT knows. Of several kinds, that of most layers."""
-        model = tuned.model
-        linear = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+        linear = {name: m for name, m in tuned.model.named_modules() if isinstance(m, Linear)}
         counts = Counter(type(m.delta) for m in linear.values())
         kind = max(KINDS, key=lambda kind: counts[kind.delta])
-        if not counts[kind.delta]:
+        deltas = {name: m.delta for name, m in linear.items() if type(m.delta) is kind.delta}
+        if not deltas:
             return None
-        layers = {name: m for name, m in linear.items() if type(m.delta) is kind.delta}
-        keys = {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in layers for part, ending in kind.keys.items()}
+        first = next(iter(deltas.values()))
+        deltas = {name: kind.restate(delta, first) for name, delta in deltas.items()}
+        common = [field for field in kind.fields if field not in kind.patterns]
+        settings = {name: [getattr(delta.eval(), field) for field in common] for name, delta in deltas.items()}
+        expected = next(iter(settings.values()))
+        deltas = {name: delta for name, delta in deltas.items() if settings[name] == expected}
+        keys = {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in deltas for part, ending in kind.keys.items()}
         added = {id(t) for m in linear.values() for t in m.added()}
         names = {id(t): name for name, t in tuned.named_saved().items() if id(t) not in added}
-        aliases = {i: found for i, found in parameter_names(model).items() if i in names}
-        states = _whole(model, {alias.rpartition(".")[0] for found in aliases.values() for alias in found}, set(names))
-        while True:
-            inside = {f"{m}.{part}": i for m, state in states.items() for part, i in state.items()}
-            outside = {alias: i for i, found in aliases.items() for alias in found if alias not in inside}
-            biases = {alias: i for alias, i in outside.items() if kind.biases and alias.endswith("bias")}
-            torn = set(outside.values()) - set(biases.values())  # of a tensor with two names, only one has a place
-            if not torn & set(inside.values()):
-                break
-            states = {m: state for m, state in states.items() if torn.isdisjoint(state.values())}
+        inside, biases, whole = _beside(tuned.model, set(names), kind.biases)
         keys |= {PREFIX + alias: names[i] for alias, i in inside.items()}
         for alias, i in biases.items():
             parent = alias.removesuffix(".bias")
-            keys[PREFIX + (f"{parent}.base_layer.bias" if parent in layers else alias)] = names[i]
-        return cls(kind, layers, keys, set(states), set(biases))
+            keys[PREFIX + (f"{parent}.base_layer.bias" if parent in deltas else alias)] = names[i]
+        return cls(kind, deltas, keys, whole, set(biases))
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         """adapter_config.json."""
-        kind, first = self.kind, next(iter(self.layers.values())).delta
-        deltas = {name: kind.restate(m.delta, first) for name, m in self.layers.items()}
-        first = kind.restate(first, first)
+        kind, first = self.kind, next(iter(self.deltas.values()))
         task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), None)
         if task != "CAUSAL_LM" and not _wrapped(model, CLASSIFIERS) <= self.whole:
             task = None  # for the others PEFT wraps what is called so, whatever modules_to_save says
@@ -186,7 +181,7 @@ class Layout:
             "peft_type": kind.peft_type,
             "task_type": task,
             "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-            "target_modules": endings(model, set(self.layers)),
+            "target_modules": endings(model, set(self.deltas)),
             "modules_to_save": sorted(self.whole) or None,
             kind.begins[0]: True,
             "inference_mode": True,
@@ -195,13 +190,13 @@ class Layout:
         for ours, (theirs, default) in kind.fields.items():
             config[theirs] = value = _number(getattr(first, ours), default)
             if ours in kind.patterns:
-                each = {exactly([n]): _number(getattr(delta, ours), default) for n, delta in deltas.items()}
+                each = {exactly([n]): _number(getattr(delta, ours), default) for n, delta in self.deltas.items()}
                 config[kind.patterns[ours]] = {n: other for n, other in each.items() if other != value}
         if kind.biases:
-            ours = all(name.removesuffix(".bias") in self.layers for name in self.biases)
+            ours = all(name.removesuffix(".bias") in self.deltas for name in self.biases)
             config["bias"] = "none" if not self.biases else "lora_only" if ours else "all"
         if kind.fan:
-            config["fan_in_fan_out"] = any(layer.conv1d is not None for layer in self.layers.values())
+            config["fan_in_fan_out"] = any(model.get_submodule(name).conv1d is not None for name in self.deltas)
         return config
 
 
@@ -216,24 +211,39 @@ def _wrapped(model: nn.Module, modules_to_save: Iterable[str]) -> set[str]:
     return {name for name, _ in model.named_modules() if endings and name.endswith(endings)}
 
 
-def _whole(model: nn.Module, modules: set[str], ids: set[int]) -> dict[str, dict[str, int]]:
-    """The outermost modules around `modules` whose whole state is among the tensors `ids` ("classifier", not each of
-    its two layers) and as a plain module has it -> the ids in their states. Not those that PEFT cannot name alone."""
+def _beside(model: nn.Module, ids: set[int], biases: bool) -> tuple[dict[str, int], dict[str, int], set[str]]:
+    """Of the tensors `ids`, those for which PEFT has a place beside its layers. A tensor with two names, since modules
+    share it, needs a place for each: PEFT would else load one of them.
 
-    def state(name: str) -> dict[str, int] | None:
-        module = model.get_submodule(name)
-        if not name or any(isinstance(m, Linear) and not isinstance(m.base, Dense) for m in module.modules()):
-            return None
-        found = {key: id(t) for key, t in module.state_dict(keep_vars=True).items()}
-        return found if ids.issuperset(found.values()) else None
-
+    Returns: name -> id, of those in modules that are saved whole and of biases, which have a place if `biases`; and the
+    names of those modules: the outermost ones all of whose state is among `ids`, "classifier" and not each of its two
+    layers.
+    """
+    aliases = {i: names for i, names in parameter_names(model).items() if i in ids}
     states: dict[str, dict[str, int]] = {}
-    for name in modules:
+    for name in {alias.rpartition(".")[0] for names in aliases.values() for alias in names}:
         outermost = None
-        while (found := state(name)) is not None:
-            outermost, name = (name, found), name.rpartition(".")[0]
-        states.update([outermost] if outermost else [])
-    return {name: found for name, found in states.items() if _wrapped(model, [name]) <= states.keys()}
+        while (state := _state(model, name)) and ids.issuperset(state.values()):
+            outermost, name = (name, state), name.rpartition(".")[0]
+        states |= [outermost] if outermost else []
+    states = {name: state for name, state in states.items() if _wrapped(model, [name]) <= states.keys()}
+    while True:
+        inside = {f"{name}.{part}": i for name, state in states.items() for part, i in state.items()}
+        outside = {alias: i for i, names in aliases.items() for alias in names if alias not in inside}
+        alone = {alias: i for alias, i in outside.items() if biases and alias.endswith(".bias")}
+        torn = {i for alias, i in outside.items() if alias not in alone}
+        if torn.isdisjoint(inside.values()):
+            return inside, {alias: i for alias, i in alone.items() if i not in torn}, set(states)
+        states = {name: state for name, state in states.items() if torn.isdisjoint(state.values())}
+
+
+def _state(model: nn.Module, name: str) -> dict[str, int]:
+    """The ids of the state of a module, by its names; nothing for the model itself, and where the names do not mean
+    what they mean in a plain module."""
+    module = model.get_submodule(name)
+    if not name or any(isinstance(m, Linear) and not isinstance(m.base, Dense) for m in module.modules()):
+        return {}
+    return {key: id(t) for key, t in module.state_dict(keep_vars=True).items()}
 
 
 def endings(model: nn.Module, chosen: set[str]) -> list[str] | str:

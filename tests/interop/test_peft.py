@@ -1,6 +1,7 @@
 """Against the real PEFT: our adapter in PEFT gives our logits, and PEFT's adapter here gives PEFT's."""
 
 import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 import efftune
 from efftune import EfftuneError
 from efftune.interop import peft as files
+from tests.interop.toys import register
 from tests.methods.models import batch, llama, loss_fn
 
 peft = pytest.importorskip("peft")
@@ -21,6 +23,9 @@ RECIPES = [
     "lora(r=4, freeze_a=True, lora_dropout=0.1)",
     "lora(r=4, modules_to_save=['lm_head'])",
     "lora(r=4) + full(target_modules='norm')",
+    "lora(r=4, target_modules='q_proj', use_rslora=True) + lora(r=3, target_modules='v_proj')",
+    "lora(r=4, target_modules='q_proj') + lora(r=3, lora_alpha=7.0, use_rslora=True, target_modules='v_proj')",
+    "lora(r=4, modules_to_save=['embed_tokens', 'layers.2'], target_modules='layers.0.*proj')",
 ]
 
 
@@ -59,6 +64,18 @@ CONFIGS = [
         alpha_pattern={"layers.1.mlp.up_proj": 5},
     ),
     dict(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    dict(r=4, target_modules=["q_proj"], modules_to_save=["head", "mlp"]),  # PEFT's endings, also within a name
+    dict(
+        r=4,
+        lora_alpha=3,
+        target_modules=["q_proj", "k_proj", "up_proj"],
+        use_rslora=True,
+        rank_pattern={".*q_proj": 2, "layers.2.mlp.up_proj": 5},
+        alpha_pattern={"up_proj": 5, "layers.[01].self_attn.k_proj": 9},
+    ),
+    dict(r=4, target_modules=["q_proj", "up_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"]),
+    dict(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2]),
+    dict(r=4, target_modules="all-linear", init_lora_weights="orthogonal"),
 ]
 
 
@@ -90,6 +107,154 @@ def test_biases_both_ways(bias, tmp_path):
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(efftune.load(network(), tmp_path / "theirs").model(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2))
+
+
+def agree(model, theirs):
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["lora(r=4)", "lora(r=4, bias='all')", "lora(r=4, bias='lora_only', target_modules='c_attn')"]
+)
+def test_conv1d_both_ways(recipe, tmp_path):
+    tuner = efftune.apply(gpt2(), recipe)
+    randomize(tuner.model)
+    tuner.save(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / files.CONFIG).read_text())["fan_in_fan_out"] is True
+    theirs = peft.PeftModel.from_pretrained(gpt2(), tmp_path / "ours")
+    agree(tuner.model, theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    agree(efftune.load(gpt2(), tmp_path / "theirs").model, theirs)
+
+
+def test_over_weights_of_another_storage(tmp_path):
+    """PEFT gives the same over the weights as int8 has them."""
+    tuner = efftune.apply(llama(), "int8 + lora(r=4)")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    rounded = efftune.apply(llama(), "int8 + lora(r=1)").remove()
+    agree(tuner.model, peft.PeftModel.from_pretrained(rounded, tmp_path))
+    agree(efftune.load(llama(), tmp_path).model, tuner.model)
+
+
+@pytest.mark.parametrize("model", [lambda: llama(tie=True), gpt2])
+@pytest.mark.parametrize("module", ["embedding", "lm_head"])
+def test_a_weight_of_two_modules(model, module, tmp_path):
+    name = module if module == "lm_head" else "wte" if model is gpt2 else "embed_tokens"
+    tuner = efftune.apply(model(), f"lora(r=4, modules_to_save=['{name}'])")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(model(), tmp_path)
+    agree(tuner.model, theirs)
+    (tmp_path / "efftune_config.json").unlink()
+    again = efftune.load(model(), tmp_path)
+    agree(again.model, theirs)
+    with torch.no_grad():  # as PEFT trains them: two copies
+        theirs.get_output_embeddings().weight.add_(1)
+    theirs.save_pretrained(tmp_path / "untied")
+    with pytest.raises(EfftuneError, match="two different tensors for .*weight, one for each of its names"):
+        efftune.load(model(), tmp_path / "untied")
+
+
+@pytest.mark.parametrize("ensure", [False, True])
+def test_one_of_two_modules_that_share_a_weight(ensure, tmp_path):
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=ensure,
+    )
+    theirs = peft.get_peft_model(llama(tie=True), config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    if ensure:
+        agree(efftune.load(llama(tie=True), tmp_path).model, theirs)
+    else:
+        with pytest.raises(EfftuneError, match="a copy in PEFT of what lm_head.weight is tied to in this model"):
+            efftune.load(llama(tie=True), tmp_path)
+
+
+def test_running_statistics_of_a_module_that_is_saved_whole(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        middle = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
+        return nn.Sequential(OrderedDict(first=nn.Linear(6, 8), middle=middle, last=nn.Linear(8, 5)))
+
+    x = torch.randn(16, 6) + 2
+    tuner = efftune.apply(network(), "lora(r=2, target_modules='first|last', modules_to_save=['middle'])")
+    randomize(tuner.model)
+    tuner.model(x)
+    tuner.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(network(), tmp_path / "ours", is_trainable=True)
+    torch.testing.assert_close(theirs.eval()(x), tuner.model.eval()(x), rtol=1e-5, atol=1e-5)
+    theirs.train()(x + 1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = efftune.load(network(), tmp_path / "theirs").model
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+KINDS = [
+    ("hadamard(r=4)", lambda **k: peft.HiraConfig(r=4, **k)),
+    ("hadamard(r=2, target_modules='q_proj') + hadamard(r=2, target_modules='up_proj')",
+     lambda **k: peft.HiraConfig(r=2, rank_pattern={"q_proj": 5}, **k)),  # which PEFT 0.21 reads nowhere
+    ("magnitude(r=4, lora_alpha=8.0)", lambda **k: peft.LoraConfig(r=4, use_dora=True, **k)),
+    ("magnitude(r=2, use_rslora=True, target_modules='q_proj') + magnitude(r=5, target_modules='up_proj')",
+     lambda **k: peft.LoraConfig(r=4, use_dora=True, lora_alpha=3, use_rslora=True, alpha_pattern={"q_proj": 2}, **k)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe, config", KINDS, ids=[recipe for recipe, _ in KINDS])
+@pytest.mark.parametrize("model", [llama, gpt2])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_kind_is_an_entry_of_the_table(recipe, config, model, tmp_path, monkeypatch):
+    register(monkeypatch)
+    if model is gpt2:
+        recipe = recipe.replace("q_proj", "c_attn").replace("up_proj", "c_fc")
+    tuner = efftune.apply(model(), recipe)
+    randomize(tuner.model)
+    tuner.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(model(), tmp_path / "ours")
+    agree(tuner.model, theirs)
+    agree(efftune.load(model(), tmp_path / "ours").model, theirs)
+    theirs = peft.get_peft_model(model(), config(target_modules=["q_proj"] if model is llama else ["c_attn", "c_fc"]))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    agree(efftune.load(model(), tmp_path / "theirs").model, theirs)
+
+
+def test_a_subclass_of_a_kind_is_none_of_it(tmp_path, monkeypatch):
+    """What it adds has no key in the file of a plain LoRA."""
+    register(monkeypatch, carried=False)
+    efftune.apply(llama(), "magnitude(r=2)").save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"trained.safetensors", "efftune_config.json"}
+
+
+# Settings of PEFT that change nothing of what a file means, or go without saying.
+HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "modules_to_save", "fan_in_fan_out", "bias", "ensure_weight_tying", "layers_pattern",
+    "megatron_core", "qalora_group_size", "runtime_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of how an adapter begins
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", files.KINDS, ids=lambda kind: kind.delta.__name__)
+def test_every_setting_of_pefts_is_read_or_refused_or_harmless(kind):
+    from dataclasses import fields
+
+    config = {"LORA": peft.LoraConfig, "HIRA": peft.HiraConfig}[kind.peft_type]
+    theirs = {field.name: field.default for field in fields(config)}
+    known = {*kind.patterns.values(), *kind.settings, kind.begins[0], *files.FOREIGN, *files.FEWER, *HARMLESS}
+    assert theirs.keys() - known == {name for name, _ in kind.fields.values()}
+    assert {name: theirs[name] for name, _ in kind.fields.values()} == dict(kind.fields.values())
 
 
 def test_a_classification_head_is_trained_and_saved(tmp_path):
@@ -181,6 +346,16 @@ def test_merge_gives_a_plain_hugging_face_checkpoint(tmp_path):
         (dict(r=3), "does not fit"),
         (dict(target_modules=["k_proj"]), "does not fit"),
         (dict(target_modules=["nothing"]), "matches no linear layer"),
+        (dict(target_modules=["q_proj", "v_proj"]), "does not fit LlamaForCausalLM .first at model.layers.0.*v_proj"),
+        (dict(target_modules=[3]), "target_modules=.3., which is no list of names"),
+        (dict(target_modules="(([a-z._0-9])+)+!", lora_alpha=None), "lora_alpha=None, where PEFT has 8"),
+        (dict(r="4"), "r='4', where PEFT has 8"),
+        (dict(use_rslora=None), "use_rslora=None, where PEFT has False"),
+        (dict(rank_pattern=[3]), "has a rank_pattern that is none"),
+        (dict(alpha_pattern={"(": 3}), "has a alpha_pattern that is none"),
+        (dict(alpha_pattern={"q_proj": "3"}), "lora_alpha='3', where PEFT has 8"),
+        (dict(modules_to_save="lm_head"), "modules_to_save='lm_head', which is no list of names"),
+        (dict(modules_to_save=["lm_head"]), "does not fit LlamaForCausalLM .first at lm_head.weight"),
     ],
 )
 def test_adapters_that_cannot_be_read_are_refused(change, message, tmp_path):
@@ -190,6 +365,71 @@ def test_adapters_that_cannot_be_read_are_refused(change, message, tmp_path):
     (tmp_path / files.CONFIG).write_text(json.dumps(config))
     with pytest.raises(EfftuneError, match=message):
         efftune.load(llama(), tmp_path)
+
+
+def test_the_layers_are_those_of_the_keys(tmp_path):
+    tuner = efftune.apply(llama(), "lora(r=4, target_modules='q_proj')")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    (tmp_path / "efftune_config.json").unlink()
+    config = json.loads((tmp_path / files.CONFIG).read_text())
+    for targets in (None, ".*q_proj", "(([a-z._0-9])+)+!"):  # the last would take for ever to be matched
+        (tmp_path / files.CONFIG).write_text(json.dumps(config | {"target_modules": targets}))
+        agree(efftune.load(llama(), tmp_path).model, tuner.model)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    "key", ["model.embed_tokens.weight", "model.norm.bias", "model.layers.0.self_attn.q_proj.weight"]
+)
+def test_tensors_that_nothing_asks_for_are_refused(key, ours, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    efftune.apply(llama(), "lora(r=4, target_modules='q_proj')").save(tmp_path)
+    if not ours:
+        (tmp_path / "efftune_config.json").unlink()
+    file, model = tmp_path / files.WEIGHTS, llama()
+    shape = dict(model.named_parameters()).get(key, model.model.norm.weight).shape
+    save_file(load_file(file) | {files.PREFIX + key: torch.zeros(shape)}, file)
+    with pytest.raises(EfftuneError, match=f"does not fit LlamaForCausalLM .first at .*{key}.: nothing was loaded"):
+        efftune.load(model, tmp_path)
+    assert model.model.embed_tokens.weight.any()
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path):
+    import os
+
+    for file in (files.WEIGHTS, files.CONFIG, "efftune_config.json"):
+        efftune.apply(llama(), "lora(r=4)").save(tmp_path)
+        (tmp_path / file).unlink()
+        os.mkfifo(tmp_path / file)
+        if file == files.CONFIG:
+            (tmp_path / "efftune_config.json").unlink()
+        with pytest.raises(EfftuneError, match=f"{file} is no regular file"):
+            efftune.load(llama(), tmp_path)
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.filterwarnings("ignore:PEFT has no place")
+def test_a_module_that_pefts_endings_cannot_name_alone(tmp_path):
+    """ "pre_classifier" ends like "classifier", and has an adapter of its own."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    def model():
+        torch.manual_seed(0)
+        return DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=1, n_heads=2)
+        )
+
+    tuner = efftune.apply(model(), "lora(r=4)")
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    assert json.loads((tmp_path / files.CONFIG).read_text())["modules_to_save"] is None
+    theirs = peft.PeftModel.from_pretrained(model(), tmp_path)
+    with torch.no_grad():
+        theirs.base_model.model.classifier.load_state_dict(tuner.model.classifier.state_dict())
+    agree(tuner.model, theirs)
+    agree(efftune.load(model(), tmp_path).model, tuner.model)
 
 
 def test_damaged_missing_and_pickled_files_are_refused(tmp_path):
