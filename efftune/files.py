@@ -64,9 +64,11 @@ def copy_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor], path: P
 
 
 def _fits(tensor: Tensor, target: Tensor) -> bool:
-    if tensor.shape != target.shape or tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
-        return tensor.shape == target.shape and tensor.dtype == target.dtype
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all()) or not bool(target.isfinite().all())
+    if tensor.shape != target.shape:
+        return False
+    if not (tensor.is_floating_point() and target.is_floating_point()):
+        return tensor.dtype == target.dtype
+    return bool(tensor.isfinite().all()) or not bool(target.isfinite().all())
 
 
 def read_json(path: Path) -> dict[str, Any]:

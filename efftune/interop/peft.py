@@ -23,7 +23,7 @@ from efftune.linear.contracts import Delta
 from efftune.methods._base import Method
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.plan import Plan
-from efftune.structure import CLASSIFIERS, matches, parameter_names
+from efftune.structure import CLASSIFIERS, matches
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -122,7 +122,7 @@ class Adapter:
     def read(self, tuned, path):
         layout, saved = Layout.of(tuned), tuned.named_saved()
         known = dict(layout.keys) if layout is not None else {}
-        aliases = parameter_names(tuned.model)
+        aliases = _aliases(tuned.model)
         plain = {alias: name for name, t in saved.items() for alias in aliases.get(id(t), [name])}
         found: dict[str, Tensor] = {}
         for key, tensor in read_tensors(path / WEIGHTS).items():
@@ -151,8 +151,8 @@ class Layout:
         """None where the model has no layer of a kind that PEFT knows. Of several kinds, that of most layers."""
         linear = {name: m for name, m in tuned.model.named_modules() if isinstance(m, Linear)}
         counts = Counter(type(m.delta) for m in linear.values())
-        kind = max(KINDS, key=lambda kind: counts[kind.delta])
-        deltas = {name: m.delta for name, m in linear.items() if type(m.delta) is kind.delta}
+        kind, shared = max(KINDS, key=lambda kind: counts[kind.delta]), _shared(tuned.model)
+        deltas = {n: m.delta for n, m in linear.items() if type(m.delta) is kind.delta and n not in shared}
         if not deltas:
             return None
         first = next(iter(deltas.values()))
@@ -208,7 +208,15 @@ def _number(value: Any, default: Any) -> Any:
 def _wrapped(model: nn.Module, modules_to_save: Iterable[str]) -> set[str]:
     """The modules that PEFT saves whole: whose paths end so, also within a name."""
     endings = tuple(modules_to_save)
-    return {name for name, _ in model.named_modules() if endings and name.endswith(endings)}
+    return {name for name, _ in model.named_modules(remove_duplicate=False) if endings and name.endswith(endings)}
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """id(parameter) -> its names: several, of a tied weight and in a module that stands in several places."""
+    found: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(p), []).append(name)
+    return found
 
 
 def _beside(model: nn.Module, ids: set[int], biases: bool) -> tuple[dict[str, int], dict[str, int], set[str]]:
@@ -219,7 +227,7 @@ def _beside(model: nn.Module, ids: set[int], biases: bool) -> tuple[dict[str, in
     names of those modules: the outermost ones all of whose state is among `ids`, "classifier" and not each of its two
     layers.
     """
-    aliases = {i: names for i, names in parameter_names(model).items() if i in ids}
+    aliases = {i: names for i, names in _aliases(model).items() if i in ids}
     states: dict[str, dict[str, int]] = {}
     for name in {alias.rpartition(".")[0] for names in aliases.values() for alias in names}:
         outermost = None
@@ -244,6 +252,12 @@ def _state(model: nn.Module, name: str) -> dict[str, int]:
     if not name or any(isinstance(m, Linear) and not isinstance(m.base, Dense) for m in module.modules()):
         return {}
     return {key: id(t) for key, t in module.state_dict(keep_vars=True).items()}
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """Modules that stand in several places: in one of them PEFT would put an adapter."""
+    counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    return {name for name, m in model.named_modules() if counts[id(m)] > 1}
 
 
 def endings(model: nn.Module, chosen: set[str]) -> list[str] | str:
@@ -272,7 +286,7 @@ def methods(path: Path, model: nn.Module) -> list[Method]:
     found = {key.removesuffix(part) for key in keys for part in parts if key.endswith(part)}
     wholly = _wrapped(model, _names(config, "modules_to_save", file))
     _refuse_untied(model, wholly, config, file)
-    wrong, targets = found - plan.layers.keys(), config.get("target_modules")
+    wrong, targets = found - plan.layers.keys() | found & _shared(model), config.get("target_modules")
     if not isinstance(targets, str) and (targets := _names(config, "target_modules", file)):
         meant = {layer.name for layer in plan.targets(kind.method(), targets)}
         meant -= {layer.name for module in wholly for layer in plan.inside(module)}
@@ -343,7 +357,7 @@ def _names(config: dict[str, Any], setting: str, file: Path) -> list[str]:
 
 def _refuse_untied(model: nn.Module, wholly: set[str], config: dict[str, Any], file: Path) -> None:
     """PEFT trains a copy of a module that is tied to another, which keeps what it had."""
-    names = parameter_names(model)
+    names = _aliases(model)
     for module in sorted(wholly):
         for p in model.get_submodule(module).parameters():
             others = [name for name in names[id(p)] if not any((name + ".").startswith(m + ".") for m in wholly)]

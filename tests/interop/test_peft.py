@@ -163,6 +163,54 @@ def test_a_weight_of_two_modules(model, module, tmp_path):
         efftune.load(model(), tmp_path / "untied")
 
 
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def test_a_module_in_several_places(tmp_path):
+    """T5's embedding is that of the model, of the encoder and of the decoder."""
+
+    def output(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=batch(seed=5), decoder_input_ids=batch(seed=6)).logits
+
+    tuner = efftune.apply(t5(), "lora(r=4, target_modules='q|v', modules_to_save=['shared'])")
+    randomize(tuner.model)
+    tuner.save(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(t5(), tmp_path / "ours")
+    torch.testing.assert_close(output(theirs), output(tuner.model), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(efftune.load(t5(), tmp_path / "ours").model), output(tuner.model))
+    config = peft.LoraConfig(r=4, target_modules=["q", "v"], modules_to_save=["shared"])
+    peft.get_peft_model(t5(), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(EfftuneError, match="shared whole, a copy in PEFT of what"):
+        efftune.load(t5(), tmp_path / "theirs")
+
+
+def test_a_layer_in_several_places_is_left_out(tmp_path):
+    """PEFT puts an adapter in one of them."""
+
+    def network():
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(6, 6))
+
+    tuner = efftune.apply(network(), "lora(r=2)")
+    randomize(tuner.model)
+    with pytest.warns(UserWarning, match="PEFT has no place for 0.lora_a, 0.lora_b"):
+        tuner.save(tmp_path / "ours")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(efftune.load(network(), tmp_path / "ours").model(x), tuner.model(x))
+    theirs = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["0", "3"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(EfftuneError, match="does not fit Sequential .first at 0"):
+        efftune.load(network(), tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("ensure", [False, True])
 def test_one_of_two_modules_that_share_a_weight(ensure, tmp_path):
     config = peft.LoraConfig(
