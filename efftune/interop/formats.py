@@ -84,10 +84,10 @@ def save(tuned: Tuned, path: Path, only: str | None = None) -> list[str]:
         if share := format.carries(tuned) & left:
             shares.append((format, share))
             left -= share
-    if left and only is not None:
-        raise EfftuneError(f"The format {only!r} would lose {_list(left)}; save without format=, in all that it takes.")
-    if left:
+    if left and only is None:
         raise EfftuneError(f"No format can carry {_list(left)}; bring it into memory as a dense tensor first.")
+    if left:
+        raise EfftuneError(f"The format {only!r} would lose {_list(left)}; save without format=, in all that it takes.")
     path.mkdir(parents=True, exist_ok=True)
     for format, share in shares:
         format.write(tuned, share, path)
@@ -108,7 +108,7 @@ def load(tuned: Tuned, path: Path, written: list[str], optional: Iterable[str] =
         optional: names of `tuned.named_saved()` that need not be there.
     Raises: EfftuneError, before anything is copied, if a tensor is missing, left over or does not fit.
     """
-    for name in written:
+    for name in written if isinstance(written, list) else (written,):  # from a file
         _named(name)
     targets, tensors = tuned.named_saved(), dict[str, Tensor]()
     for format in FORMATS:

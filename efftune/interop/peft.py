@@ -49,7 +49,7 @@ class Kind:
             that in evaluation differs from the first in another one has no place in the file.
         settings: what else tells the kind in a file.
         begins: the setting that says how the adapter began, and the words there that leave the base weights alone.
-        biases, fan: whether PEFT's settings have `bias` and `fan_in_fan_out`.
+        biases: whether PEFT's settings have `bias`.
         restate: (delta, that of the first layer) -> the same delta, with the first one's settings where PEFT has one
             for all layers.
     """
@@ -63,7 +63,6 @@ class Kind:
     settings: dict[str, Any] = field(default_factory=dict)
     begins: tuple[str, tuple[str, ...]] = ("init_weights", ("gaussian",))
     biases: bool = False
-    fan: bool = True
     restate: Callable[[Any, Any], Any] = lambda delta, first: delta
 
 
@@ -195,8 +194,8 @@ class Layout:
         if kind.biases:
             ours = all(name.removesuffix(".bias") in self.deltas for name in self.biases)
             config["bias"] = "none" if not self.biases else "lora_only" if ours else "all"
-        if kind.fan:
-            config["fan_in_fan_out"] = any(model.get_submodule(name).conv1d is not None for name in self.deltas)
+        if any(model.get_submodule(name).conv1d is not None for name in self.deltas):
+            config["fan_in_fan_out"] = True
         return config
 
 

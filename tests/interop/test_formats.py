@@ -187,6 +187,14 @@ def test_a_format_is_an_object_in_the_list(tmp_path, monkeypatch):
         efftune.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)
 
 
+@pytest.mark.parametrize("formats", [3, {"a": 1}, ["gguf"], [None]])
+def test_a_list_of_formats_that_is_none_is_refused(formats, tmp_path):
+    efftune.apply(nn.Sequential(nn.Linear(8, 8)), "full").save(tmp_path)
+    (tmp_path / "efftune_config.json").write_text(json.dumps({"recipe": "full", "formats": formats}))
+    with pytest.raises(EfftuneError, match="There is no format"):
+        efftune.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)
+
+
 def test_files_that_are_gone_are_missed(tmp_path):
     network = lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))  # noqa: E731
     for file in ("adapter_model.safetensors", "trained.safetensors"):
