@@ -317,7 +317,7 @@ def _kind(config: dict[str, Any], file: Path) -> Kind:
 
     kinds = [kind for kind in KINDS if kind.peft_type == config.get("peft_type")]
     if not kinds:
-        known = ", ".join(sorted({kind.peft_type for kind in KINDS}))
+        known = ", ".join(dict.fromkeys(kind.peft_type for kind in KINDS))
         raise EfftuneError(f"{file} is a {config.get('peft_type')} adapter; only {known} can be read.")
     kind = min(kinds, key=lambda kind: len(other(kind)))
     if used := other(kind) + [name for name in FOREIGN if config.get(name)]:

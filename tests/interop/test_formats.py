@@ -77,7 +77,7 @@ def test_what_an_earlier_version_wrote_is_read(name):
         ("full", "0.bias, 0.weight, 1.bias, 1.num_batches_tracked, 1.running_mean and 6 more"),
         ("lora(r=2)", "1.num_batches_tracked, 1.running_mean, 1.running_var"),
         ("int8(group=4) + lora(r=2, target_modules=['0']) + peqa(target_modules=['2'])", "1.num.*, 2.scales"),
-        ("magnitude(r=2, target_modules=['0'])", "0.lora_a, 0.lora_b, 0.magnitude, 0.squares, 1.num.*"),
+        ("magnitude(r=2, target_modules=['0'])", "0.began, 0.lora_a, 0.lora_b, 0.magnitude, 1.num.*"),
     ],
 )
 def test_a_format_that_cannot_carry_the_plan_names_what_it_would_lose(recipe, lost, tmp_path, monkeypatch):

@@ -300,6 +300,7 @@ def test_every_setting_of_pefts_is_read_or_refused_or_harmless(kind):
 
     config = {"LORA": peft.LoraConfig, "HIRA": peft.HiraConfig}[kind.peft_type]
     theirs = {field.name: field.default for field in fields(config)}
+    theirs.pop("rank_pattern" if kind.peft_type == "HIRA" else "", None)  # PEFT 0.21 does not look at it
     known = {*kind.patterns.values(), *kind.settings, kind.begins[0], *files.FOREIGN, *files.FEWER, *HARMLESS}
     assert theirs.keys() - known == {name for name, _ in kind.fields.values()}
     assert {name: theirs[name] for name, _ in kind.fields.values()} == dict(kind.fields.values())

@@ -8,11 +8,11 @@ from torch import nn
 
 from efftune import methods, recipe
 from efftune.interop import peft
+from efftune.linear import LoRA
 from efftune.linear.contracts import Delta
 from efftune.methods._base import TRAINS, Method
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.plan import ALL_LINEAR
-from tests.linear.toys import Magnitude
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,26 @@ class Hadamard(Delta):
 
     def weight(self, c, a, b, dtype):
         return c.base.rows(c.w, a, b, dtype) * (1 + c.p[1][a:b] @ c.p[0])
+
+
+@dataclass(frozen=True)
+class Magnitude(LoRA):
+    """W' = m ∘ (W + sBA) / ‖W + sBA‖ by row, as PEFT's LoRA with use_dora; in evaluation only."""
+
+    names = ("lora_a", "lora_b", "magnitude", "began")  # began: m as it began, for which PEFT has no name
+    learns = names[:3]
+
+    def begin(self, weight):
+        a, b = self.init(weight.shape, weight.dtype, weight.device)
+        return weight, (a, b, weight.norm(dim=1), weight.norm(dim=1))
+
+    def forward(self, c, x):
+        y = x @ self.weight(c, 0, c.w.shape[0], x.dtype).t()
+        return y if c.bias is None else y + c.bias, ()
+
+    def weight(self, c, a, b, dtype):
+        plain = super().weight(c._replace(p=c.p[:2]), a, b, dtype)
+        return plain * (c.p[2][a:b] / plain.norm(dim=1))[:, None].to(dtype)
 
 
 @dataclass(frozen=True)
@@ -83,4 +103,4 @@ def register(monkeypatch, carried=True):
     """Makes recipes know both methods, and the table both kinds where they are to be carried."""
     known = {**methods.available(), "hadamard": HadamardMethod, "magnitude": MagnitudeMethod}
     monkeypatch.setattr(recipe, "available", lambda: known)
-    monkeypatch.setattr(peft, "KINDS", [peft.LORA, HADAMARD, MAGNITUDE] if carried else [peft.LORA])
+    monkeypatch.setattr(peft, "KINDS", [*peft.KINDS, HADAMARD, MAGNITUDE] if carried else peft.KINDS)
