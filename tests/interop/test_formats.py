@@ -147,14 +147,26 @@ def test_a_tensor_with_two_names_needs_a_place_for_both(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
-def test_files_of_an_earlier_save_to_the_same_folder_are_not_read(tmp_path):
+def as_before(folder):
+    """efftune_config.json as earlier versions wrote it, which did not name the formats."""
+    config = json.loads((folder / "efftune_config.json").read_text())
+    del config["formats"]
+    (folder / "efftune_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_files_of_an_earlier_save_to_the_same_folder_are_not_read(before, tmp_path):
     def network():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 
     for recipe, only in (("full", None), ("lora(r=2)", "safetensors"), ("lora(r=2)", None), ("full", None)):
+        if only and before:
+            continue
         tuner = trained(network(), recipe, seed=len(recipe))
         tuner.save(tmp_path, only)
+        if before:
+            as_before(tmp_path)
         assert_equal(efftune.load(network(), tmp_path), tuner)
 
 
@@ -195,10 +207,13 @@ def test_a_list_of_formats_that_is_none_is_refused(formats, tmp_path):
         efftune.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)
 
 
-def test_files_that_are_gone_are_missed(tmp_path):
+@pytest.mark.parametrize("before", [False, True])
+def test_files_that_are_gone_are_missed(before, tmp_path):
     network = lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))  # noqa: E731
     for file in ("adapter_model.safetensors", "trained.safetensors"):
         efftune.apply(network(), "lora(r=2)").save(tmp_path)
+        if before:
+            as_before(tmp_path)
         (tmp_path / file).unlink()
         with pytest.raises(EfftuneError, match=f"There is no .*{file}"):
             efftune.load(network(), tmp_path)
