@@ -46,7 +46,7 @@ class Kind:
         keys: our name of a tensor -> what PEFT's key ends in.
         fields: our setting -> (PEFT's, its default there).
         patterns: those of them that a layer may have for itself -> the setting in which PEFT lists such layers. A layer
-            that in evaluation differs from the first in another one has no place in the file.
+            that in evaluation differs from most in another one has no place in the file.
         settings: what else tells the kind in a file.
         begins: the setting that says how the adapter began, and the words there that leave the base weights alone.
         biases: whether PEFT's settings have `bias`.
@@ -158,8 +158,8 @@ class Layout:
         deltas = {name: kind.restate(delta, first) for name, delta in deltas.items()}
         common = [field for field in kind.fields if field not in kind.patterns]
         settings = {name: [getattr(delta.eval(), field) for field in common] for name, delta in deltas.items()}
-        expected = next(iter(settings.values()))
-        deltas = {name: delta for name, delta in deltas.items() if settings[name] == expected}
+        most = max(settings.values(), key=list(settings.values()).count)
+        deltas = {name: delta for name, delta in deltas.items() if settings[name] == most}
         keys = {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in deltas for part, ending in kind.keys.items()}
         added = {id(t) for m in linear.values() for t in m.added()}
         names = {id(t): name for name, t in tuned.named_saved().items() if id(t) not in added}

@@ -116,7 +116,7 @@ def test_what_no_format_carries_is_refused(tmp_path, monkeypatch):
     [
         ("int8(group=4) + lora(r=2, target_modules=['0']) + peqa(target_modules=['2'])", "2.scales"),
         ("hadamard(r=2, target_modules=['0']) + lora(r=2, target_modules=['2', '3'])", "0.hira_a, 0.hira_b"),
-        ("hadamard(r=2, target_modules=['0']) + hadamard(r=3, target_modules=['2'])", "2.hira_a, 2.hira_b"),
+        ("hadamard(r=2, target_modules=['0']) + hadamard(r=3, target_modules=['2', '3'])", "0.hira_a, 0.hira_b"),
     ],
 )
 def test_what_trains_and_peft_will_not_see_is_named(recipe, beside, tmp_path, monkeypatch, recwarn):
