@@ -20,7 +20,11 @@ from efftune.errors import EfftuneError
 from efftune.files import read_json, read_tensors
 from efftune.linear import Dense, Linear, LoRA
 from efftune.linear.contracts import Delta
+from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.hira import HiRA
 from efftune.methods._base import Method
+from efftune.methods.adapters.dora import DoraMethod
+from efftune.methods.adapters.hira import HiraMethod
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.plan import Plan
 from efftune.structure import CLASSIFIERS, matches
@@ -91,7 +95,21 @@ LORA = Kind(
     biases=True,
     restate=_one_scale,
 )
-KINDS = [LORA]
+DORA = replace(
+    LORA,
+    delta=DoRA,
+    method=DoraMethod,
+    keys={**LORA.keys, "lora_magnitude_vector": "lora_magnitude_vector"},
+    settings={"use_dora": True},
+)
+HIRA = Kind(
+    delta=HiRA,
+    method=HiraMethod,
+    peft_type="HIRA",
+    keys={"hira_a": "hira_A", "hira_b": "hira_B"},
+    fields={"r": ("r", 32), "hira_dropout": ("hira_dropout", 0.0)},
+)  # PEFT 0.21 has a rank_pattern for it and does not look at it
+KINDS = [LORA, DORA, HIRA]
 
 
 class Adapter:

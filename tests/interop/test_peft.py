@@ -250,6 +250,10 @@ def test_running_statistics_of_a_module_that_is_saved_whole(tmp_path):
 
 
 KINDS = [
+    ("hira(r=4)", lambda **k: peft.HiraConfig(r=4, **k)),
+    ("dora(r=4, lora_alpha=8.0)", lambda **k: peft.LoraConfig(r=4, use_dora=True, **k)),
+    ("dora(r=2, use_rslora=True, target_modules='q_proj') + dora(r=5, target_modules='up_proj')",
+     lambda **k: peft.LoraConfig(r=4, use_dora=True, lora_alpha=3, use_rslora=True, alpha_pattern={"q_proj": 2}, **k)),
     ("hadamard(r=4)", lambda **k: peft.HiraConfig(r=4, **k)),
     ("hadamard(r=2, target_modules='q_proj') + hadamard(r=2, target_modules='up_proj')",
      lambda **k: peft.HiraConfig(r=2, rank_pattern={"q_proj": 5}, **k)),  # which PEFT 0.21 reads nowhere
@@ -390,7 +394,8 @@ def test_merge_gives_a_plain_hugging_face_checkpoint(tmp_path):
     "change, message",
     [
         (dict(peft_type="IA3"), "IA3 adapter; only LORA"),
-        (dict(use_dora=True), "uses use_dora"),
+        (dict(use_dora=True), "does not fit LlamaForCausalLM .first at .*lora_magnitude_vector"),
+        (dict(use_qalora=True), "uses use_qalora"),
         (dict(init_lora_weights="pissa"), "begun by 'pissa'"),
         (dict(r=3), "does not fit"),
         (dict(target_modules=["k_proj"]), "does not fit"),
