@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -35,11 +35,7 @@ from efftune.structure import (
 ALL_LINEAR = "all-linear"
 
 
-class Method(Protocol):
-    """Who writes into a plan, to name it where two want different things."""
-
-    @property
-    def name(self) -> str: ...
+Method = Any  # of `efftune.methods`, which lies above: who writes into a plan, named where two want different things
 
 
 @dataclass

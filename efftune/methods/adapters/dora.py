@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from efftune.linear.delta.dora import DoRA
-from efftune.methods.adapters.lora import LoraMethod
+from efftune.methods.adapters._adapter import LowRank
 
 
 @dataclass(frozen=True)
-class DoraMethod(LoraMethod):
+class DoraMethod(LowRank):
     """Adapts each frozen linear layer as `lora` does and trains the length of each row of its weight besides: A and B
     turn the rows, and a magnitude sets how long they are.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
 
 from efftune.linear.delta.hira import HiRA
 from efftune.methods._base import TRAINS, Method
-from efftune.methods.adapters.lora import LoraMethod
+from efftune.methods.adapters._adapter import adapt
 from efftune.plan import ALL_LINEAR
 
 
@@ -31,7 +30,6 @@ class HiraMethod(Method):
 
     name = "hira"
     phase = TRAINS
-    bias: ClassVar[str] = "none"
 
     def __post_init__(self):
         self.delta()  # raises on a value out of range
@@ -40,4 +38,4 @@ class HiraMethod(Method):
         return HiRA(self.r, self.hira_dropout, self.dtype)
 
     def plan(self, plan):
-        LoraMethod.plan(cast(LoraMethod, self), plan)  # of the same layers, with another delta
+        adapt(self, plan, self.delta(), self.target_modules, self.modules_to_save)
