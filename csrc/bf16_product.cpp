@@ -200,12 +200,13 @@ static const Register registered_product("bf16_product", [](Call& call) {
     ProductArgs p{};
     std::array<int64_t, 3> shape, strides;
     call.read(p.a, p.b, p.out, shape, strides);
-    const auto unit = static_cast<Bf16Unit>(call.choice(kUnitNames));
+    const char* const others = "bf16_product takes a unit that this processor has, or 'none'.";
+    const auto unit = static_cast<Bf16Unit>(call.choice(kUnitNames, others));
     const int threads = call.threads();
     p.m = shape[0], p.n = shape[1], p.k = shape[2];
     p.a_stride = strides[0], p.b_stride = strides[1], p.out_stride = strides[2];
     call.check(p.m >= 0 && p.n >= 0 && p.k >= 0, "bf16_product takes sizes of at least 0.");
-    call.check(unit <= bf16_unit(), "bf16_product takes a unit that this processor has, or 'none'.");
+    call.check(unit <= bf16_unit(), others);
     call.run([&] { bf16_product(p, unit, threads); });
 });
 

@@ -87,7 +87,7 @@ protected:
         return item == Py_True;
     }
 
-    int index_of(const char* const* names, size_t count) override {
+    int index_of(const char* const* names, size_t count, const char* sentence) override {
         PyObject* const item = next();
         if (!PyUnicode_Check(item)) mismatch("a name", item);
         const char* const text = PyUnicode_AsUTF8(item);
@@ -97,6 +97,7 @@ protected:
             if (strcmp(text, names[i]) == 0) return static_cast<int>(i);
             known.append(i == 0 ? "" : i + 1 < count ? ", " : " or ").append(names[i]);
         }
+        check(!sentence, sentence);
         fail(PyExc_ValueError, known + " as " + place() + ", not %R", item);
     }
 

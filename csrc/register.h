@@ -39,16 +39,17 @@ public:
     // Whether the next argument is None, which is then read.
     virtual bool none() = 0;
 
-    // The next argument, a name: its index in the table, of names or of structs with a name.
+    // The next argument, a name: its index in the table, of names or of structs with a name. Of one that is not there
+    // the sentence is said, or the names that are.
     template <size_t N>
-    int choice(const char* const (&table)[N]) {
-        return index_of(table, N);
+    int choice(const char* const (&table)[N], const char* sentence = nullptr) {
+        return index_of(table, N, sentence);
     }
     template <class Entry, size_t N>
     int choice(const Entry (&table)[N]) {
         const char* names[N];
         for (size_t i = 0; i < N; ++i) names[i] = table[i].name;
-        return index_of(names, N);
+        return index_of(names, N, nullptr);
     }
 
     // The next argument, how many threads the kernel may run.
@@ -91,7 +92,7 @@ protected:
     virtual uint64_t integer(int64_t least, uint64_t most) = 0;
     virtual double real() = 0;
     virtual bool flag() = 0;
-    virtual int index_of(const char* const* names, size_t count) = 0;
+    virtual int index_of(const char* const* names, size_t count, const char* sentence) = 0;
     virtual size_t enter() = 0;  // into the next argument, a list or tuple: how many items there are to read
     virtual void leave() = 0;    // raises TypeError if items are left
     virtual void unlock() = 0;

@@ -34,7 +34,7 @@ static const Register registered_scale("scale_rows", [](Call& call) {
     int64_t rows = 0;
     call.read(a.g, a.idx, a.weight, a.out, rows, a.cols, a.stride, a.kept, a.transposed, a.dtype);
     const int threads = call.threads();
-    check_rows(call, a.idx, a.kept, rows);
+    check_rows(call, a.idx, a.kept, rows, a.cols);
     call.run([&] { scale_rows(a, threads); });
 });
 

@@ -224,7 +224,8 @@ static const Register registered_gather("gather_rows", [](Call& call) {
     int64_t rows = 0;
     call.read(a.x, a.idx, a.out, rows, a.cols, a.stride, a.kept, a.itemsize);
     const int threads = call.threads();
-    check_rows(call, a.idx, a.kept, rows);
+    call.check(a.itemsize > 0, "gather_rows takes elements of at least one byte.");
+    check_rows(call, a.idx, a.kept, rows, a.cols);
     call.run([&] { gather_rows(a, threads); });
 });
 

@@ -28,8 +28,9 @@ inline SelectRowsArgs read_select_rows(Call& call, void** cuda_stream) {
     return a;
 }
 
-// Raises IndexError where an index is not one of a row.
-inline void check_rows(Call& call, const int64_t* idx, int64_t count, int64_t rows) {
+// Of `count` rows that are taken of a matrix: raises IndexError where an index is not one of its rows.
+inline void check_rows(Call& call, const int64_t* idx, int64_t count, int64_t rows, int64_t cols) {
+    call.check(count >= 0 && rows >= 0 && cols >= 0, "gather_rows and scale_rows take sizes of at least 0.");
     for (int64_t s = 0; s < count; ++s) {
         if (idx[s] >= 0 && idx[s] < rows) continue;
         call.raise(Call::Error::kIndex,
