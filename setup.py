@@ -20,9 +20,9 @@ CUDA_SOURCES = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in (RO
 
 def newer(target: str | Path, sources: list[str]) -> bool:
     """Whether the target is there, and newer than its sources, all headers and this file."""
-    return Path(target).exists() and all(
-        Path(target).stat().st_mtime > (ROOT / p).stat().st_mtime for p in (*sources, *DEPENDS)
-    )
+    if not os.path.exists(target):
+        return False
+    return os.path.getmtime(target) > max(os.path.getmtime(ROOT / p) for p in (*sources, *DEPENDS))
 
 
 def cpu_extension() -> Extension:

@@ -92,12 +92,11 @@ protected:
         if (!PyUnicode_Check(item)) mismatch("a name", item);
         const char* const text = PyUnicode_AsUTF8(item);
         if (!text) throw Raised();
-        std::string known;
-        for (size_t i = 0; i < count; ++i) {
+        for (size_t i = 0; i < count; ++i)
             if (strcmp(text, names[i]) == 0) return static_cast<int>(i);
-            known.append(i == 0 ? "" : i + 1 < count ? ", " : " or ").append(names[i]);
-        }
         check(!sentence, sentence);
+        std::string known;
+        for (size_t i = 0; i < count; ++i) known.append(i == 0 ? "" : i + 1 < count ? ", " : " or ").append(names[i]);
         fail(PyExc_ValueError, known + " as " + place() + ", not %R", item);
     }
 

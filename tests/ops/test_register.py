@@ -13,11 +13,10 @@ from tests.ops.test_instruction_sets import KERNELS
 
 # name: the places of its sizes, from 0, which may not be negative
 SIZES = {
-    "perturb": [2], "perturb_many": [], "dropout": [2], "relu": [3], "int8_dequantize": [3, 4, 5],
+    "perturb": [2], "dropout": [2], "relu": [3], "int8_dequantize": [3, 4, 5],
     "pack_act": [3, 4, 6, 7], "unpack_act": [3, 4, 5, 6], "norm": [6, 7], "norm_backward": [8, 9], "glu": [6, 7],
     "rotary": [4, 5, 6], "row_norms": [3, 4], "select_rows": [1, 2, 5], "gather_rows": [3, 4, 6, 7],
-    "scale_rows": [4, 5, 7], "linear_cross_entropy": [6, 7, 8, 9], "draw": [0], "bf16_product": [], "limit_isa": [],
-    "bf16_unit": [],
+    "scale_rows": [4, 5, 7], "linear_cross_entropy": [6, 7, 8, 9], "draw": [0],
 }  # fmt: skip
 
 
@@ -76,10 +75,10 @@ def changed(args, change):
 
 
 def test_every_function_is_tested():
-    assert {name for name in dir(extension("_cpu")) if not name.startswith("_")} == set(RUNS) == set(SIZES)
+    assert {name for name in dir(extension("_cpu")) if not name.startswith("_")} == set(RUNS) >= set(SIZES)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", RUNS)
 def test_number_of_arguments(name):
     def check(function, args):
         n = len(args)
@@ -100,7 +99,7 @@ class Strange:
     pass
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", RUNS)
 def test_kinds_of_arguments(name):
     def check(function, args):
         for place, strange in changed(args, lambda arg: Strange()):
@@ -114,7 +113,7 @@ def test_kinds_of_arguments(name):
     during_a_call(name, check)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", RUNS)
 def test_ranges_of_arguments(name):
     def check(function, args):
         for number in (2**64, -(2**63) - 1, 10**40):
@@ -124,7 +123,7 @@ def test_ranges_of_arguments(name):
         for _, wrong in changed(args, lambda arg: "float8" if type(arg) is str else None):
             with pytest.raises(ValueError, match="^[^ ]+ takes "):
                 function(*wrong)
-        for size in SIZES[name]:
+        for size in SIZES.get(name, ()):
             with pytest.raises(ValueError, match=" takes? "):
                 function(*args[:size], -1, *args[size + 1 :])
         if name not in ("select_rows", "limit_isa", "bf16_unit"):
