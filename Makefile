@@ -46,7 +46,7 @@ install = .venv/bin/uv pip install --quiet --system-certs --python $(PY) -c cons
 .venv/bin/uv: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -c constraints.txt uv
-	$(call install,setuptools pybind11)
+	$(call install,setuptools)
 	touch $@
 
 # Two at a time, since neither needs the other: packages are unpacked while csrc is compiled, without torch, in the time

@@ -22,7 +22,7 @@ pack() { # PYTHON
     build=$(mktemp -d)
     mkdir -p kit/wheels
     "$python" -m venv "$build/venv"
-    "$build/venv/bin/python" -m pip install --quiet setuptools pybind11
+    "$build/venv/bin/python" -m pip install --quiet setuptools
     "$build/venv/bin/python" setup.py --quiet build_ext --build-temp "$build/temp" --build-lib kit
     # Pure Python, and compared with where they are installed; their dependencies are torch and Triton.
     "$build/venv/bin/python" -m pip download --quiet --no-deps --only-binary=:all: -d kit/wheels liger-kernel cut-cross-entropy ||

@@ -4,7 +4,7 @@
 #include <memory>
 #include <new>
 
-#include "kernels.h"
+#include "register.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EFFTUNE_BF16_UNITS
@@ -14,6 +14,17 @@
 #endif
 
 namespace efftune {
+
+struct ProductArgs {
+    const uint16_t *a, *b;  // bfloat16 (m, k) and (n, k): rows are strides apart, their elements adjacent
+    float* out;             // (m, n): a bᵀ
+    int64_t m, n, k, a_stride, b_stride, out_stride;
+};
+
+// kNone: what the units do in plain C++, for tests.
+enum class Bf16Unit : int { kNone = 0, kAvx512 = 1, kAmx = 2 };
+
+constexpr const char* kUnitNames[] = {"none", "avx512", "amx"};  // in the order of Bf16Unit
 
 constexpr int64_t kSide = 16, kTileWords = kSide * kSide;  // of a tile
 constexpr int64_t kSteps = 8, kPairs = 8;                  // tiles along K, and pairs of tiles of a, in a block
@@ -127,7 +138,8 @@ struct Unit {
 #include "bf16_product_kernels.h"
 }  // namespace emulated
 
-Bf16Unit bf16_unit() {
+// The fastest that this processor has.
+static Bf16Unit bf16_unit() {
 #ifdef EFFTUNE_BF16_UNITS
     static const Bf16Unit best = [] {
         const bool wide = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -168,7 +180,7 @@ void run(const ProductArgs& p, int threads, Pack pack, Block block) {
 
 }  // namespace
 
-void bf16_product(const ProductArgs& args, Bf16Unit unit, int threads) {
+static void bf16_product(const ProductArgs& args, Bf16Unit unit, int threads) {
     switch (unit) {
 #ifdef EFFTUNE_BF16_UNITS
         case Bf16Unit::kAmx:
@@ -180,5 +192,22 @@ void bf16_product(const ProductArgs& args, Bf16Unit unit, int threads) {
             return run(args, threads, emulated::pack_a, emulated::product_block);
     }
 }
+
+static const Register registered_unit("bf16_unit",
+                                      [](Call& call) { call.answer(kUnitNames[static_cast<int>(bf16_unit())]); });
+
+static const Register registered_product("bf16_product", [](Call& call) {
+    ProductArgs p{};
+    std::array<int64_t, 3> shape, strides;
+    call.read(p.a, p.b, p.out, shape, strides);
+    const char* const others = "bf16_product takes a unit that this processor has, or 'none'.";
+    const auto unit = static_cast<Bf16Unit>(call.choice(kUnitNames, others));
+    const int threads = call.threads();
+    p.m = shape[0], p.n = shape[1], p.k = shape[2];
+    p.a_stride = strides[0], p.b_stride = strides[1], p.out_stride = strides[2];
+    call.check(p.m >= 0 && p.n >= 0 && p.k >= 0, "bf16_product takes sizes of at least 0.");
+    call.check(unit <= bf16_unit(), others);
+    call.run([&] { bf16_product(p, unit, threads); });
+});
 
 }  // namespace efftune

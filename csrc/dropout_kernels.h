@@ -24,16 +24,6 @@ __attribute__((noinline)) static void dropout_tile(const DropoutArgs& d, int64_t
             ordered[4 * j + 2] = words[2][j], ordered[4 * j + 3] = words[3][j];
         }
         const int left = count - i < 4 * kBatch ? count - i : 4 * kBatch;
-        switch (d.dtype) {
-            case Dtype::kFloat32:
-                dropout_batch<Float32>(d, at + i, left, ordered);
-                break;
-            case Dtype::kBFloat16:
-                dropout_batch<BFloat16>(d, at + i, left, ordered);
-                break;
-            case Dtype::kFloat16:
-                dropout_batch<Float16>(d, at + i, left, ordered);
-                break;
-        }
+        visit(d.dtype, [&](auto type) { dropout_batch<decltype(type)>(d, at + i, left, ordered); });
     }
 }

@@ -63,20 +63,15 @@ static inline void curve(const float* x, float* value, float* slope, int count) 
     }
 }
 
-static inline void activate(Activation kind, const float* x, float* value, float* slope, int count) {
-    switch (kind) {
-        case Activation::kSilu:
-            return curve<Silu>(x, value, slope, count);
-        case Activation::kGelu:
-            return curve<Gelu>(x, value, slope, count);
-        case Activation::kGeluTanh:
-            return curve<GeluTanh>(x, value, slope, count);
-        case Activation::kRelu:
-            return curve<Relu>(x, value, slope, count);
-        case Activation::kRelu2:
-            return curve<Relu2>(x, value, slope, count);
-    }
-}
+struct NamedCurve {
+    const char* name;
+    void (*curve)(const float* x, float* value, float* slope, int count);
+};
+
+static constexpr NamedCurve kActivations[] = {
+    {"silu", curve<Silu>}, {"gelu", curve<Gelu>},   {"gelu_tanh", curve<GeluTanh>},
+    {"relu", curve<Relu>}, {"relu2", curve<Relu2>},
+};
 
 template <class T>
 static inline void glu_batch(const GluArgs& a, int64_t row, int64_t col, int count) {
@@ -86,7 +81,7 @@ static inline void glu_batch(const GluArgs& a, int64_t row, int64_t col, int cou
     const auto* up = a.up ? static_cast<const Storage*>(a.up) + row * a.up_stride + col : nullptr;
 #pragma omp simd
     for (int i = 0; i < count; ++i) x[i] = T::load(gate[i]);
-    activate(a.activation, x, value, a.dy ? slope : nullptr, count);
+    kActivations[a.activation].curve(x, value, a.dy ? slope : nullptr, count);
     if (!a.dy) {
         auto* y = static_cast<Storage*>(a.y) + row * a.cols + col;
         if (up) {
@@ -117,16 +112,6 @@ static inline void glu_batch(const GluArgs& a, int64_t row, int64_t col, int cou
 __attribute__((noinline)) static void glu_piece(const GluArgs& a, int64_t row, int64_t col, int64_t count) {
     for (int64_t i = 0; i < count; i += kGluBatch) {
         const int left = static_cast<int>(count - i < kGluBatch ? count - i : kGluBatch);
-        switch (a.dtype) {
-            case Dtype::kFloat32:
-                glu_batch<Float32>(a, row, col + i, left);
-                break;
-            case Dtype::kBFloat16:
-                glu_batch<BFloat16>(a, row, col + i, left);
-                break;
-            case Dtype::kFloat16:
-                glu_batch<Float16>(a, row, col + i, left);
-                break;
-        }
+        visit(a.dtype, [&](auto type) { glu_batch<decltype(type)>(a, row, col + i, left); });
     }
 }

@@ -14,25 +14,8 @@ static inline void dequantize_row(const Int8Args& q, int64_t row) {
     }
 }
 
-template <class S>
-static inline void dequantize_to(const Int8Args& q, int64_t row) {
-    switch (q.dtype) {
-        case Dtype::kFloat32:
-            return dequantize_row<S, Float32>(q, row);
-        case Dtype::kBFloat16:
-            return dequantize_row<S, BFloat16>(q, row);
-        case Dtype::kFloat16:
-            return dequantize_row<S, Float16>(q, row);
-    }
-}
-
 __attribute__((noinline)) static void int8_row(const Int8Args& q, int64_t row) {
-    switch (q.scale_dtype) {
-        case Dtype::kFloat32:
-            return dequantize_to<Float32>(q, row);
-        case Dtype::kBFloat16:
-            return dequantize_to<BFloat16>(q, row);
-        case Dtype::kFloat16:
-            return dequantize_to<Float16>(q, row);
-    }
+    visit(q.scale_dtype, [&](auto scale) {
+        visit(q.dtype, [&](auto type) { dequantize_row<decltype(scale), decltype(type)>(q, row); });
+    });
 }

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "isa.h"
 #include "numeric.h"
 #include "philox.h"
 
@@ -21,8 +21,10 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
 #define EFFTUNE_LANES 8
 namespace efftune::avx512 {
+namespace {
 #include EFFTUNE_KERNELS
 }
+}  // namespace efftune::avx512
 #undef EFFTUNE_LANES
 #pragma GCC pop_options
 
@@ -30,28 +32,21 @@ namespace efftune::avx512 {
 #pragma GCC target("avx2")
 #define EFFTUNE_LANES 4
 namespace efftune::avx2 {
+namespace {
 #include EFFTUNE_KERNELS
 }
+}  // namespace efftune::avx2
 #undef EFFTUNE_LANES
 #pragma GCC pop_options
 
 #define EFFTUNE_DISPATCH(call) \
     (efftune::isa() == 2 ? efftune::avx512::call : efftune::isa() == 1 ? efftune::avx2::call : efftune::baseline::call)
-
-namespace efftune {
-inline int isa() {
-    static const int best =
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-            ? 2
-        : __builtin_cpu_supports("avx2") ? 1
-                                         : 0;
-    return best < isa_limit ? best : isa_limit;
-}
-}  // namespace efftune
 #else
 #define EFFTUNE_DISPATCH(call) efftune::baseline::call
 #endif
 
 namespace efftune::baseline {
+namespace {
 #include EFFTUNE_KERNELS
 }
+}  // namespace efftune::baseline

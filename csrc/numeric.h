@@ -9,6 +9,8 @@ namespace efftune {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16"};  // in the order of Dtype
+
 struct Float32 {
     using Storage = float;
     static EFFTUNE_INLINE float load(float x) { return x; }
@@ -75,5 +77,18 @@ struct Float16 {
         return store(as_float(rounded | nan | sign));
     }
 };
+
+// f(Float32{}), f(BFloat16{}) or f(Float16{}): of a generic lambda the one for this dtype.
+template <class F>
+EFFTUNE_INLINE auto visit(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::kFloat32:
+            return f(Float32{});
+        case Dtype::kBFloat16:
+            return f(BFloat16{});
+        default:
+            return f(Float16{});
+    }
+}
 
 }  // namespace efftune

@@ -177,14 +177,7 @@ static inline void pack_groups_of(const PackArgs& p, int64_t begin, int64_t end)
 
 // Groups begin..end, counted over all rows: their elements are consecutive in contiguous x.
 __attribute__((noinline)) static void pack_groups(const PackArgs& p, int64_t begin, int64_t end) {
-    switch (p.dtype) {
-        case Dtype::kFloat32:
-            return pack_groups_of<Float32>(p, begin, end);
-        case Dtype::kBFloat16:
-            return pack_groups_of<BFloat16>(p, begin, end);
-        case Dtype::kFloat16:
-            return pack_groups_of<Float16>(p, begin, end);
-    }
+    visit(p.dtype, [&](auto type) { pack_groups_of<decltype(type)>(p, begin, end); });
 }
 
 template <class T>
@@ -217,12 +210,5 @@ static inline void unpack_groups_of(const UnpackArgs& u, int64_t begin, int64_t 
 }
 
 __attribute__((noinline)) static void unpack_groups(const UnpackArgs& u, int64_t begin, int64_t end) {
-    switch (u.dtype) {
-        case Dtype::kFloat32:
-            return unpack_groups_of<Float32>(u, begin, end);
-        case Dtype::kBFloat16:
-            return unpack_groups_of<BFloat16>(u, begin, end);
-        case Dtype::kFloat16:
-            return unpack_groups_of<Float16>(u, begin, end);
-    }
+    visit(u.dtype, [&](auto type) { unpack_groups_of<decltype(type)>(u, begin, end); });
 }

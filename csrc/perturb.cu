@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "kernels.h"
 #include "launch.h"
+#include "perturb.h"
 
 namespace efftune {
 namespace {
@@ -183,11 +183,12 @@ cudaError_t launch(const PerturbArgs& args, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_many(const PerturbArgs& args, const PerturbTensor* tensors, int64_t count, cudaStream_t stream) {
+cudaError_t launch_many(const PerturbArgs& args, const std::vector<PerturbTensor>& tensors, cudaStream_t stream) {
     const auto kernel = with_options(
         args.sign, args.stochastic && args.draws > 0, args.draws == 1, [](auto sign, auto stochastic, auto single) {
             return perturb_many_kernel<T, decltype(sign)::value, decltype(stochastic)::value, decltype(single)::value>;
         });
+    const auto count = static_cast<int64_t>(tensors.size());
     for (int64_t first = 0; first < count; first += kTensors) {
         Table table = {};
         int64_t chunks = 0;
@@ -209,24 +210,37 @@ cudaError_t launch_many(const PerturbArgs& args, const PerturbTensor* tensors, i
 }
 
 template <class Launch>
-const char* by_dtype(Dtype dtype, const Launch& launch) {
-    const cudaError_t error = dtype == Dtype::kFloat32    ? launch(float{})
-                              : dtype == Dtype::kBFloat16 ? launch(__nv_bfloat16{})
-                                                          : launch(__half{});
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+cudaError_t by_dtype(Dtype dtype, const Launch& launch) {
+    return dtype == Dtype::kFloat32    ? launch(float{})
+           : dtype == Dtype::kBFloat16 ? launch(__nv_bfloat16{})
+                                       : launch(__half{});
 }
+
+// The stream is torch's current one; the caller sets the device.
+const Register registered_perturb("perturb", [](Call& call) {
+    PerturbArgs p{};
+    cudaStream_t stream{};
+    call.read(p.w, p.out, p.count, p.dtype, p.a, p.seeds, p.seed, p.draws, p.stream, p.offset, p.sign, p.stochastic,
+              p.threshold, stream);
+    call.end();
+    call.check(p.count >= 0 && p.draws >= 0, "perturb takes a count of at least 0.");
+    if (p.count == 0) return;
+    const cudaError_t error = by_dtype(p.dtype, [&](auto one) { return launch<decltype(one)>(p, stream); });
+    if (error != cudaSuccess) call.raise(Call::Error::kRuntime, "perturb did not start: %s", cudaGetErrorString(error));
+});
+
+const Register registered_many("perturb_many", [](Call& call) {
+    const std::vector<PerturbTensor> tensors = read_tensors(call);
+    PerturbArgs p{};
+    cudaStream_t stream{};
+    call.read(p.dtype, p.a, p.seeds, p.seed, p.draws, p.sign, p.stochastic, stream);
+    call.end();
+    call.check(p.draws >= 0, "perturb_many takes a number of draws of at least 0.");
+    const cudaError_t error =
+        by_dtype(p.dtype, [&](auto one) { return launch_many<decltype(one)>(p, tensors, stream); });
+    if (error != cudaSuccess)
+        call.raise(Call::Error::kRuntime, "perturb_many did not start: %s", cudaGetErrorString(error));
+});
 
 }  // namespace
-
-const char* perturb_cuda(const PerturbArgs& args, void* stream) {
-    if (args.count <= 0) return nullptr;
-    const auto s = static_cast<cudaStream_t>(stream);
-    return by_dtype(args.dtype, [&](auto one) { return launch<decltype(one)>(args, s); });
-}
-
-const char* perturb_many_cuda(const PerturbArgs& args, const PerturbTensor* tensors, int64_t count, void* stream) {
-    const auto s = static_cast<cudaStream_t>(stream);
-    return by_dtype(args.dtype, [&](auto one) { return launch_many<decltype(one)>(args, tensors, count, s); });
-}
-
 }  // namespace efftune

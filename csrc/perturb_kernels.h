@@ -120,14 +120,7 @@ static inline void perturb_tile_of(const PerturbArgs& p, uint64_t first, int64_t
 
 // Elements [from, to) of the tile that starts at offset `first`; w and out are indexed by `at + i`.
 __attribute__((noinline)) static void perturb_tile(const PerturbArgs& p, uint64_t first, int64_t at, int from, int to) {
-    switch (p.dtype) {
-        case Dtype::kFloat32:
-            return perturb_tile_of<Float32>(p, first, at, from, to);
-        case Dtype::kBFloat16:
-            return perturb_tile_of<BFloat16>(p, first, at, from, to);
-        case Dtype::kFloat16:
-            return perturb_tile_of<Float16>(p, first, at, from, to);
-    }
+    visit(p.dtype, [&](auto type) { perturb_tile_of<decltype(type)>(p, first, at, from, to); });
 }
 
 // What perturb_tile draws, into the first-level cache and no further. Something of each tile is used, or the compiler

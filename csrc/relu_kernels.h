@@ -40,16 +40,6 @@ __attribute__((noinline)) static void relu_piece(const ReluArgs& a, int64_t begi
                                        : relu_backward_batch<uint16_t>(a, i, count);
             continue;
         }
-        switch (a.dtype) {
-            case Dtype::kFloat32:
-                relu_batch<Float32>(a, i, count);
-                break;
-            case Dtype::kBFloat16:
-                relu_batch<BFloat16>(a, i, count);
-                break;
-            case Dtype::kFloat16:
-                relu_batch<Float16>(a, i, count);
-                break;
-        }
+        visit(a.dtype, [&](auto type) { relu_batch<decltype(type)>(a, i, count); });
     }
 }

@@ -64,14 +64,7 @@ static inline void norm_row_as(const NormArgs& n, int64_t row, bool saved) {
 
 // saved: mean and rstd are read, not computed.
 __attribute__((noinline)) static void norm_row(const NormArgs& n, int64_t row, bool saved) {
-    switch (n.dtype) {
-        case Dtype::kFloat32:
-            return norm_row_as<Float32>(n, row, saved);
-        case Dtype::kBFloat16:
-            return norm_row_as<BFloat16>(n, row, saved);
-        case Dtype::kFloat16:
-            return norm_row_as<Float16>(n, row, saved);
-    }
+    visit(n.dtype, [&](auto type) { norm_row_as<decltype(type)>(n, row, saved); });
 }
 
 template <class T>
@@ -113,16 +106,6 @@ static inline void norm_backward_row(const NormBackwardArgs& n, int64_t row, flo
 __attribute__((noinline)) static void norm_backward_rows(const NormBackwardArgs& n, int64_t from, int64_t to,
                                                          float* dweight, float* dbias) {
     for (int64_t row = from; row < to; ++row) {
-        switch (n.dtype) {
-            case Dtype::kFloat32:
-                norm_backward_row<Float32>(n, row, dweight, dbias);
-                break;
-            case Dtype::kBFloat16:
-                norm_backward_row<BFloat16>(n, row, dweight, dbias);
-                break;
-            case Dtype::kFloat16:
-                norm_backward_row<Float16>(n, row, dweight, dbias);
-                break;
-        }
+        visit(n.dtype, [&](auto type) { norm_backward_row<decltype(type)>(n, row, dweight, dbias); });
     }
 }

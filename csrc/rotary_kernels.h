@@ -59,27 +59,7 @@ __attribute__((noinline)) static void rotary_token(const RotaryArgs& r, int64_t 
     for (int64_t from = 0; from < r.size / 2; from += kRotaryPiece) {
         const int64_t left = r.size / 2 - from;
         const int count = static_cast<int>(left < kRotaryPiece ? left : kRotaryPiece);
-        switch (r.table_dtype) {
-            case Dtype::kFloat32:
-                rotary_table<Float32>(r, sample, token, from, count, table);
-                break;
-            case Dtype::kBFloat16:
-                rotary_table<BFloat16>(r, sample, token, from, count, table);
-                break;
-            case Dtype::kFloat16:
-                rotary_table<Float16>(r, sample, token, from, count, table);
-                break;
-        }
-        switch (r.dtype) {
-            case Dtype::kFloat32:
-                rotary_heads<Float32>(r, sample, token, from, count, table);
-                break;
-            case Dtype::kBFloat16:
-                rotary_heads<BFloat16>(r, sample, token, from, count, table);
-                break;
-            case Dtype::kFloat16:
-                rotary_heads<Float16>(r, sample, token, from, count, table);
-                break;
-        }
+        visit(r.table_dtype, [&](auto type) { rotary_table<decltype(type)>(r, sample, token, from, count, table); });
+        visit(r.dtype, [&](auto type) { rotary_heads<decltype(type)>(r, sample, token, from, count, table); });
     }
 }

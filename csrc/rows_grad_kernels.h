@@ -20,12 +20,5 @@ static inline void scale_tile_of(const ScaleRowsArgs& a, int64_t from, int64_t t
 }
 
 __attribute__((noinline)) static void scale_tile(const ScaleRowsArgs& a, int64_t from, int64_t to) {
-    switch (a.dtype) {
-        case Dtype::kFloat32:
-            return scale_tile_of<Float32>(a, from, to);
-        case Dtype::kBFloat16:
-            return scale_tile_of<BFloat16>(a, from, to);
-        case Dtype::kFloat16:
-            return scale_tile_of<Float16>(a, from, to);
-    }
+    visit(a.dtype, [&](auto type) { scale_tile_of<decltype(type)>(a, from, to); });
 }

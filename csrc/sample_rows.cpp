@@ -1,5 +1,7 @@
 // Norms, selection and gathering of rows. The selection works on integers, in the order of efftune/ops/sample_rows.py,
 // and draws the same rows: sums of integers are exact.
+#include "sample_rows.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -9,7 +11,17 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+namespace efftune {
+
+struct RowNormsArgs {
+    const void* x;
+    int64_t stride;  // elements from row to row
+    float* out;
+    int64_t rows, cols;
+    Dtype dtype;
+};
+
+}  // namespace efftune
 
 #define EFFTUNE_KERNELS "sample_rows_kernels.h"
 #include "multiversion.h"
@@ -125,12 +137,20 @@ Taken take_largest(const SelectRowsArgs& a, const Codes& codes, int64_t total) {
 
 }  // namespace
 
-void row_norms(const RowNormsArgs& args, int threads) {
+static void row_norms(const RowNormsArgs& args, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (args.rows * args.cols > 16384)
     for (int64_t row = 0; row < args.rows; ++row) EFFTUNE_DISPATCH(row_norm(args, row));
 }
 
-void gather_rows(const GatherRowsArgs& args, int threads) {
+struct GatherRowsArgs {
+    const void* x;
+    const int64_t* idx;
+    void* out;
+    int64_t cols, stride, kept;
+    int itemsize;
+};
+
+static void gather_rows(const GatherRowsArgs& args, int threads) {
     const int64_t bytes = args.cols * args.itemsize, stride = args.stride * args.itemsize;
 #pragma omp parallel for schedule(static) num_threads(threads) if (args.kept * bytes > 65536)
     for (int64_t s = 0; s < args.kept; ++s)
@@ -138,7 +158,7 @@ void gather_rows(const GatherRowsArgs& args, int threads) {
                static_cast<size_t>(bytes));
 }
 
-void select_rows(const SelectRowsArgs& a) {
+static void select_rows(const SelectRowsArgs& a) {
     if (a.kept >= a.rows) {
         std::iota(a.idx, a.idx + a.rows, int64_t{0});
         std::fill(a.weight, a.weight + a.rows, 1.0f);
@@ -182,5 +202,31 @@ void select_rows(const SelectRowsArgs& a) {
         a.weight[s] = t.taken[row] ? 1.0f : static_cast<float>(weight);
     }
 }
+
+static const Register registered_norms("row_norms", [](Call& call) {
+    RowNormsArgs a{};
+    call.read(a.x, a.stride, a.out, a.rows, a.cols, a.dtype);
+    const int threads = call.threads();
+    call.check(a.rows >= 0 && a.cols >= 0, "row_norms takes sizes of at least 0.");
+    call.run([&] { row_norms(a, threads); });
+});
+
+static const Register registered_select("select_rows", [](Call& call) {
+    void* cuda_stream = nullptr;
+    const SelectRowsArgs a = read_select_rows(call, &cuda_stream);
+    call.check(a.rows >= 0 && a.rows < (int64_t{1} << 31) && a.kept > 0,
+               "select_rows takes fewer than 2^31 rows and keeps at least one.");
+    call.run([&] { select_rows(a); });
+});
+
+static const Register registered_gather("gather_rows", [](Call& call) {
+    GatherRowsArgs a{};
+    int64_t rows = 0;
+    call.read(a.x, a.idx, a.out, rows, a.cols, a.stride, a.kept, a.itemsize);
+    const int threads = call.threads();
+    call.check(a.itemsize > 0, "gather_rows takes elements of at least one byte.");
+    check_rows(call, a.idx, a.kept, rows, a.cols);
+    call.run([&] { gather_rows(a, threads); });
+});
 
 }  // namespace efftune

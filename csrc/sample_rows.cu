@@ -4,12 +4,13 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
-#include "kernels.h"
 #include "launch.h"
+#include "sample_rows.h"
 
 namespace efftune {
 namespace {
 
+constexpr int64_t kMaxCudaRows = 8192;
 constexpr int kThreads = 512;  // with 32 rows each, for 16384 of them, registers would spill
 
 struct Mass {
@@ -196,19 +197,23 @@ __global__ void keep_all(SelectRowsArgs a) {
     if (threadIdx.x == 0) *a.fallback = 0;
 }
 
-}  // namespace
-
-const char* select_rows_cuda(const SelectRowsArgs& args, void* stream) {
-    const auto s = static_cast<cudaStream_t>(stream);
-    cudaError_t error = cudaErrorInvalidValue;
-    if (args.kept >= args.rows) {
-        error = launch_kernel(keep_all, 1, 1024, 0, s, args);
-    } else if (args.rows <= 4 * kThreads) {
-        error = launch<4>(args, s);
-    } else if (args.rows <= kMaxCudaRows) {
-        error = launch<kMaxCudaRows / kThreads>(args, s);
-    }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+cudaError_t select_rows(const SelectRowsArgs& args, cudaStream_t stream) {
+    if (args.kept >= args.rows) return launch_kernel(keep_all, 1, 1024, 0, stream, args);
+    return args.rows <= 4 * kThreads ? launch<4>(args, stream) : launch<kMaxCudaRows / kThreads>(args, stream);
 }
 
+// The stream is torch's current one; the caller sets the device.
+const Register registered_select("select_rows", [](Call& call) {
+    void* stream = nullptr;
+    const SelectRowsArgs a = read_select_rows(call, &stream);
+    call.end();
+    call.check(
+        a.rows >= 0 && (a.rows <= kMaxCudaRows || a.rows <= a.kept) && a.kept > 0 && a.sampler == Sampler::kSystematic,
+        "select_rows on a GPU draws systematically, keeps at least one row and takes no more than one block sorts.");
+    const cudaError_t error = select_rows(a, static_cast<cudaStream_t>(stream));
+    if (error != cudaSuccess)
+        call.raise(Call::Error::kRuntime, "select_rows did not start: %s", cudaGetErrorString(error));
+});
+
+}  // namespace
 }  // namespace efftune

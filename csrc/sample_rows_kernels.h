@@ -22,16 +22,8 @@ static inline float norm_of(const typename T::Storage* x, int64_t count) {
 }
 
 __attribute__((noinline)) static void row_norm(const RowNormsArgs& a, int64_t row) {
-    const int64_t at = row * a.stride;
-    switch (a.dtype) {
-        case Dtype::kFloat32:
-            a.out[row] = norm_of<Float32>(static_cast<const float*>(a.x) + at, a.cols);
-            return;
-        case Dtype::kBFloat16:
-            a.out[row] = norm_of<BFloat16>(static_cast<const uint16_t*>(a.x) + at, a.cols);
-            return;
-        case Dtype::kFloat16:
-            a.out[row] = norm_of<Float16>(static_cast<const uint16_t*>(a.x) + at, a.cols);
-            return;
-    }
+    visit(a.dtype, [&](auto type) {
+        const auto* x = static_cast<const typename decltype(type)::Storage*>(a.x) + row * a.stride;
+        a.out[row] = norm_of<decltype(type)>(x, a.cols);
+    });
 }

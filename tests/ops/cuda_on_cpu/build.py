@@ -73,14 +73,13 @@ def compile_kernels(source: Path, target: Path) -> Path:
 
 @functools.cache
 def _object(name: str) -> Path:
-    # torch brings pybind11's headers
-    include = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{sysconfig.get_path('include')}"]
-    of_module = [*compiler(), *include, "-c", str(CSRC / "cuda_module.cpp")]
-    return once(f"{name}.o", of_module if name == "cuda_module" else of_kernels(CSRC / f"{name}.cu"))
+    of_module = [*compiler(), "-DEFFTUNE_MODULE=_cuda", f"-I{sysconfig.get_path('include')}", "-c"]
+    of_module += [str(CSRC / "module.cpp")]
+    return once(f"{name}.o", of_module if name == "module" else of_kernels(CSRC / f"{name}.cu"))
 
 
 def _linked(**other: Path) -> list[str]:
-    objects = [other.get(name) or _object(name) for name in [*NAMES, "cuda_module"]]
+    objects = [other.get(name) or _object(name) for name in [*NAMES, "module"]]
     return [*compiler(), "-shared", *map(str, objects)]
 
 
@@ -92,7 +91,7 @@ def link(folder: Path, **other: Path):
 
 
 def _loaded(target: Path):
-    # A name of its own: pybind11 gives a module of a known name back, from whatever file.
+    # A name of its own, beside the module that setup.py builds.
     spec = importlib.util.spec_from_file_location(f"{target.parent.name}._cuda", target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
