@@ -36,6 +36,7 @@ from efftune.methods._base import (
     swap,
 )
 from efftune.methods.full import FullFineTuning
+from efftune.nn import groups
 from efftune.nn.blocks import Blocks, install
 from efftune.nn.subbatch import Recompute
 from efftune.ops.draw_seed import capturing
@@ -112,6 +113,7 @@ def install_blocks(model: nn.Module, keep: Keep | None) -> Blocks:
         swap(model, trained)
         for name, layer in trained.items():
             done.swaps += [(parent, child, layer, model.get_submodule(name)) for parent, child in where[id(layer)]]
+    done.groups = groups.install(model)  # of the layers as they are now
     return done
 
 

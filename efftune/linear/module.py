@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,16 @@ def not_dense(base: Base) -> str:
     )
 
 
+class Operands(NamedTuple):
+    """What a call of a layer works with, beside x."""
+
+    axes: tuple[Base, Delta, Keep]  # as they act in the layer's mode
+    w: Stored
+    p: Tensors
+    bias: Tensor | None
+    need: Need
+
+
 class Linear(nn.Module):
     """y = x · base(W)ᵀ + delta(x) + bias, while backward keeps keep(x). Made by `Linear.from_linear`.
 
@@ -54,6 +64,7 @@ class Linear(nn.Module):
     out_features: int
     conv1d: type | None = None  # the class of the plain layer, where it is transformers' Conv1D
     scores: TokenScores | None = None  # of a keep that samples: which rows' gradients are expected to be large
+    group: Any = None  # the Group that it is in while a module around it runs (see linear/group.py)
 
     def __init__(
         self,
@@ -144,6 +155,8 @@ class Linear(nn.Module):
         return tuple([parameters[name] if name in parameters else getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
         device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
         compiling = is_compiling()
         if torch.is_grad_enabled() and not compiling:
@@ -161,15 +174,9 @@ class Linear(nn.Module):
         return self._forward(x, w, source, compiling)
 
     def _forward(self, x: Tensor, w: Stored, source: Source | None, compiling: bool) -> Tensor:
-        tensors, p = w.tensors, self.added()
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
-        delta = self.delta if self.training else self._eval_delta
-        if torch.is_grad_enabled():
-            need_w, need_p = tuple([t.requires_grad for t in tensors]), tuple([t.requires_grad for t in p])
-            need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
-        else:
-            need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
-        if not self._w_trains and any(need.w):
+        axes, w, p, bias, need = self.operands(x, w)
+        delta = axes[1]
+        if not self.may_train(need):
             raise RuntimeError(
                 f"{delta} does not train the weight that it adds to, and this one requires grad: it was unfrozen by "
                 "hand, or is tied to a layer that trains."
@@ -181,11 +188,27 @@ class Linear(nn.Module):
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
-            axes, what = (self.base, delta, self.keep), (w.shape, w.dtype)
             backend = None if compiling else forced_backend()
-            return apply_linear(axes, what, backend, need, source, seed, x, bias, *tensors, *p)
+            return apply_linear(axes, (w.shape, w.dtype), backend, need, source, seed, x, bias, *w.tensors, *p)
         y, _ = delta.forward(Call(self.base, self.keep, w, p, bias, seed, need, None), as_matrix(x))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def operands(self, x: Tensor, w: Stored) -> Operands:
+        """What a call with x works with, where w is `self.stored()`."""
+        tensors, p = w.tensors, self.added()
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        if torch.is_grad_enabled():
+            need_w, need_p = tuple([t.requires_grad for t in tensors]), tuple([t.requires_grad for t in p])
+            need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
+        else:
+            need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
+        return new(
+            Operands, ((self.base, self.delta if self.training else self._eval_delta, self.keep), w, p, bias, need)
+        )
+
+    def may_train(self, need: Need) -> bool:
+        """Whether the delta gives the gradients that are needed of the stored tensors."""
+        return self._w_trains or not any(need.w)
 
     def merge(self) -> nn.Module:
         """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)

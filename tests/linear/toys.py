@@ -165,10 +165,10 @@ class Magnitude(LoRA):
         y = u * (c.p[2] / norm)
         return y if c.bias is None else y + c.bias, (u, norm, *saved)
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved, add=None):
         u, norm, *rest = saved
         inner = c._replace(p=c.p[:2], need=c.need._replace(p=(True, True)))
-        dx, dws, dab = super().backward(inner, dy * (c.p[2] / norm), tuple(rest))
+        dx, dws, dab = super().backward(inner, dy * (c.p[2] / norm), tuple(rest), add)
         return dx, dws, (*dab, (dy * u).sum(0) / norm, None)
 
     def weight(self, c, a, b, dtype):
@@ -196,13 +196,16 @@ class Kronecker(Delta):
     def forward(self, c, x):
         return c.linear(x, add=self.times(x, *c.p)), c.save(x, c.source)
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved, add=None):
         p, q = c.p
         g, z = c.operands(dy, saved)
         g, z = g.reshape(len(g), p.shape[0], -1), z.reshape(len(z), p.shape[1], -1)
         dp = torch.einsum("mij,jb,mab->ia", g, q, z)
         dq = torch.einsum("mij,ia,mab->jb", g, p, z)
-        dx = c.linear_t(dy, add=self.times(dy, p.t(), q.t())) if c.need.x else None
+        dx = None
+        if c.need.x:
+            thin = self.times(dy, p.t(), q.t())
+            dx = c.linear_t(dy, add=thin if add is None else add.add_(thin))
         return dx, c.no_dw(), (dp, dq)
 
     def weight(self, c, a, b, dtype):
@@ -227,11 +230,12 @@ class Masked(Delta):
         y = x @ self.weight(c, 0, c.w.shape[0], x.dtype).t()
         return y if c.bias is None else y + c.bias, c.save(x, c.source)
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved, add=None):
         (g, z), n = c.operands(dy, saved), c.w.shape[0]
         tiles = [(a, min(a + self.tile, n)) for a in range(0, n, self.tile)]
         ds = [product_t(g[:, a:b], z) * c.base.rows(c.w, a, b, z.dtype) for a, b in tiles]
-        return dy @ self.weight(c, 0, n, dy.dtype), c.no_dw(), (torch.cat(ds),)
+        dx = product_with(self.weight(c, 0, n, dy.dtype), dy, None, add)
+        return dx, c.no_dw(), (torch.cat(ds),)
 
 
 BASES = [Dense(), FourBits(), Codebook(), Rotated(), Rotated(None)]
