@@ -8,6 +8,7 @@ accumulated in place.
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,116 +16,128 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
-from efftune.hooks import HOOKS
-from efftune.linear.contracts import Call, Need, Stored
+from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.function import applied, as_matrix, new
 from efftune.linear.handle import Source, flatten, reshaped, source_of, unflatten
 from efftune.linear.module import Linear, Operands
 from efftune.ops._op import forced_backend, use_backend
 
-State = tuple[list, Need, list[int]]  # axes and tensors, which gradients are asked for, versions of the tensors
+Kind = tuple[tuple[Base, Delta, Keep], tuple, Need]  # of one layer: its axes, the shape and dtype of W, what is needed
+State = tuple[list, list]  # objects that are the same ones, and numbers that are equal, if a layer has not changed
 
 
 class Group:
     """Layers that are expected to read one tensor in a forward pass that is under way.
 
     The first that is called computes what all of them give that can be computed now. Each of the others fetches its own
-    if it is called with the same tensor, unchanged, and works with what it worked with then. Else it computes alone, as
-    it does under torch.compile, where autocast casts, and where it has hooks, draws or has another dtype. Whether
-    gradients are recorded makes no difference: a block that is run again in backward gives the same bits.
+    if it is called with the same tensor, unchanged, and has not changed itself. Else it computes alone, as it does
+    under torch.compile, where autocast casts, and where it has hooks, draws or has another dtype. Whether gradients are
+    recorded makes no difference: a block that is run again in backward gives the same bits.
     """
 
-    __slots__ = ("hooks", "layers", "results", "version", "x")
+    __slots__ = ("hooks", "layers", "reads", "results", "x")
 
     def __init__(self, layers: list[Linear]):
         self.layers, self.hooks = layers, _saved_tensor_hooks()
-        self.x: Tensor | None = None
-        self.version = 0
+        self.x: Tensor | None = None  # what was read, as long as there are results
+        self.reads: tuple | None = None  # its version, and whether gradients are recorded
         self.results: dict[Linear, tuple[Tensor, State]] | None = None  # None: nobody has been called
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
         """What `layer` gives for x, or None: it computes alone."""
-        first, self.results = self.results is None, self.results or {}  # one attempt in each forward pass
-        if is_compiling() or x.is_inference():
-            return None
-        # torch's checkpointing calls a part of a forward pass again, and wants as many tensors to be saved as before.
-        if _saved_tensor_hooks() != self.hooks:
-            return None
-        if first:
+        results = self.results
+        if results is None:
+            self.results = {}  # one attempt in each forward pass
             return self._compute(layer, x)
-        if x is not self.x or x._version != self.version or layer not in self.results:
+        if x is not self.x or layer not in results or is_compiling():
             return None
-        y, then = self.results.pop(layer)
-        if not self.results:
+        y, then = results.pop(layer)
+        if not results:
             self.x = None
-        return y if _same(_state(layer.operands(x, layer.stored())), then) else None
+        unchanged = self.reads == _reading(x) and _same(_state(layer), then)
+        return y if unchanged and _saved_tensor_hooks() == self.hooks else None
 
     def _compute(self, layer: Linear, x: Tensor) -> Tensor | None:
-        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        if is_compiling() or x.is_inference() or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
-        if _operands(layer, x) is None:
+        # torch's checkpointing calls a part of a forward pass again, and wants as many tensors to be saved as before.
+        if _saved_tensor_hooks() != self.hooks or (own := _operands(layer, x)) is None:
             return None
-        members = {other: found for other in self.layers if (found := _operands(other, x)) is not None}
+        members, states, kinds, biases, tensors = [layer], [], [(own.axes, own.w[1:], own.need)], [own.bias], []
+        tensors += own.w.tensors + own.p
+        for other in self.layers:
+            if other is not layer and (found := _operands(other, x)) is not None:
+                members.append(other)
+                states.append(_state(other))
+                kinds.append((found.axes, found.w[1:], found.need))
+                biases.append(found.bias)
+                tensors += found.w.tensors + found.p
         if len(members) < 2:
             return None
-        found = members.values()
-        biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in (m.bias for m in found)]
-        tensors = [t for m in found for t in (*m.w.tensors, *m.p)]
-        kinds = tuple([(m.axes, (m.w.shape, m.w.dtype), m.need) for m in found])
-        ys = dict(zip(members, _apply(kinds, forced_backend(), source_of(x), x, *biases, *tensors), strict=True))
-        y = ys.pop(layer)
-        self.x, self.version = x, x._version
-        self.results = {other: (result, _state(members[other])) for other, result in ys.items()}
+        biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
+        y, *ys = _apply(kinds, _runs(kinds), forced_backend(), source_of(x), x, *biases, *tensors)
+        self.x, self.reads = x, _reading(x)
+        self.results = dict(zip(members[1:], zip(ys, states, strict=True), strict=True))
         return y
-
-
-def _state(operands: Operands) -> State:
-    axes, w, p, bias, need = operands
-    tensors = [*w.tensors, *p]
-    if bias is not None:
-        tensors.append(bias)
-    return [*axes, *tensors], need, [t._version for t in tensors]
-
-
-def _same(now: State, then: State) -> bool:
-    return now[1:] == then[1:] and len(now[0]) == len(then[0]) and all(map(operator.is_, now[0], then[0]))
-
-
-def _operands(layer: Linear, x: Tensor) -> Operands | None:
-    """What the layer would work with; None if it has to be called for that."""
-    # Hooks may change x, or the layer's own weights for the time of its call.
-    if any(getattr(layer, kind) for kind in HOOKS) or "forward" in vars(layer):
-        return None
-    w = layer.stored()
-    if x.dtype != w.dtype or x.shape[-1] != layer.in_features:
-        return None
-    found = layer.operands(x, w)
-    _, delta, keep = found.axes
-    # What draws takes its seeds from a generator, in the order in which layers are called.
-    if delta.random or keep.random or not layer.may_train(found.need):
-        return None
-    return found
 
 
 def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _runs(kinds: tuple) -> list[list[int]]:
-    """The layers that have one delta and one keep, by their places."""
-    runs: dict[Any, list[int]] = {}
-    for i, ((_, delta, keep), _, _) in enumerate(kinds):
-        runs.setdefault((delta, keep), []).append(i)
-    return list(runs.values())
+def _reading(x: Tensor) -> tuple:
+    return x._version, x.requires_grad, torch.is_grad_enabled()
 
 
-def _calls(kinds: tuple, tensors, biases, source: Source | None) -> list[Call]:
+def _state(layer: Linear) -> State:
+    tensors = [*layer._parameters.values(), *layer._buffers.values()]
+    numbers = [number for t in tensors if t is not None for number in (t._version, t.requires_grad)]
+    return [*tensors, layer.base, layer.delta, layer.keep], [*numbers, layer.training]
+
+
+def _same(now: State, then: State) -> bool:
+    return now[1] == then[1] and all(map(operator.is_, now[0], then[0]))
+
+
+def _operands(layer: Linear, x: Tensor) -> Operands | None:
+    """What the layer would work with; None if it has to be called for that."""
+    own = vars(layer)
+    # Hooks may change x, or the layer's own weights for the time of its call.
+    if (
+        own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own
+    ):  # fmt: skip
+        return None
+    w = layer.stored()
+    if x.dtype != w.dtype or x.shape[-1] != w.shape[1]:
+        return None
+    found = layer.operands(x, w)
+    _, delta, keep = found.axes
+    # What draws takes its seeds from a generator, in the order in which layers are called.
+    return None if delta.random or keep.random or not layer.may_train(found.need) else found
+
+
+def _runs(kinds: list[Kind]) -> list[list[int]]:
+    """The places of the layers that have one delta and one keep."""
+    runs: list[tuple[tuple, list[int]]] = []
+    for i, ((_, *kind), _, _) in enumerate(kinds):
+        for known, places in runs:
+            if known == kind:
+                places.append(i)
+                break
+        else:
+            runs.append((kind, [i]))
+    return [places for _, places in runs]
+
+
+def _calls(kinds: list[Kind], tensors, biases, source: Source | None) -> list[Call]:
     calls, at = [], 0
     for ((base, _, keep), what, need), bias in zip(kinds, biases, strict=True):
         p = at + len(need.w)
-        w = new(Stored, (tuple(tensors[at:p]), *what))
-        at = p + len(need.p)
-        calls.append(new(Call, (base, keep, w, tuple(tensors[p:at]), bias, None, need, source)))
+        after = p + len(need.p)
+        w = new(Stored, (tensors[at:p], *what))
+        calls.append(new(Call, (base, keep, w, tensors[p:after], bias, None, need, source)))
+        at = after
     return calls
 
 
@@ -132,43 +145,57 @@ class GroupFunction(torch.autograd.Function):
     """As `LinearFunction`, for several layers of one x. What it saves is what they would, and the input once."""
 
     @staticmethod
-    def forward(ctx, kinds: tuple, backend, source, x, *flat):
+    def forward(ctx, kinds: list[Kind], runs, backend, source, x, *flat):
         ctx.set_materialize_grads(False)  # what nobody uses has no gradient
-        rows, shape = as_matrix(x), x.shape
-        biases, tensors = flat[: len(kinds)], flat[len(kinds) :]
-        calls, ys, saved, sizes = _calls(kinds, tensors, biases, source), {}, [], []
-        for run in _runs(kinds):
-            delta = kinds[run[0]][0][1]
-            outputs, kept = delta.forward_all([calls[i] for i in run], rows)
-            ys |= zip(run, outputs, strict=True)
-            saved += [part for parts in kept for part in parts]
+        count, shape = len(kinds), x.shape
+        matrix = len(shape) == 2
+        rows = x if matrix else x.reshape(-1, shape[-1])
+        tensors, saved, sizes = flat[count:], [], []
+        calls, ys = _calls(kinds, tensors, flat[:count], source), [rows] * count
+        for run in runs:
+            outputs, kept = kinds[run[0]][0][1].forward_all([calls[i] for i in run], rows)
+            for i, y in zip(run, outputs, strict=True):
+                ys[i] = y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
+            for parts in kept:
+                saved += parts
             sizes.append([len(parts) for parts in kept])
         saved, structure = flatten(tuple(saved))
         ctx.save_for_backward(*tensors, *saved)
-        ctx.call = kinds, sizes, structure, backend, len(tensors), shape
-        results = [reshaped(ys[i], (*shape[:-1], ys[i].shape[-1])) for i in range(len(kinds))]
-        ctx.mark_non_differentiable(*[y for y, (_, _, need) in zip(results, kinds, strict=True) if not need.any()])
-        return tuple(results)
+        ctx.call = kinds, runs, sizes, structure, backend, len(tensors), None if matrix else shape
+        unneeded = [y for y, kind in zip(ys, kinds, strict=True) if not kind[2].any()]
+        if unneeded:
+            ctx.mark_non_differentiable(*unneeded)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx, *dys):
         refuse_second_derivative("efftune.Linear")
-        kinds, sizes, structure, backend, num_tensors, shape = ctx.call
+        kinds, runs, sizes, structure, backend, num_tensors, shape = ctx.call
         tensors = ctx.saved_tensors
-        saved = iter(unflatten(tensors[num_tensors:], structure))
+        saved = unflatten(tensors[num_tensors:], structure)
         calls = _calls(kinds, tensors, [None] * len(kinds), None)
-        dys = [None if dy is None else as_matrix(dy).contiguous() for dy in dys]
-        dx, grads = None, {}
-        with use_backend(backend or forced_backend()):
-            for run, lengths in zip(_runs(kinds), sizes, strict=True):
-                kept = [tuple([next(saved) for _ in range(length)]) for length in lengths]
-                delta, own = kinds[run[0]][0][1], [calls[i] for i in run]
-                dx, found = delta.backward_all(own, [dys[i] for i in run], kept, dx)
-                grads |= zip(run, found, strict=True)
-        if dx is not None:
+        dys = [None if dy is None else (dy if shape is None else as_matrix(dy)).contiguous() for dy in dys]
+        with nullcontext() if backend is None else use_backend(backend):
+            dx, grads = _backward(kinds, runs, sizes, calls, dys, saved)
+        if dx is not None and shape is not None:
             dx = dx.view(*shape)
-        dbs = [dy.sum(0) if dy is not None and kind[2].bias else None for dy, kind in zip(dys, kinds, strict=True)]
-        return None, None, None, dx, *dbs, *[g for i in range(len(kinds)) for part in grads[i] for g in part]
+        dbs = [dy.sum(0) if kind[2].bias and dy is not None else None for dy, kind in zip(dys, kinds, strict=True)]
+        return None, None, None, None, dx, *dbs, *grads
+
+
+def _backward(kinds: list[Kind], runs, sizes, calls, dys, saved: tuple) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx of all layers, and the gradients of their tensors one after another."""
+    dx, grads, at = None, [()] * len(kinds), 0
+    for run, lengths in zip(runs, sizes, strict=True):
+        kept = []
+        for length in lengths:
+            kept.append(saved[at : at + length])
+            at += length
+        delta = kinds[run[0]][0][1]
+        dx, found = delta.backward_all([calls[i] for i in run], [dys[i] for i in run], kept, dx)
+        for i, (dws, dps) in zip(run, found, strict=True):
+            grads[i] = *dws, *dps
+    return dx, [g for own in grads for g in own]
 
 
 _apply = applied(GroupFunction)

@@ -58,8 +58,8 @@ class Siblings:
         if self.names is None:
             self.names = readers(module, args, kwargs)
         for names in self.names:
-            layers = [layer for name in names if type(layer := module._modules.get(name)) is Linear]
-            group = Group([layer for layer in layers if not is_compiled(layer)])
+            layers: Any = [module._modules.get(name) for name in names]
+            group = Group([layer for layer in layers if type(layer) is Linear and not is_compiled(layer)])
             for layer in group.layers:
                 vars(layer)["group"] = group  # past the tests of nn.Module's __setattr__
 
