@@ -19,7 +19,7 @@ from efftune.errors import refuse_second_derivative
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.function import applied, as_matrix, new
 from efftune.linear.handle import Source, flatten, reshaped, source_of, unflatten
-from efftune.linear.module import Linear, Operands
+from efftune.linear.module import Linear
 from efftune.ops._op import forced_backend, use_backend
 
 Kind = tuple[tuple[Base, Delta, Keep], tuple, Need]  # of one layer: its axes, the shape and dtype of W, what is needed
@@ -61,23 +61,28 @@ class Group:
         if is_compiling() or x.is_inference() or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         # torch's checkpointing calls a part of a forward pass again, and wants as many tensors to be saved as before.
-        if _saved_tensor_hooks() != self.hooks or (own := _operands(layer, x)) is None:
+        if _saved_tensor_hooks() != self.hooks:
             return None
-        members, states, kinds, biases, tensors = [layer], [], [(own.axes, own.w[1:], own.need)], [own.bias], []
-        tensors += own.w.tensors + own.p
-        for other in self.layers:
-            if other is not layer and (found := _operands(other, x)) is not None:
-                members.append(other)
-                states.append(_state(other))
-                kinds.append((found.axes, found.w[1:], found.need))
-                biases.append(found.bias)
-                tensors += found.w.tensors + found.p
+        members, states, kinds, biases, tensors = [], [], [], [], []
+        for member in (layer, *[other for other in self.layers if other is not layer]):
+            if not _computable(member, x):
+                if member is layer:
+                    return None
+                continue
+            w = member.stored()
+            axes, p, bias, need = member.operands(x, w)
+            if any(need.w) and not member.w_trains:
+                return None  # the layer itself says so
+            members.append(member)
+            states.append(_state(member))
+            kinds.append((axes, w[1:], need))
+            biases.append(bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+            tensors += w.tensors + p
         if len(members) < 2:
             return None
-        biases = [b if b is None or b.dtype == x.dtype else b.to(x.dtype) for b in biases]
         y, *ys = _apply(kinds, _runs(kinds), forced_backend(), source_of(x), x, *biases, *tensors)
         self.x, self.reads = x, _reading(x)
-        self.results = dict(zip(members[1:], zip(ys, states, strict=True), strict=True))
+        self.results = dict(zip(members[1:], zip(ys, states[1:], strict=True), strict=True))
         return y
 
 
@@ -99,22 +104,19 @@ def _same(now: State, then: State) -> bool:
     return now[1] == then[1] and all(map(operator.is_, now[0], then[0]))
 
 
-def _operands(layer: Linear, x: Tensor) -> Operands | None:
-    """What the layer would work with; None if it has to be called for that."""
+def _computable(layer: Linear, x: Tensor) -> bool:
+    """Whether what the layer gives can be known without calling it."""
     own = vars(layer)
     # Hooks may change x, or the layer's own weights for the time of its call.
     if (
         own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
         or "forward" in own
     ):  # fmt: skip
-        return None
-    w = layer.stored()
-    if x.dtype != w.dtype or x.shape[-1] != w.shape[1]:
-        return None
-    found = layer.operands(x, w)
-    _, delta, keep = found.axes
+        return False
     # What draws takes its seeds from a generator, in the order in which layers are called.
-    return None if delta.random or keep.random or not layer.may_train(found.need) else found
+    if layer.keep.random or (layer.training and layer.delta.random):
+        return False
+    return x.shape[-1] == layer.in_features and x.dtype == layer.stored().dtype
 
 
 def _runs(kinds: list[Kind]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,6 @@ def not_dense(base: Base) -> str:
         f"full trains the stored weight itself and {base} stores integers; add an adapter such as lora(r=16), or train "
         "the scales by peqa"
     )
-
-
-class Operands(NamedTuple):
-    """What a call of a layer works with, beside x."""
-
-    axes: tuple[Base, Delta, Keep]  # as they act in the layer's mode
-    w: Stored
-    p: Tensors
-    bias: Tensor | None
-    need: Need
 
 
 class Linear(nn.Module):
@@ -85,7 +75,7 @@ class Linear(nn.Module):
         if p is None:
             p = delta.init(w.shape, w.dtype, w.tensors[0].device)
         learns = {*delta.stored_learns(base), *(delta.names if delta.learns is None else delta.learns)}
-        self._w_trains = not learns.isdisjoint(base.names)
+        self.w_trains = not learns.isdisjoint(base.names)
         for name, tensor in zip((*base.names, *delta.names), (*w.tensors, *p), strict=True):
             if not tensor.is_floating_point() or name in base.fixed:
                 self.register_buffer(name, tensor)
@@ -152,16 +142,19 @@ class Linear(nn.Module):
 
     def _tensors(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         parameters: dict[str, Any] = self._parameters  # a tenth of the time of nn.Module's __getattr__
-        return tuple([parameters[name] if name in parameters else getattr(self, name) for name in names])
+        try:
+            return tuple([parameters[name] for name in names])
+        except KeyError:
+            return tuple([getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None and (y := self.group.output(self, x)) is not None:
             return y
-        device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
-        compiling = is_compiling()
+        w, source, compiling = self.stored(), None, is_compiling()
         if torch.is_grad_enabled() and not compiling:
             source = source_of(x, create=self.keep.random or self.delta.random)
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        device = x.device.type if torch._C._is_any_autocast_enabled() else None
+        if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
             dtype = torch.get_autocast_dtype(device)
             if source is not None and x.dtype != dtype:
@@ -174,9 +167,9 @@ class Linear(nn.Module):
         return self._forward(x, w, source, compiling)
 
     def _forward(self, x: Tensor, w: Stored, source: Source | None, compiling: bool) -> Tensor:
-        axes, w, p, bias, need = self.operands(x, w)
+        axes, p, bias, need = self.operands(x, w)
         delta = axes[1]
-        if not self.may_train(need):
+        if any(need.w) and not self.w_trains:
             raise RuntimeError(
                 f"{delta} does not train the weight that it adds to, and this one requires grad: it was unfrozen by "
                 "hand, or is tied to a layer that trains."
@@ -193,8 +186,9 @@ class Linear(nn.Module):
         y, _ = delta.forward(Call(self.base, self.keep, w, p, bias, seed, need, None), as_matrix(x))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def operands(self, x: Tensor, w: Stored) -> Operands:
-        """What a call with x works with, where w is `self.stored()`."""
+    def operands(self, x: Tensor, w: Stored) -> tuple[tuple[Base, Delta, Keep], Tensors, Tensor | None, Need]:
+        """What a call with x works with, where w is `self.stored()`: the axes as they act in the layer's mode, what the
+        delta adds, the bias, and which gradients are asked for."""
         tensors, p = w.tensors, self.added()
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         if torch.is_grad_enabled():
@@ -202,13 +196,7 @@ class Linear(nn.Module):
             need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
         else:
             need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
-        return new(
-            Operands, ((self.base, self.delta if self.training else self._eval_delta, self.keep), w, p, bias, need)
-        )
-
-    def may_train(self, need: Need) -> bool:
-        """Whether the delta gives the gradients that are needed of the stored tensors."""
-        return self._w_trains or not any(need.w)
+        return (self.base, self.delta if self.training else self._eval_delta, self.keep), p, bias, need
 
     def merge(self) -> nn.Module:
         """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)
