@@ -110,6 +110,11 @@ class Keep(Axis):
         that read the same tensor took of it already; None where nothing is, and under torch.compile."""
         raise NotImplementedError
 
+    def shared(self, rows: int, source: Source | None) -> bool:
+        """Whether all layers that read one tensor of so many rows save the same of it, whatever their seeds are. Only
+        then can they work as one."""
+        return not self.random
+
     def operands(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """g (M, S) -> g̃ (L, S) and z̃ (L, K), L ≤ M, with gᵀ·z = g̃ᵀ·z̃, exactly or in the mean over the seed. What a
         delta contracts in tiles, factors or entries; a kept input is made again once for all of them."""

@@ -8,7 +8,7 @@ accumulated in place.
 from __future__ import annotations
 
 import operator
-from contextlib import nullcontext
+import weakref
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from efftune.errors import refuse_second_derivative
-from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
+from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored, Tensors
 from efftune.linear.function import applied, as_matrix, new
 from efftune.linear.handle import Source, flatten, reshaped, source_of, unflatten
 from efftune.linear.module import Linear
 from efftune.ops._op import forced_backend, use_backend
+from efftune.ops.draw_seed import draw_seed
 
 Kind = tuple[tuple[Base, Delta, Keep], tuple, Need]  # of one layer: its axes, the shape and dtype of W, what is needed
+Known = tuple[tuple[Base, Delta, Keep], Stored, Tensors, Tensor | None, Need]  # what a layer works with
 State = tuple[list, list]  # objects that are the same ones, and numbers that are equal, if a layer has not changed
 
 
@@ -31,8 +33,8 @@ class Group:
 
     The first that is called computes what all of them give that can be computed now. Each of the others fetches its own
     if it is called with the same tensor, unchanged, and has not changed itself. Else it computes alone, as it does
-    under torch.compile, where autocast casts, and where it has hooks, draws or has another dtype. Whether gradients are
-    recorded makes no difference: a block that is run again in backward gives the same bits.
+    under torch.compile, where autocast casts, and where it has hooks, draws for itself or has another dtype. Whether
+    gradients are recorded makes no difference: a block that is run again in backward gives the same bits.
     """
 
     __slots__ = ("hooks", "layers", "reads", "results", "x")
@@ -41,7 +43,7 @@ class Group:
         self.layers, self.hooks = layers, _saved_tensor_hooks()
         self.x: Tensor | None = None  # what was read, as long as there are results
         self.reads: tuple | None = None  # its version, and whether gradients are recorded
-        self.results: dict[Linear, tuple[Tensor, State]] | None = None  # None: nobody has been called
+        self.results: dict[Linear, tuple[Tensor, State, bool]] | None = None  # None: nobody has been called
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
         """What `layer` gives for x, or None: it computes alone."""
@@ -51,39 +53,46 @@ class Group:
             return self._compute(layer, x)
         if x is not self.x or layer not in results or is_compiling():
             return None
-        y, then = results.pop(layer)
+        y, then, draws = results.pop(layer)
         if not results:
             self.x = None
-        unchanged = self.reads == _reading(x) and _same(_state(layer), then)
-        return y if unchanged and _saved_tensor_hooks() == self.hooks else None
+        if self.reads != _reading(x) or not _same(_state(layer), then) or _saved_tensor_hooks() != self.hooks:
+            return None
+        if draws:
+            draw_seed()  # as the layer alone would, so that whoever draws next draws the same
+        return y
 
     def _compute(self, layer: Linear, x: Tensor) -> Tensor | None:
         if is_compiling() or x.is_inference() or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return None
         # torch's checkpointing calls a part of a forward pass again, and wants as many tensors to be saved as before.
-        if _saved_tensor_hooks() != self.hooks:
+        if _saved_tensor_hooks() != self.hooks or (first := _known(layer, x)) is None:
             return None
-        members, states, kinds, biases, tensors = [], [], [], [], []
-        for member in (layer, *[other for other in self.layers if other is not layer]):
-            if not _computable(member, x):
-                if member is layer:
-                    return None
-                continue
-            w = member.stored()
-            axes, p, bias, need = member.operands(x, w)
-            if any(need.w) and not member.w_trains:
-                return None  # the layer itself says so
-            members.append(member)
-            states.append(_state(member))
+        source = source_of(x, create=layer.keep.random) if torch.is_grad_enabled() else None
+        members = {layer: first}
+        for other in self.layers:
+            if other is not layer and (found := _known(other, x)) is not None:
+                members[other] = found
+        rows = x.numel() // x.shape[-1]
+        members = {m: known for m, known in members.items() if _joins(known, first, rows, source)}
+        if layer not in members or len(members) < 2:
+            return None
+        if source is not None and layer.scores is not None:
+            source.scores = layer.scores.of_rows(x)
+        kinds, biases, tensors = [], [], []
+        for axes, w, p, bias, need in members.values():
             kinds.append((axes, w[1:], need))
             biases.append(bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
             tensors += w.tensors + p
-        if len(members) < 2:
-            return None
-        y, *ys = _apply(kinds, _runs(kinds), forced_backend(), source_of(x), x, *biases, *tensors)
+        seed = draw_seed() if _draws(first) else None
+        ys = _apply(kinds, _runs(kinds), forced_backend(), source, seed, x, *biases, *tensors)
         self.x, self.reads = x, _reading(x)
-        self.results = dict(zip(members[1:], zip(ys, states[1:], strict=True), strict=True))
-        return y
+        self.results = {
+            member: (y, _state(member), _draws(known))
+            for (member, known), y in zip(members.items(), ys, strict=True)
+            if member is not layer
+        }
+        return ys[0]
 
 
 def _saved_tensor_hooks() -> Any:
@@ -104,23 +113,39 @@ def _same(now: State, then: State) -> bool:
     return now[1] == then[1] and all(map(operator.is_, now[0], then[0]))
 
 
-def _computable(layer: Linear, x: Tensor) -> bool:
-    """Whether what the layer gives can be known without calling it."""
+def _known(layer: Linear, x: Tensor) -> Known | None:
+    """What the layer works with, if what it gives can be told without calling it."""
     own = vars(layer)
     # Hooks may change x, or the layer's own weights for the time of its call.
     if (
         own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
         or "forward" in own
     ):  # fmt: skip
-        return False
-    # What draws takes its seeds from a generator, in the order in which layers are called.
-    if layer.keep.random or (layer.training and layer.delta.random):
-        return False
-    return x.shape[-1] == layer.in_features and x.dtype == layer.stored().dtype
+        return None
+    w = layer.stored()
+    if x.shape[-1] != w.shape[1] or x.dtype != w.dtype:
+        return None
+    axes, p, bias, need = layer.operands(x, w)
+    # A delta that draws takes a seed of its own, from a generator, in the order in which layers are called.
+    return None if axes[1].random or (any(need.w) and not layer.w_trains) else (axes, w, p, bias, need)
+
+
+def _draws(known: Known) -> bool:
+    """Whether the layer's keep takes a seed."""
+    return known[0][2].random and known[4].any()
+
+
+def _joins(known: Known, first: Known, rows: int, source: Source | None) -> bool:
+    """Whether a layer keeps with the seed of the first that is called what it would keep alone."""
+    keep, need = known[0][2], known[4]
+    return not _draws(known) or (keep.shared(rows, source) and (keep, need) == (first[0][2], first[4]))
 
 
 def _runs(kinds: list[Kind]) -> list[list[int]]:
     """The places of the layers that have one delta and one keep."""
+    (_, delta, keep), _, _ = kinds[0]
+    if all([axes[1] is delta and axes[2] is keep for axes, _, _ in kinds]):
+        return [[*range(len(kinds))]]
     runs: list[tuple[tuple, list[int]]] = []
     for i, ((_, *kind), _, _) in enumerate(kinds):
         for known, places in runs:
@@ -132,13 +157,13 @@ def _runs(kinds: list[Kind]) -> list[list[int]]:
     return [places for _, places in runs]
 
 
-def _calls(kinds: list[Kind], tensors, biases, source: Source | None) -> list[Call]:
+def _calls(kinds: list[Kind], tensors, biases, seed: Tensor | None, source: Source | None) -> list[Call]:
     calls, at = [], 0
     for ((base, _, keep), what, need), bias in zip(kinds, biases, strict=True):
         p = at + len(need.w)
         after = p + len(need.p)
         w = new(Stored, (tensors[at:p], *what))
-        calls.append(new(Call, (base, keep, w, tensors[p:after], bias, None, need, source)))
+        calls.append(new(Call, (base, keep, w, tensors[p:after], bias, seed, need, source)))
         at = after
     return calls
 
@@ -147,13 +172,13 @@ class GroupFunction(torch.autograd.Function):
     """As `LinearFunction`, for several layers of one x. What it saves is what they would, and the input once."""
 
     @staticmethod
-    def forward(ctx, kinds: list[Kind], runs, backend, source, x, *flat):
+    def forward(ctx, kinds: list[Kind], runs, backend, source, seed, x, *flat):
         ctx.set_materialize_grads(False)  # what nobody uses has no gradient
         count, shape = len(kinds), x.shape
         matrix = len(shape) == 2
         rows = x if matrix else x.reshape(-1, shape[-1])
         tensors, saved, sizes = flat[count:], [], []
-        calls, ys = _calls(kinds, tensors, flat[:count], source), [rows] * count
+        calls, ys = _calls(kinds, tensors, flat[:count], seed, source), [rows] * count
         for run in runs:
             outputs, kept = kinds[run[0]][0][1].forward_all([calls[i] for i in run], rows)
             for i, y in zip(run, outputs, strict=True):
@@ -163,7 +188,8 @@ class GroupFunction(torch.autograd.Function):
             sizes.append([len(parts) for parts in kept])
         saved, structure = flatten(tuple(saved))
         ctx.save_for_backward(*tensors, *saved)
-        ctx.call = kinds, runs, sizes, structure, backend, len(tensors), None if matrix else shape
+        source = None if source is None else weakref.ref(source)
+        ctx.call = kinds, runs, sizes, structure, source, backend, len(tensors), None if matrix else shape
         unneeded = [y for y, kind in zip(ys, kinds, strict=True) if not kind[2].any()]
         if unneeded:
             ctx.mark_non_differentiable(*unneeded)
@@ -172,22 +198,28 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         refuse_second_derivative("efftune.Linear")
-        kinds, runs, sizes, structure, backend, num_tensors, shape = ctx.call
+        kinds, runs, sizes, structure, source, backend, num_tensors, shape = ctx.call
+        source = None if source is None else source()
+        if source is not None:
+            source.kept.clear()  # what reads the same tensor in another forward pass draws anew
         tensors = ctx.saved_tensors
         saved = unflatten(tensors[num_tensors:], structure)
-        calls = _calls(kinds, tensors, [None] * len(kinds), None)
+        calls = _calls(kinds, tensors, [None] * len(kinds), None, None)
         dys = [None if dy is None else (dy if shape is None else as_matrix(dy)).contiguous() for dy in dys]
-        with nullcontext() if backend is None else use_backend(backend):
+        if backend is None:
             dx, grads = _backward(kinds, runs, sizes, calls, dys, saved)
+        else:
+            with use_backend(backend):
+                dx, grads = _backward(kinds, runs, sizes, calls, dys, saved)
         if dx is not None and shape is not None:
             dx = dx.view(*shape)
         dbs = [dy.sum(0) if kind[2].bias and dy is not None else None for dy, kind in zip(dys, kinds, strict=True)]
-        return None, None, None, None, dx, *dbs, *grads
+        return None, None, None, None, None, dx, *dbs, *grads
 
 
 def _backward(kinds: list[Kind], runs, sizes, calls, dys, saved: tuple) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx of all layers, and the gradients of their tensors one after another."""
-    dx, grads, at = None, [()] * len(kinds), 0
+    dx, grads, at = None, {}, 0
     for run, lengths in zip(runs, sizes, strict=True):
         kept = []
         for length in lengths:
@@ -195,9 +227,8 @@ def _backward(kinds: list[Kind], runs, sizes, calls, dys, saved: tuple) -> tuple
             at += length
         delta = kinds[run[0]][0][1]
         dx, found = delta.backward_all([calls[i] for i in run], [dys[i] for i in run], kept, dx)
-        for i, (dws, dps) in zip(run, found, strict=True):
-            grads[i] = *dws, *dps
-    return dx, [g for own in grads for g in own]
+        grads |= zip(run, found, strict=True)
+    return dx, [g for i in range(len(kinds)) for part in grads[i] for g in part]
 
 
 _apply = applied(GroupFunction)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
@@ -23,7 +24,7 @@ from efftune.hooks import on_parameters
 from efftune.linear import Linear
 from efftune.linear.group import Group
 from efftune.nn import probe
-from efftune.wrappers import is_compiled
+from efftune.nn.attention import KEEP
 
 
 def install(model: nn.Module) -> list[RemovableHandle]:
@@ -32,11 +33,7 @@ def install(model: nn.Module) -> list[RemovableHandle]:
     for module in model.modules():
         widths = Counter(child.in_features for child in module._modules.values() if type(child) is Linear)
         if widths and max(widths.values()) > 1 and not installed(module):
-            siblings = Siblings()
-            handles += [
-                module.register_forward_pre_hook(siblings.begin, with_kwargs=True),
-                module.register_forward_hook(siblings.end, always_call=True),
-            ]
+            handles += Siblings(module).handles
     return handles
 
 
@@ -48,18 +45,27 @@ class Siblings:
     """The hooks on a module. They hold names, so that a copy of the module, or another layer in the place of one, has
     its own groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.names: list[list[str]] | None = None  # None: the module has not run yet
+        self.handles = [
+            module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            module.register_forward_hook(self.end, always_call=True),
+        ]
 
     @on_parameters
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if is_compiling() or torch._C._is_any_autocast_enabled():
             return
         if self.names is None:
+            if detect_fake_mode() is not None:
+                return  # nothing to learn from a call that somebody else makes with fake tensors
             self.names = readers(module, args, kwargs)
+            if not self.names:
+                for handle in self.handles:
+                    handle.remove()
         for names in self.names:
             layers: Any = [module._modules.get(name) for name in names]
-            group = Group([layer for layer in layers if type(layer) is Linear and not is_compiled(layer)])
+            group = Group([m for m in layers if type(m) is Linear and m._compiled_call_impl is None])
             for layer in group.layers:
                 vars(layer)["group"] = group  # past the tests of nn.Module's __setattr__
 
@@ -80,6 +86,8 @@ def readers(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list
     copy, given = probe.outline(module, mode, **recorders), probe.outline((args, kwargs), mode)
     if copy is None or given is None:
         return []
+    for part in copy.modules():
+        vars(part).pop(KEEP, None)  # attention as the model has it: it need not be ours, which keeps something
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), probe.undisturbed(copy), mode:
         try:
             copy.forward(*given[0], **given[1])

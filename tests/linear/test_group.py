@@ -292,25 +292,37 @@ def test_in_evaluation_mode_and_in_two_modes():
 
 
 @pytest.mark.parametrize(
-    "delta, keep",
+    "delta, keep, as_one",
     [
-        (LORA, Quantized(8, 8)),
-        (LORA, Sampled(0.5, min_rows=2)),
-        (Trained(), Sampled(0.5, min_rows=2, at="backward")),
-        (LoRA(r=4, dtype=None, lora_dropout=0.5), Exact()),
+        (LORA, Quantized(8, 8), True),
+        (Trained(), Quantized(4, 8), True),
+        (LORA, Sampled(0.5, min_rows=2), True),  # one sample for all
+        (Magnitude(r=4), Sampled(0.5, min_rows=2), True),
+        (LORA, Sampled(1.0, at="backward"), True),  # all rows
+        (Trained(), Sampled(0.5, min_rows=2, at="backward"), False),  # rows of its own
+        (LoRA(r=4, dtype=None, lora_dropout=0.5), Exact(), False),
     ],
     ids=str,
 )
-def test_what_draws_draws_as_it_does_alone(delta, keep):
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_what_draws_draws_as_it_does_alone(delta, keep, as_one, frozen):
+    """And so does whoever draws next. One that keeps nothing takes a seed, too, and another keeps with its own."""
     layers, (x, _) = three(delta=delta, keep=keep), inputs()
+    if frozen is not None:
+        layers[frozen].requires_grad_(False)
     dys, found = slopes(layers), []
     for group in (together, lambda layers: contextlib.nullcontext()):
         torch.manual_seed(7)
         at = x.clone().requires_grad_()
         with group(layers):
             ys = [layer(at) for layer in layers]
+        if group is together:
+            nodes = len({y.grad_fn for y in ys})
+            assert nodes == (1 if as_one else 3) if frozen is None else nodes >= 2
         found.append([*ys, *torch.autograd.grad(ys, [at, *trained(layers)], dys), torch.rand(3)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(found[0].pop(), found[1].pop())
+    for got, alone in zip(*found, strict=True):
+        torch.testing.assert_close(got, alone, rtol=1e-10, atol=1e-12)
 
 
 def test_among_layers_that_draw_the_others_work_as_one():

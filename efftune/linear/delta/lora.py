@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +56,7 @@ class LoRA(Delta):
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise EfftuneError(f"lora's dtype is 'float32', 'bfloat16', 'float16' or None, not {self.dtype!r}.")
 
-    @cached_property
+    @property
     def scale(self) -> float:
         alpha = self.r if self.lora_alpha is None else self.lora_alpha
         return alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
