@@ -72,6 +72,7 @@ class Linear(nn.Module):
             raise EfftuneError(problem + ".")
         self.base, self.delta, self.keep, self._dtype = base, delta, keep, w.dtype
         self._eval_delta = delta.eval()
+        self._delta_draws = delta.random  # a property: half a microsecond, twice a call
         if p is None:
             p = delta.init(w.shape, w.dtype, w.tensors[0].device)
         learns = {*delta.stored_learns(base), *(delta.names if delta.learns is None else delta.learns)}
@@ -152,7 +153,7 @@ class Linear(nn.Module):
             return y
         w, source, compiling = self.stored(), None, is_compiling()
         if torch.is_grad_enabled() and not compiling:
-            source = source_of(x, create=self.keep.random or self.delta.random)
+            source = source_of(x, create=self.keep.random or (self.training and self._delta_draws))
         device = x.device.type if torch._C._is_any_autocast_enabled() else None
         if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
@@ -177,7 +178,9 @@ class Linear(nn.Module):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         needed = need.any()
-        seed = draw_seed() if delta.random or (self.keep.random and needed) else None
+        seed = None
+        if (self.keep.random and needed) or (self._delta_draws and delta.random):
+            seed = draw_seed()
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
