@@ -25,6 +25,7 @@ from efftune.linear import Linear
 from efftune.linear.group import Group
 from efftune.nn import probe
 from efftune.nn.attention import KEEP
+from efftune.nn.blocks import OURS
 
 
 def install(model: nn.Module) -> list[RemovableHandle]:
@@ -87,7 +88,8 @@ def readers(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list
     if copy is None or given is None:
         return []
     for part in copy.modules():
-        vars(part).pop(KEEP, None)  # attention as the model has it: it need not be ours, which keeps something
+        if not isinstance(part, OURS):
+            vars(part).pop(KEEP, None)  # attention as the model has it: there is nothing to keep
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), probe.undisturbed(copy), mode:
         try:
             copy.forward(*given[0], **given[1])
