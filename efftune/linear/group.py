@@ -146,7 +146,7 @@ def _runs(kinds: list[Kind]) -> list[list[int]]:
     (_, delta, keep), _, _ = kinds[0]
     if all([axes[1] is delta and axes[2] is keep for axes, _, _ in kinds]):
         return [[*range(len(kinds))]]
-    runs: list[tuple[tuple, list[int]]] = []
+    runs: list[tuple[list, list[int]]] = []
     for i, ((_, *kind), _, _) in enumerate(kinds):
         for known, places in runs:
             if known == kind:

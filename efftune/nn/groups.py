@@ -68,7 +68,7 @@ class Siblings:
             layers: Any = [module._modules.get(name) for name in names]
             group = Group([m for m in layers if type(m) is Linear and m._compiled_call_impl is None])
             for layer in group.layers:
-                vars(layer)["group"] = group  # past the tests of nn.Module's __setattr__
+                layer.__dict__["group"] = group  # past the tests of nn.Module's __setattr__
 
     @on_parameters
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class LoRA(Delta):
         kept = calls[0].save(x, calls[0].source) if any([c.need.p[0] for c in calls]) else ()
         return ys, [(h, *kept) if any([c.need.p[1] for c in calls]) else kept]
 
-    def backward_all(self, calls, dys, saved, add=None):
+    def backward_all(self, calls, dys: list[Any], saved, add=None):
         if self.lora_dropout:
             return super().backward_all(calls, dys, saved, add)
         dx, das, dbs, kept = add, [None] * len(calls), [None] * len(calls), saved[0]
