@@ -18,6 +18,7 @@ from efftune.hooks import hooked
 from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
 from efftune.linear.contracts import Base, Delta, Keep, check
 from efftune.linear.module import HOOKED, is_conv1d
+from efftune.nn import groups
 from efftune.nn.blocks import Blocks
 from efftune.nn.blocks import install as install_blocks
 from efftune.nn.subbatch import install as run_again
@@ -304,6 +305,7 @@ class Plan:
             done = install_blocks(model, next(iter(self.block_keeps), None))
             if done.swaps:
                 self._beside_blocks(model, done)
+            done.groups = groups.install(model)  # of the layers as they are now
         self.model = model
         self._names.clear()  # ids of tensors that are no more
         self._plain.clear()

@@ -12,7 +12,7 @@ Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flatt
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,11 @@ class Keep(Axis):
         that read the same tensor took of it already; None where nothing is, and under torch.compile."""
         raise NotImplementedError
 
+    def shared(self, rows: int, source: Source | None) -> bool:
+        """Whether all layers that read one tensor of so many rows save the same of it, whatever their seeds are. Only
+        then can they work as one."""
+        return not self.random
+
     def operands(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
         """g (M, S) -> g̃ (L, S) and z̃ (L, K), L ≤ M, with gᵀ·z = g̃ᵀ·z̃, exactly or in the mean over the seed. What a
         delta contracts in tiles, factors or entries; a kept input is made again once for all of them."""
@@ -204,6 +209,14 @@ class Delta(Axis):
     random: ClassVar[bool] = False  # draws in training mode (may be a property)
     resizes: ClassVar[tuple[str, ...]] = ()  # of p, those whose length a run decides
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        # A kind that computes one layer in its own way does not inherit how another kind computes several.
+        super().__init_subclass__(**settings)
+        if not vars(cls).keys().isdisjoint(("forward", "backward")):
+            for name in ("forward_all", "backward_all"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Delta, name))
+
     def init(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensors:
         """Fresh p for a layer of (N, K), where W need not be read for it."""
         return ()
@@ -233,10 +246,33 @@ class Delta(Axis):
         """-> y (M, N), saved. Saves only what the gradients in `c.need` take."""
         raise NotImplementedError
 
-    def backward(self, c: Call, dy: Tensor, saved: Kept) -> tuple[Tensor | None, Gradients, Gradients]:
-        """-> dx | None, gradients of the stored tensors, gradients of p (None where not needed). The bias is the
-        Function's business."""
+    def backward(
+        self, c: Call, dy: Tensor, saved: Kept, add: Tensor | None = None
+    ) -> tuple[Tensor | None, Gradients, Gradients]:
+        """-> dx (+ add (M, K), which it consumes) | None, gradients of the stored tensors, gradients of p (None where
+        not needed). The bias is the Function's business. `add` is given only where `c.need.x`."""
         raise NotImplementedError
+
+    def forward_all(self, calls: list[Call], x: Tensor) -> tuple[list[Tensor], list[Kept]]:
+        """`forward` of several layers that have this delta, one keep and one x -> what each of them gives, and any
+        number of tuples to be saved. A kind overrides it, and `backward_all`, where it can compute together what
+        `forward` computes for one layer."""
+        ys, saved = zip(*[self.forward(c, x) for c in calls], strict=True)
+        return list(ys), list(saved)
+
+    def backward_all(
+        self, calls: list[Call], dys: list[Tensor | None], saved: list[Kept], add: Tensor | None = None
+    ) -> tuple[Tensor | None, list[tuple[Gradients, Gradients]]]:
+        """-> the sum of all dx (+ add, which it consumes) | None, and each layer's gradients of the stored tensors and
+        of p. A dy is None where nobody used what the layer gave; its gradients are None."""
+        dx, grads = add, []
+        for c, dy, kept in zip(calls, dys, saved, strict=True):
+            if dy is None:
+                grads.append((c.no_dw(), (None,) * len(c.p)))
+            else:
+                dx, dws, dps = self.backward(c, dy, kept, dx)
+                grads.append((dws, dps))
+        return dx, grads
 
     def weight(self, c: Call, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """Rows a..b of the W that a plain layer would have, in dtype: the stored ones, where the delta adds nothing."""

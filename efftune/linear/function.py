@@ -44,7 +44,8 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_second_derivative("efftune.Linear")
+        if torch.is_grad_enabled():
+            refuse_second_derivative("efftune.Linear")
         (base, delta, keep), what, need, num_tensors, structure, source, backend, shape = ctx.call
         source = None if source is None else source()
         if source is not None:

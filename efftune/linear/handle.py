@@ -12,7 +12,7 @@ them, and a change in place is noticed. Between forward and backward a handle ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,13 +162,10 @@ def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 # Autograd saves a flat list of tensors. A structure is what remains of nested handles without them.
 
 
-def flatten(saved: tuple) -> tuple[list[Tensor], tuple | None]:
+def flatten(saved: tuple) -> tuple[Sequence[Tensor], tuple | None]:
     """A tuple of tensors and handles -> its tensors, and what `unflatten` needs; None if there are only tensors."""
-    for part in saved:
-        if isinstance(part, Handle):
-            break
-    else:
-        return list(saved), None
+    if Handle not in map(type, saved):
+        return saved, None
     tensors: list[Tensor] = []
     structure = tuple([_strip(part, tensors) for part in saved])
     return tensors, structure
@@ -189,7 +186,7 @@ def _strip(part: Tensor | Handle, tensors: list[Tensor]) -> Any:
 
 def unflatten(tensors: tuple[Tensor, ...], structure: tuple | None) -> tuple:
     if structure is None:
-        return tuple(tensors)
+        return tensors
     remaining = iter(tensors)
     return tuple([next(remaining) if part is None else _restore(part, remaining) for part in structure])
 

@@ -44,6 +44,7 @@ class Linear(nn.Module):
     out_features: int
     conv1d: type | None = None  # the class of the plain layer, where it is transformers' Conv1D
     scores: Any = None  # of a keep that samples: `scores.of_rows(x)` says which rows' gradients may be large
+    group: Any = None  # the Group that it is in while a module around it runs (see linear/group.py)
 
     def __init__(
         self,
@@ -61,12 +62,13 @@ class Linear(nn.Module):
             raise EfftuneError(problem + ".")
         self.base, self.delta, self.keep, self._dtype = base, delta, keep, w.dtype
         self._eval_delta, self._in_place = delta.eval(), delta.in_place
+        self._delta_draws = delta.random  # a property: half a microsecond, twice a call
         if p is None:
             p = delta.init(w.shape, w.dtype, w.tensors[0].device)
         if self._in_place:
             refuse_alias(delta, w, p)
         learns = {*delta.stored_learns(base), *(delta.names if delta.learns is None else delta.learns)}
-        self._w_trains = not learns.isdisjoint(base.names)
+        self.w_trains = not learns.isdisjoint(base.names)
         for name, tensor in zip((*base.names, *delta.names), (*w.tensors, *p), strict=True):
             if not tensor.is_floating_point() or name in base.fixed:
                 self.register_buffer(name, tensor)
@@ -184,14 +186,19 @@ class Linear(nn.Module):
 
     def _tensors(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         parameters: dict[str, Any] = self._parameters  # a tenth of the time of nn.Module's __getattr__
-        return tuple([parameters[name] if name in parameters else getattr(self, name) for name in names])
+        try:
+            return tuple([parameters[name] for name in names])
+        except KeyError:
+            return tuple([getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
-        device, w, source = "cpu" if x.is_cpu else x.device.type, self.stored(), None
-        compiling = is_compiling()
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
+        w, source, compiling = self.stored(), None, is_compiling()
         if torch.is_grad_enabled() and not compiling:
-            source = source_of(x, create=self.keep.random or self.delta.random)
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            source = source_of(x, create=self.keep.random or (self.training and self._delta_draws))
+        device = x.device.type if torch._C._is_any_autocast_enabled() else None
+        if device is not None and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             # Cast outside the Function, so that autograd casts dx back; inside, every operand already has its dtype.
             dtype = torch.get_autocast_dtype(device)
             if source is not None and x.dtype != dtype:
@@ -204,15 +211,9 @@ class Linear(nn.Module):
         return self._forward(x, w, source, compiling)
 
     def _forward(self, x: Tensor, w: Stored, source: Source | None, compiling: bool) -> Tensor:
-        tensors, p = w.tensors, self.added()
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
-        delta = self.delta if self.training else self._eval_delta
-        if torch.is_grad_enabled():
-            need_w, need_p = tuple([t.requires_grad for t in tensors]), tuple([t.requires_grad for t in p])
-            need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
-        else:
-            need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
-        if not self._w_trains and any(need.w):
+        axes, p, bias, need = self.operands(x, w)
+        delta = axes[1]
+        if any(need.w) and not self.w_trains:
             raise RuntimeError(
                 f"{delta} does not train the weight that it adds to, and this one requires grad: it was unfrozen by "
                 "hand, or is tied to a layer that trains."
@@ -220,15 +221,28 @@ class Linear(nn.Module):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         needed = need.any()
-        seed = draw_seed() if delta.random or (self.keep.random and needed) else None
+        seed = None
+        if (self.keep.random and needed) or (self._delta_draws and delta.random):
+            seed = draw_seed()
         if needed:
             if source is not None and self.scores is not None:
                 source.scores = self.scores.of_rows(x)
-            axes, what = (self.base, delta, self.keep), (w.shape, w.dtype)
             backend = None if compiling else forced_backend()
-            return apply_linear(axes, what, backend, need, source, seed, x, bias, *tensors, *p)
+            return apply_linear(axes, (w.shape, w.dtype), backend, need, source, seed, x, bias, *w.tensors, *p)
         y, _ = delta.forward(Call(self.base, self.keep, w, p, bias, seed, need, None), as_matrix(x))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def operands(self, x: Tensor, w: Stored) -> tuple[tuple[Base, Delta, Keep], Tensors, Tensor | None, Need]:
+        """What a call with x works with, where w is `self.stored()`: the axes as they act in the layer's mode, what the
+        delta adds, the bias, and which gradients are asked for."""
+        tensors, p = w.tensors, self.added()
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        if torch.is_grad_enabled():
+            need_w, need_p = tuple([t.requires_grad for t in tensors]), tuple([t.requires_grad for t in p])
+            need = new(Need, (x.requires_grad, bias is not None and bias.requires_grad, need_w, need_p))
+        else:
+            need = Need(False, False, (False,) * len(tensors), (False,) * len(p))
+        return (self.base, self.delta if self.training else self._eval_delta, self.keep), p, bias, need
 
     def merge(self) -> nn.Module:
         """The plain nn.Linear (or Conv1D, where it was one) with W + ΔW, added in float32 (float64 layers: in float64)

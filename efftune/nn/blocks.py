@@ -37,6 +37,7 @@ class Blocks:
     swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)  # parent, name, old, new
     attention: list[tuple[nn.Module, Keep | None]] = field(default_factory=list)  # and its keep of before
     rotary: list[RemovableHandle] = field(default_factory=list)  # hooks of rotary embeddings
+    groups: list[RemovableHandle] = field(default_factory=list)  # hooks of modules around layers that work as one
 
     def remove(self) -> None:
         for parent, name, old, new in reversed(self.swaps):
@@ -49,9 +50,9 @@ class Blocks:
                 setattr(module, attention.KEEP, before)
             elif hasattr(module, attention.KEEP):
                 delattr(module, attention.KEEP)
-        for hook in self.rotary:
+        for hook in (*self.rotary, *self.groups):
             hook.remove()
-        self.swaps, self.attention, self.rotary = [], [], []
+        self.swaps, self.attention, self.rotary, self.groups = [], [], [], []
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 SCALES = tuple(2.0**e for e in (-20, -10, 0, 5, 10, 20))  # from below the eps of any norm to beyond any clamp
 FORMS = (  # dtype, shape without the width, and size of x
@@ -40,16 +41,35 @@ def stand_in(given: Any, **children: nn.Module | None) -> Any:
     random ones of its own, and `children` stand in the place of those of these names. Whatever else it refers to is
     copied, so that nothing that the copy does reaches the original; only classes and the functions of Python modules
     are the same, and a module outside of it that it refers to is not copied, but makes it None."""
+    return _copy(given, lambda p: _random(tuple(p.shape)), _numbers_of, children)
+
+
+def outline(given: Any, mode: FakeTensorMode, **children: nn.Module | None) -> Any:
+    """As `stand_in`, with fake tensors: of the same shapes, dtypes and devices, without numbers, so of any size."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor.detach())
+
+    return _copy(given, fake, fake, children)
+
+
+def _copy(
+    given: Any,
+    parameter: Callable[[Tensor], Tensor],
+    tensor: Callable[[Tensor], Tensor],
+    children: dict[str, nn.Module | None],
+) -> Any:
     instead: dict[int, Any] = {id(given._modules[name]): child for name, child in children.items()}
     inside = _inside(given, instead)
     for module in inside:
         instead[id(module)] = object.__new__(type(module))
         for p in module._parameters.values():
             if p is not None:
-                instead[id(p)] = nn.Parameter(_random(tuple(p.shape)))
+                instead[id(p)] = nn.Parameter(parameter(p))
     try:
         data, parts = _written(given, inside)
-        made = _Reader(data, [instead[id(part)] if id(part) in instead else _part(part) for part in parts]).load()
+        parts = [instead[id(part)] if id(part) in instead else _part(part, tensor) for part in parts]
+        made = _Reader(data, parts).load()
     except Exception:  # locks, files, compiled code: there are too many kinds of what cannot be copied
         return None
     if not isinstance(given, nn.Module):
@@ -81,7 +101,8 @@ def state(given: Any) -> tuple[Any, Any]:
 
 
 def _inside(given: Any, without: dict) -> list[nn.Module]:
-    """The modules in a module, itself the first, and not those inside of some."""
+    """The modules in a module, itself the first, and not those inside of some. An attribute counts as inside if it is
+    a module without parameters, as the activation that a module of ours took over from the one before it."""
     found: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module | None) -> None:
@@ -89,6 +110,9 @@ def _inside(given: Any, without: dict) -> list[nn.Module]:
             found[id(module)] = module
             for child in module._modules.values():
                 visit(child)
+            for other in vars(module).values():
+                if isinstance(other, nn.Module) and next(other.parameters(), None) is None:
+                    visit(other)
 
     visit(given if isinstance(given, nn.Module) else None)
     return list(found.values())
@@ -160,11 +184,17 @@ def _function(old: FunctionType, cells: list, defaults: Any, kwdefaults: Any, at
     return made
 
 
-def _part(value: Any) -> Any:
+def _part(value: Any, tensor: Callable[[Tensor], Tensor]) -> Any:
     """What a copy has in the place of a tensor, a class or a function."""
-    if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.numel() > LARGE):
+    if isinstance(value, nn.Module):
         raise pickle.PicklingError
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return tensor(value) if isinstance(value, Tensor) else value
+
+
+def _numbers_of(tensor: Tensor) -> Tensor:
+    if tensor.numel() > LARGE:
+        raise pickle.PicklingError
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _numbers(state: Any) -> bytes:

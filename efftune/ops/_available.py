@@ -87,7 +87,7 @@ def why_not(kind: str, *tensors: torch.Tensor) -> str | None:
 
 
 # What layouts kernels take.
-CONTIGUOUS, ROWS, ANY = "contiguous tensors", "rows whose elements are neighbours in memory", ""
+CONTIGUOUS, ROWS, ANY = "contiguous tensors", "rows whose elements are adjacent (neighbours in memory)", ""
 
 
 def objection(kind: str, tensors: tuple[int, ...], dtypes: tuple[int, ...], layout: str) -> Callable[..., str | None]:

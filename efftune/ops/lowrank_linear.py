@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from efftune.ops._available import ANY, kernels
 from efftune.ops._op import Op, forced_backend
@@ -137,7 +138,7 @@ def linear_t(dy: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None,
 def _plain(x: Tensor) -> bool:
     # Where torch's own products are the backend they need no operator around them: two dispatches through Python are
     # 5 µs on a CPU, a twelfth of a small layer's forward and backward, and 35 µs beside a GPU that waits.
-    return (x.is_cpu or x.is_cuda) and not torch.compiler.is_compiling() and forced_backend() is None
+    return (x.is_cpu or x.is_cuda) and not is_compiling() and forced_backend() is None
 
 
 def _rank_comes_first(x: Tensor) -> bool:

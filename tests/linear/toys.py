@@ -276,13 +276,16 @@ class Kronecker(Delta):
     def forward(self, c, x):
         return c.linear(x, add=self.times(x, *c.p)), c.save(x, c.source)
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved, add=None):
         p, q = c.p
         g, z = c.operands(dy, saved)
         g, z = g.reshape(len(g), p.shape[0], -1), z.reshape(len(z), p.shape[1], -1)
         dp = torch.einsum("mij,jb,mab->ia", g, q, z)
         dq = torch.einsum("mij,ia,mab->jb", g, p, z)
-        dx = c.linear_t(dy, add=self.times(dy, p.t(), q.t())) if c.need.x else None
+        dx = None
+        if c.need.x:
+            thin = self.times(dy, p.t(), q.t())
+            dx = c.linear_t(dy, add=thin if add is None else add.add_(thin))
         return dx, c.no_dw(), (dp, dq)
 
     def weight(self, c, a, b, dtype):
@@ -307,11 +310,12 @@ class Masked(Delta):
         y = x @ self.weight(c, 0, c.w.shape[0], x.dtype).t()
         return y if c.bias is None else y + c.bias, c.save(x, c.source)
 
-    def backward(self, c, dy, saved):
+    def backward(self, c, dy, saved, add=None):
         (g, z), n = c.operands(dy, saved), c.w.shape[0]
         tiles = [(a, min(a + self.tile, n)) for a in range(0, n, self.tile)]
         ds = [product_t(g[:, a:b], z) * c.base.rows(c.w, a, b, z.dtype) for a, b in tiles]
-        return dy @ self.weight(c, 0, n, dy.dtype), c.no_dw(), (torch.cat(ds),)
+        dx = linear_t(dy, self.weight(c, 0, n, dy.dtype), None, add)
+        return dx, c.no_dw(), (torch.cat(ds),)
 
 
 @dataclass(frozen=True)
@@ -345,8 +349,8 @@ class Entries(Delta):
     def forward(self, c, x):
         return c.linear(x), c.save(x, c.source) if c.need.p[2] else ()
 
-    def backward(self, c, dy, saved):
-        dx, dvalues = c.linear_t(dy) if c.need.x else None, None
+    def backward(self, c, dy, saved, add=None):
+        dx, dvalues = c.linear_t(dy, add=add) if c.need.x else add, None
         if c.need.p[2]:
             (g, z), k = c.operands(dy, saved), c.w.shape[1]
             parts = [(g[:, i // k] * z[:, i % k]).sum(0) for i in c.p[0].split(self.tile)]

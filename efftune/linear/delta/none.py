@@ -20,5 +20,5 @@ class NoDelta(Delta):
     def forward(self, c, x):
         return c.linear(x), ()
 
-    def backward(self, c, dy, saved):
-        return c.linear_t(dy) if c.need.x else None, c.no_dw(), ()
+    def backward(self, c, dy, saved, add=None):
+        return c.linear_t(dy, add=add) if c.need.x else None, c.no_dw(), ()

@@ -39,8 +39,8 @@ class Trained(Delta):
         z = c.base.enter(c.w, x)
         return c.base.linear(c.w, z, bias=c.bias), c.save(z, c.source if z is x else None)
 
-    def backward(self, c, dy, saved):
-        dx = c.linear_t(dy) if c.need.x else None
+    def backward(self, c, dy, saved, add=None):
+        dx = c.linear_t(dy, add=add) if c.need.x else None
         if not any(c.need.w):
             return dx, c.no_dw(), ()
         n, k = c.w.shape

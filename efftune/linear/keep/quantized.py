@@ -48,6 +48,9 @@ class Quantized(Exact):
             source.kept[self] = self.hold(z, seed)
         return (source.kept[self].keep(),)
 
+    def shared(self, rows, source):
+        return source is not None
+
     def operands(self, g, kept):
         if len(kept) == 1:
             return super().operands(g, kept)

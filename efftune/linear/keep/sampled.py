@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efftune.errors import EfftuneError
 from efftune.linear.contracts import Keep, Kept, product_t
-from efftune.linear.handle import Handle, load
+from efftune.linear.handle import Handle, Source, load
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
 
@@ -59,8 +59,11 @@ class Sampled(Keep):
         """How many of m rows are kept."""
         return min(m, max(self.min_rows, int(self.ratio * m)))
 
+    def shared(self, rows, source):
+        return self.rows(rows) == rows or (source is not None and self.at == "forward" and _held(source) is None)
+
     def save(self, z, source, seed):
-        handle = source.handle if source is not None and source.handle is not None and source.handle.held else None
+        handle = _held(source)
         m = z.shape[0]
         if self.rows(m) == m:
             return (z if handle is None else handle.keep(),)
@@ -105,6 +108,12 @@ class Sampled(Keep):
         # Where all scores are zero the gradient is: nothing fell back to anything.
         _count((fallback * (scores.amax(1) != 0)).sum(dtype=fallback.dtype))
         return idx, weight
+
+
+def _held(source: Source | None) -> Handle | None:
+    """The handle of a tensor that backward can make again from what it holds anyway."""
+    handle = None if source is None else source.handle
+    return handle if handle is not None and handle.held else None
 
 
 def _once(source, key, make):

@@ -1,0 +1,119 @@
+"""Which linear layers of a module read one tensor: found by running an outline of the module, not told by names.
+
+A hook on the module runs before its first forward pass. It calls a copy of the module with copies of what the module
+is about to be called with, made of fake tensors, with which nothing is computed. In the place of the linear layers
+stand modules that write down what they are given. What cannot be copied, or looks at values, has no groups. Then, in
+each forward pass, the hook puts the layers into a `Group`, in which the first that is called computes what all of them
+give.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
+
+from efftune.hooks import on_parameters
+from efftune.linear import Linear
+from efftune.linear.group import Group
+from efftune.nn import probe
+from efftune.nn.attention import KEEP
+from efftune.nn.blocks import OURS
+
+
+def install(model: nn.Module) -> list[RemovableHandle]:
+    """Lets layers of one module that turn out to read one tensor work as one. Returns what takes that out again."""
+    handles = []
+    for module in model.modules():
+        widths = Counter(child.in_features for child in module._modules.values() if type(child) is Linear)
+        if widths and max(widths.values()) > 1 and not installed(module):
+            handles += Siblings(module).handles
+    return handles
+
+
+def installed(module: nn.Module) -> bool:
+    return any(isinstance(getattr(hook, "__self__", None), Siblings) for hook in module._forward_hooks.values())
+
+
+class Siblings:
+    """The hooks on a module. They hold names, so that a copy of the module, or another layer in the place of one, has
+    its own groups."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names: list[list[str]] | None = None  # None: the module has not run yet
+        self.handles = [
+            module.register_forward_pre_hook(self.begin, with_kwargs=True),
+            module.register_forward_hook(self.end, always_call=True),
+        ]
+
+    @on_parameters
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if is_compiling() or torch._C._is_any_autocast_enabled():
+            return
+        if self.names is None:
+            if detect_fake_mode() is not None:
+                return  # nothing to learn from a call that somebody else makes with fake tensors
+            self.names = readers(module, args, kwargs)
+            if not self.names:
+                for handle in self.handles:
+                    handle.remove()
+        for names in self.names:
+            layers: Any = [module._modules.get(name) for name in names]
+            group = Group([m for m in layers if type(m) is Linear and m._compiled_call_impl is None])
+            for layer in group.layers:
+                layer.__dict__["group"] = group  # past the tests of nn.Module's __setattr__
+
+    @on_parameters
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for names in self.names or ():
+            for name in names:
+                vars(module._modules[name]).pop("group", None)
+
+
+def readers(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list[str]]:
+    """The names of linear layers in the module that read one tensor when it is called so, a list for each tensor: those
+    that are called once, with the very same tensor, unchanged between."""
+    calls: list[tuple[nn.Module, Tensor, int]] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # functions may hold tensors, too
+    with mode:
+        recorders = {name: Recorder(m, calls) for name, m in module._modules.items() if type(m) in (Linear, nn.Linear)}
+    copy, given = probe.outline(module, mode, **recorders), probe.outline((args, kwargs), mode)
+    if copy is None or given is None:
+        return []
+    for part in copy.modules():
+        if not isinstance(part, OURS):
+            vars(part).pop(KEEP, None)  # attention as the model has it: there is nothing to keep
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"), probe.undisturbed(copy), mode:
+        try:
+            copy.forward(*given[0], **given[1])
+        except Exception:  # it looks at values, which fake tensors do not have
+            return []
+    names: dict[nn.Module, str] = {recorder: name for name, recorder in recorders.items()}
+    counts, found = Counter(layer for layer, _, _ in calls), dict[tuple[int, int], list[str]]()
+    for layer, x, version in calls:
+        if counts[layer] == 1:
+            found.setdefault((id(x), version), []).append(names[layer])
+    return [group for group in found.values() if len(group) > 1]
+
+
+class Recorder(nn.Module):
+    """Stands in the place of a linear layer, writes down what it is given, and gives a tensor of the right shape."""
+
+    def __init__(self, layer: Any, calls: list[tuple[nn.Module, Tensor, int]]):
+        super().__init__()
+        self.in_features, self.out_features, self.calls = layer.in_features, layer.out_features, calls
+        tensors, dtype = ((layer.weight,), layer.weight.dtype) if type(layer) is nn.Linear else layer.stored()[::2]
+        shape, device = (layer.out_features, layer.in_features), tensors[0].device
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.bias = None if layer.bias is None else nn.Parameter(self.weight.new_empty(layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append((self, x, x._version))
+        return x.new_empty(*x.shape[:-1], self.out_features)
