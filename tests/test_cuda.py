@@ -226,7 +226,9 @@ def capturing(device, monkeypatch):
             yield
 
 
-ON_THE_HOST = "mesa", "wtacrs", "lora_dropout", "vcas", "lisa", "recompute", "mezo", "fedkseed", "ferret"
+ON_THE_HOST = (
+    "mesa", "wtacrs", "lora_dropout", "vcas", "lisa", "recompute", "mezo", "fedkseed", "ferret", "dft", "stagefilter",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)
