@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import efftune
 from efftune.linear import Linear, Nothing
 from efftune.methods import available
-from efftune.nn import blocks
+from efftune.nn import blocks, groups
 from efftune.recipe import parse
 from efftune.tuner import Tuner
 from tests.methods import matrix
@@ -81,10 +81,20 @@ class Run:
 @pytest.fixture(scope="module", autouse=True)
 def tried_once():
     """The blocks of all models here are alike, and `apply` tries them anew for each of 200: a quarter of the time. What
-    it finds it finds by a key of all that a block is but its weights, as within one model; tests/nn tests the trial."""
-    known, once = {}, blocks._once
+    it finds it finds by a key of all that a block is but its weights, as within one model; tests/nn tests the trial.
+    Likewise which layers of a block read one tensor, which is found at its first call."""
+    known, once, found, readers = {}, blocks._once, {}, groups.readers
+
+    def reads(module, args, kwargs):
+        children = [(name, type(child)) for name, child in module._modules.items()]
+        key = (type(module), *children, len(args), *sorted(kwargs))
+        if key not in found:
+            found[key] = readers(module, args, kwargs)
+        return found[key]
+
     with mock.patch.object(blocks, "_once", lambda _, *asked: once(known, *asked)):
-        yield
+        with mock.patch.object(groups, "readers", reads):
+            yield
 
 
 @pytest.fixture(scope="module", params=CASES)
