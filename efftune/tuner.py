@@ -244,7 +244,7 @@ class Tuner:
             warnings.warn(
                 f"{', '.join(without[:5])}{more} train and got no gradient in the first step: the model did not use "
                 "them, or cut their gradient off.",
-                stacklevel=4,
+                stacklevel=2,
             )
 
     def backward(
