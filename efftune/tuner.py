@@ -37,7 +37,7 @@ CLOCK = "efftune"  # key of an optimizer's state_dict under which the recipe's s
 EVERY_STEP = "before_step", "backward", "after_step", "optimizer"
 
 
-def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True) -> Tuner:
+def apply(model: nn.Module, recipe: str | Method | Iterable[Method], blocks: bool = True) -> Tuner:
     """Freezes `model`, changes it in place as the methods of `recipe` say, and returns the handle to train it. The
     order of a recipe's terms changes nothing.
 
@@ -47,6 +47,7 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
         model: any nn.Module with linear layers. What torch.compile has wrapped (the model itself, or its blocks) is
             taken out of its wrapper and compiled in place, as `nn.Module.compile` does, so that names are those of the
             plain model; `Tuner.model` is the model without its wrapper.
+        recipe: as the recipe language writes it, or methods (`efftune.recipe.parse` gives those of a text).
         blocks: also swap norms, gated MLPs, activations and attention (sdpa or eager) for those of efftune.nn, whose
             outputs backward makes again instead of keeping them, and the rotary embedding for one pass: less memory,
             the same gradients up to rounding.
@@ -58,10 +59,10 @@ def apply(model: nn.Module, recipe: str | Iterable[Method], blocks: bool = True)
     return Tuner(model, methods, plan, plan.build(model, blocks))
 
 
-def planned(model: nn.Module, recipe: str | Iterable[Method]) -> tuple[list[Method], Plan]:
+def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[list[Method], Plan]:
     """The methods of a recipe, and what they want of `model`, checked; the model is only read. See `apply`."""
     require_for(model)
-    methods = parse(recipe) if isinstance(recipe, str) else list(recipe)
+    methods = parse(recipe) if isinstance(recipe, str) else [recipe] if isinstance(recipe, Method) else list(recipe)
     rivals = {
         "backward": [m.name for m in methods if m.place == ESTIMATES],
         "optimizer": [m.name for m in methods if m.overrides("optimizer")],

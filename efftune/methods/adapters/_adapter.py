@@ -38,7 +38,7 @@ def adapt(
 
 @dataclass(frozen=True)
 class LowRank(Method):
-    """The settings of LoRA and of what derives from it."""
+    """LoRA and what derives from it share these settings; `lora` says what each of them does."""
 
     r: int = 16
     lora_alpha: float | None = None
