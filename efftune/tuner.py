@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -73,6 +74,9 @@ def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[
     for method in methods:
         if (reason := method.why_not([m for m in methods if m is not method])) is not None:
             raise EfftuneError(f"{method.name}: {reason}.")
+    for name, count in Counter(m.name for m in methods if not hasattr(m, "target_modules")).items():
+        if count > 1:
+            raise EfftuneError(f"{name} stands {count} times in the recipe, for the whole model; leave one of them in.")
     if not any(m.phase == TRAINS for m in methods):
         methods.insert(0, FullFineTuning())
     refuse_wrapped(model)
@@ -218,6 +222,17 @@ class Tuner:
         self._hooks = []
 
     def _load_clock(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        indices = [i for group in state["param_groups"] for i in group["params"]]
+        if len(parameters) != len(indices):
+            return  # torch refuses it
+        for p, index in zip(parameters, indices, strict=True):
+            for name, value in state["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.ndim == p.ndim > 0 and value.shape != p.shape:
+                    raise EfftuneError(  # torch looks at no shapes, and its fused kernels write where they are told
+                        f"The optimizer's state has {name} {tuple(value.shape)} for a parameter of {tuple(p.shape)}, "
+                        f"so that it is of another recipe than '{self.recipe}'."
+                    )
         if CLOCK in state:  # else of an optimizer that no recipe was attached to
             self.load_state_dict(state[CLOCK])
 

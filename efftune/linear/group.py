@@ -53,6 +53,8 @@ class Group:
             return self._compute(layer, x)
         if x is not self.x or layer not in results or is_compiling():
             return None
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            return None  # it began after the first layer
         y, then, draws = results.pop(layer)
         if not results:
             self.x = None
@@ -105,7 +107,8 @@ def _reading(x: Tensor) -> tuple:
 
 def _state(layer: Linear) -> State:
     tensors = [*layer._parameters.values(), *layer._buffers.values()]
-    numbers = [number for t in tensors if t is not None for number in (t._version, t.requires_grad)]
+    present = [t for t in tensors if t is not None]
+    numbers = [n for t in present for n in (0 if t.is_inference() else t._version, t.requires_grad)]
     return [*tensors, layer.base, layer.delta, layer.keep], [*numbers, layer.training]
 
 

@@ -33,9 +33,15 @@ def install(model: nn.Module) -> list[RemovableHandle]:
     handles = []
     for module in model.modules():
         widths = Counter(child.in_features for child in module._modules.values() if type(child) is Linear)
-        if widths and max(widths.values()) > 1 and not installed(module):
+        if widths and max(widths.values()) > 1 and is_known(module) and not installed(module):
             handles += Siblings(module).handles
     return handles
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether the module's code is that of transformers or ours. Other code may remember, in a cache of its own or in a
+    list, what it makes in the outline run: tensors without data."""
+    return type(module).__module__.partition(".")[0] in ("transformers", "efftune")
 
 
 def installed(module: nn.Module) -> bool:
@@ -55,7 +61,7 @@ class Siblings:
 
     @on_parameters
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if is_compiling() or torch._C._is_any_autocast_enabled():
+        if is_compiling() or torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled():
             return
         if self.names is None:
             if detect_fake_mode() is not None:

@@ -55,6 +55,8 @@ REFUSED = {
     "full + vcas + wtacrs": "samples its rows already, by another method than vcas",
     "wtacrs + lora(r=4) + wtacrs(ratio=0.5)": "samples its rows already .*; leave out one",
     "mesa + full + mesa(bits=4)": "one way, not as Quantized() by mesa and as Quantized(bits=4) by mesa",
+    "lisa(layers=1) + lisa(layers=2)": "lisa stands 2 times in the recipe",
+    "dft + full + dft": "dft stands 2 times in the recipe",
     "peqa": "q_proj: the scales of integer weights train, and Dense() has none; add int8 to the recipe",
     "int8 + int8(group=32) + lora": "q_proj: int8 wants Int8() and int8 Int8(group=32)",
     "vcas + mezo": "vcas and mezo each bring their own backward",

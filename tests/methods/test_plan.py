@@ -193,6 +193,21 @@ def test_the_optimizers_state_dict_carries_the_clock_and_what_was_learnt(recipe,
     plain.load_state_dict({**plain.state_dict(), CLOCK: resumed.state_dict()[CLOCK]})
 
 
+def test_an_optimizers_state_of_other_shapes_is_refused_before_the_clock_moves():
+    tuner = prepared(llama(), "lora(r=2)")
+    optimizer = tuner.optimizer(lr=1e-3)
+    train(tuner, optimizer, 2, batch())
+    other = prepared(llama(), "lora(r=4)")
+    with pytest.raises(
+        EfftuneError, match=r"exp_avg \(2, 32\) for a parameter of \(4, 32\), so that it is of another recipe"
+    ):
+        other.optimizer(lr=1e-3).load_state_dict(optimizer.state_dict())
+    fewer = prepared(llama(), "lora(r=2, target_modules='q_proj')")
+    with pytest.raises(ValueError):
+        fewer.optimizer(lr=1e-3).load_state_dict(optimizer.state_dict())
+    assert other.step == fewer.step == 0
+
+
 def test_the_state_of_another_recipe_is_refused_and_that_of_an_older_version_is_read():
     tuner = prepared(llama(), "full + vcas(interval=2)")
     train(tuner, tuner.optimizer(lr=1e-3), 3, batch(rows=8))

@@ -1,6 +1,7 @@
 """Which layers of a model read one tensor is found by running outlines of its modules, and changes no gradient."""
 
 import copy
+import functools
 import pickle
 import random
 
@@ -15,6 +16,15 @@ from efftune.nn.groups import Siblings
 from tests.nn.families import batch, loss, model
 
 LORA = "lora(r=3, dtype=None)"
+
+
+is_known = groups.is_known
+
+
+@pytest.fixture(autouse=True)
+def any_module(monkeypatch):
+    """Modules of these tests are tried as those of transformers are."""
+    monkeypatch.setattr(groups, "is_known", lambda module: True)
 
 
 def siblings(module):
@@ -267,3 +277,49 @@ def test_perturbed_weights_are_those_of_every_layer():
         alone = loss(tuner.model, batch())
     assert (together - loss(tuner.model, batch())).abs() > 1e-3
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=0)
+
+
+@functools.lru_cache
+def remembered(width):
+    return torch.linspace(0, 1, width)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return (self.q(x) + self.k(x)) * remembered(8)
+
+
+def test_code_that_may_remember_what_it_makes_is_not_run_without_data(monkeypatch):
+    monkeypatch.setattr(groups, "is_known", is_known)
+    net = nn.Sequential(Remembers(), nn.LayerNorm(8))
+    x = torch.randn(3, 8)
+    expected = net(x)
+    remembered.cache_clear()
+    tuner = efftune.apply(net, "full")
+    assert type(tuner.model(x).sum().item()) is float
+    torch.testing.assert_close(tuner.model(x), expected)
+    assert any(siblings(m) for m in efftune.apply(model("Llama"), LORA).model.modules())
+
+
+def test_a_first_call_under_inference_mode_leaves_the_trial_to_the_next():
+    tuner = efftune.apply(model("Llama"), LORA)
+    with torch.inference_mode():
+        tuner.model(**batch())
+    loss(tuner.model, batch()).backward()
+    assert found(tuner)
+
+
+def test_autocast_that_begins_between_layers_ends_the_group():
+    class Inside(Remembers):
+        def forward(self, x):
+            q = self.q(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                return q, self.k(x)
+
+    tuner = efftune.apply(nn.Sequential(Inside(), nn.LayerNorm(8)), "lora(r=2)")
+    q, k = tuner.model[0](torch.randn(3, 8))
+    assert q.dtype == torch.float32 and k.dtype == torch.bfloat16
