@@ -79,9 +79,9 @@ class Plan:
         self.model = model
         self.layers: dict[str, Layer] = {}
         self.parameters: dict[str, str] = {}  # name of what trains outside of deltas -> the method that says so
-        self.again: dict[str, float | None] = {}  # block that runs again in backward -> the share of samples, or all
+        # Block that runs again in backward -> the share of samples (None: all), and the method that says so.
+        self.again: dict[str, tuple[float | None, str]] = {}
         self.block_keeps: dict[Keep, str] = {}  # of norms, activations and attention -> the method that says so
-        self._runs_again: dict[str, str] = {}  # block -> the method that says so
         self._names = parameter_names(model)
         self._plain: dict[int, list[Layer]] = {}  # id of a weight -> the plain layers that have it
         for name, module in linear_layers(model).items():
@@ -244,10 +244,10 @@ class Plan:
         for name in names:
             if name in self.again:
                 raise EfftuneError(
-                    f"{method.name}: the blocks run again in backward already, by {self._runs_again[name]}; leave one "
+                    f"{method.name}: the blocks run again in backward already, by {self.again[name][1]}; leave one "
                     "of the two methods out."
                 )
-            self.again[name], self._runs_again[name] = ratio, method.name
+            self.again[name] = ratio, method.name
 
     # What becomes of it.
 
@@ -267,7 +267,7 @@ class Plan:
     def _check_tied(self) -> None:
         """A weight may not train by one layer while another, tied to it, only adds to it; and no layer may write its
         delta into a weight that others read."""
-        trained = {id(self.model.get_parameter(name)) for name in self.parameters}
+        trained = {id(self.model.get_parameter(name)): by for name, by in self.parameters.items()}
         for name, layer in self.layers.items():
             if layer.plain and not layer.is_replaced:
                 continue
@@ -280,9 +280,11 @@ class Plan:
             learns = layer.delta.stored_learns(layer.base)
             module, base = self.model.get_submodule(name), layer.base
             stored: list[Any] = [module._parameters.get(part) for part in base.names if part not in learns]
-            if any(id(tensor) in trained for tensor in stored if isinstance(tensor, Tensor)):
+            by = next((trained[id(t)] for t in stored if isinstance(t, Tensor) and id(t) in trained), None)
+            if by is not None:
                 raise EfftuneError(
-                    f"{name} adds {layer.delta} to a weight that a layer tied to it trains; leave one of them out."
+                    f"{name} adds {layer.delta} to a weight that a layer tied to it trains, by {by}; leave one of them "
+                    "out."
                 )
 
     def build(self, model: nn.Module, blocks: bool = True) -> Blocks:
@@ -298,7 +300,7 @@ class Plan:
         for name in self.parameters:
             if name in named:  # else a delta trains what took its place
                 named[name].requires_grad_(True)
-        for name, ratio in self.again.items():
+        for name, (ratio, _) in self.again.items():
             run_again(model.get_submodule(name), ratio)
         done = Blocks()
         if blocks:

@@ -113,7 +113,6 @@ class Tuner:
         self.model, self.plan, self.blocks = model, plan, blocks
         self.methods = methods
         self.run = Run(model, plan, states={m.name: m.State() for m in methods if m.State is not None})
-        self._looked = False  # for what gets no gradient
         self._hooks: list[Any] = []  # on the optimizer that drives the recipe
         # Everything that may ever train: a schedule turns requires_grad off and on among these.
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -246,8 +245,7 @@ class Tuner:
     def _end_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         for method in self.methods:
             method.after_step(self.run)
-        if not self._looked:
-            self._looked = True
+        if self.step == 0:
             self._name_untouched()
         self.seek(self.step + 1)
 

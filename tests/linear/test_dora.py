@@ -12,8 +12,8 @@ from efftune.linear import Dense, Exact, Int8, LoRA, Nothing
 from efftune.linear.delta import dora
 from efftune.linear.delta.dora import DoRA
 from efftune.memory import meter
-from tests.budget import assert_within_budget, rms
-from tests.linear.layers import K, M, Mask, N, gradients, inputs, plain
+from tests.budget import assert_within_budget
+from tests.linear.layers import K, M, Mask, N, assert_as_peft, gradients, inputs, plain
 
 R = 8
 
@@ -64,23 +64,7 @@ def test_outputs_and_gradients_are_pefts(delta, bias, dtype, monkeypatch):
     monkeypatch.setattr("efftune.linear.module.draw_seed", lambda: seed)
     linear = plain(bias, dtype)
     ours = layer(delta, linear)
-    for name in ours.delta.names:  # numbers that every dtype has
-        p = getattr(ours, name)
-        p.data = p.data.to(dtype)
-    x, dy = inputs(dtype)
-    found = gradients(ours, ours.added(), x, dy)
-    theirs, parameters = in_peft(ours, linear, torch.float64, seed)
-    exact = gradients(theirs, parameters, x.double(), dy.double())
-    double = copy.deepcopy(ours).double()
-    for got, right in zip(gradients(double, double.added(), x.double(), dy.double()), exact, strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-12)
-    theirs, parameters = in_peft(ours, linear, dtype, seed)
-    for got, their, right in zip(found, gradients(theirs, parameters, x, dy), exact, strict=True):
-        assert got.dtype == dtype
-        if dtype == torch.float32:
-            assert_within_budget(got, right, their)
-        else:
-            assert rms(got.double() - right) <= 1.2 * rms(their.double() - right)
+    assert_as_peft(ours, lambda dtype: in_peft(ours, linear, dtype, seed), dtype)
 
 
 def test_it_starts_as_the_plain_layer():
