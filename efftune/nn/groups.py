@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from efftune.linear.group import Group
 from efftune.nn import probe
 from efftune.nn.attention import KEEP
 from efftune.nn.blocks import OURS
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 def install(model: nn.Module) -> list[RemovableHandle]:
@@ -48,6 +51,31 @@ def installed(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), Siblings) for hook in module._forward_hooks.values())
 
 
+FOUND: dict[tuple, list[list[str]]] = {}  # what has been found in modules that are alike; wrong, it would cost time only
+
+
+def outward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """What a block and its call have in common with those of the next block: the code, the settings and the kinds of
+    parts, without numbers and without the place in the model."""
+    parts = [
+        (name, m.forward if "forward" in vars(m) else type(m).forward, *_settings(m), *_kinds(m._parameters.values()))
+        for name, m in module.named_modules()
+    ]
+    given = [*args, *kwargs.values()]
+    first: dict[int, int] = {}
+    same = tuple([first.setdefault(id(value), i) for i, value in enumerate(given)])
+    return *parts, _settings(getattr(module, "config", None)), tuple(kwargs), tuple(_kinds(given)), same
+
+
+def _settings(of: Any) -> tuple:
+    settings = vars(of).items() if hasattr(of, "__dict__") else ()
+    return type(of), *[(k, v) for k, v in settings if isinstance(v, PLAIN) and k != "layer_idx"]
+
+
+def _kinds(values: Iterable[Any]) -> list:
+    return [(v.dtype, v.ndim) if isinstance(v, Tensor) else v if isinstance(v, PLAIN) else type(v) for v in values]
+
+
 class Siblings:
     """The hooks on a module. They hold names, so that a copy of the module, or another layer in the place of one, has
     its own groups."""
@@ -66,7 +94,10 @@ class Siblings:
         if self.names is None:
             if detect_fake_mode() is not None:
                 return  # nothing to learn from a call that somebody else makes with fake tensors
-            self.names = readers(module, args, kwargs)
+            key = outward(module, args, kwargs)
+            if key not in FOUND:
+                FOUND[key] = readers(module, args, kwargs)
+            self.names = FOUND[key]
             if not self.names:
                 for handle in self.handles:
                     handle.remove()
