@@ -10,7 +10,7 @@ from torch import nn
 import efftune
 from efftune import EfftuneError
 from efftune.interop import peft as files
-from tests.interop.both_ways import agree, gpt2, randomize
+from tests.interop.both_ways import agree, assert_both_ways, bert, gpt2, randomize, roberta
 from tests.methods.models import batch, llama
 
 peft = pytest.importorskip("peft")
@@ -177,3 +177,143 @@ def test_a_module_that_pefts_endings_cannot_name_alone(tmp_path):
         theirs.base_model.model.classifier.load_state_dict(tuner.model.classifier.state_dict())
     agree(tuner.model, theirs)
     agree(efftune.load(model(), tmp_path).model, tuner.model)
+
+
+def seq_llama():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    return LlamaForSequenceClassification(LlamaConfig(**sizes, pad_token_id=0, attention_bias=True))
+
+
+SELF = ["query", "value"]
+WHOLE = [
+    (bert, dict(task_type="SEQ_CLS", target_modules=SELF)),
+    (bert, dict(task_type="SEQ_CLS", target_modules="all-linear")),
+    (bert, dict(target_modules=SELF, modules_to_save=["classifier", "pooler", "word_embeddings", "LayerNorm"])),
+    (bert, dict(target_modules=["dense"], modules_to_save=["attention"])),
+    (bert, dict(target_modules=["classifier"], modules_to_save=["pooler"])),
+    (roberta, dict(task_type="SEQ_CLS", target_modules=SELF)),  # whose head has layers in it
+    (roberta, dict(target_modules=SELF, modules_to_save=["out_proj"])),
+    (seq_llama, dict(task_type="SEQ_CLS", target_modules=["q_proj"], modules_to_save=["embed_tokens"])),
+    (gpt2, dict(target_modules=["c_attn"], modules_to_save=["ln_f"], fan_in_fan_out=True)),
+]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+@pytest.mark.parametrize("make, config", WHOLE, ids=str)
+def test_biases_and_modules_that_are_saved_whole(make, config, bias, tmp_path):
+    """With bias="all" the file has the biases of such a module under three names, one of which nobody uses."""
+    keys = assert_both_ways(peft, make, peft.LoraConfig(r=2, bias=bias, **config), tmp_path)
+    twice = any(".modules_to_save." in key for key in keys)
+    assert twice == any(".original_module." in key for key in keys) == (bias == "all" and make is not seq_llama)
+
+
+@pytest.mark.parametrize("name", ["other", "bias"])
+def test_an_adapter_of_another_name(name, tmp_path):
+    """Which is in the keys of the biases of a head with layers in it."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=SELF, bias="all")
+    theirs = peft.get_peft_model(roberta(), config, adapter_name=name)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    if name == "bias":  # PEFT takes such a name out of every key, and reads its own file no more
+        with pytest.raises(EfftuneError, match="does not fit RobertaForSequenceClassification"):
+            efftune.load(roberta(), tmp_path / name)
+    else:
+        agree(efftune.load(roberta(), tmp_path / name).model, theirs)
+
+
+def test_a_bias_of_a_copy_that_is_no_copy_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=SELF, bias="all")
+    peft.get_peft_model(bert(), config).save_pretrained(tmp_path)
+    file = tmp_path / files.WEIGHTS
+    tensors, key = load_file(file), files.PREFIX + "classifier.modules_to_save.bias"
+    save_file(tensors | {key: tensors[key] + 1}, file)
+    with pytest.raises(EfftuneError, match="two different tensors for classifier.bias"):
+        efftune.load(bert(), tmp_path)
+    save_file(tensors | {files.PREFIX + "pooler.original_module.bias": tensors[key].clone()}, file)
+    with pytest.raises(EfftuneError, match="does not fit .* .first at .*pooler.original_module.bias"):
+        efftune.load(bert(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(use_dora=True)], ids=str)
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "q_proj"], ".*(lm_head|up_proj)"], ids=str)
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_an_adapter_on_the_head(targets, tie, bias, kind, tmp_path):
+    """Beside which PEFT writes the head's own weight, which it shares with an embedding or does not."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets, bias=bias, **kind)
+    keys = assert_both_ways(peft, lambda: llama(tie=tie), config, tmp_path)
+    assert files.PREFIX + "lm_head.base_layer.weight" in keys
+    tuner = efftune.load(llama(tie=tie), tmp_path / "theirs")
+    assert torch.equal(tuner.model.model.embed_tokens.weight, llama(tie=tie).model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    "make, config",
+    [
+        (lambda: bert("ForMaskedLM"), dict(target_modules=["decoder", "query"])),
+        (gpt2, dict(target_modules=["lm_head", "c_attn"], fan_in_fan_out=True)),
+        (llama, dict(target_modules=["lm_head"], modules_to_save=["embed_tokens"])),
+    ],
+    ids=["bert", "gpt2", "llama"],
+)
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings", "ignore:fan_in_fan_out")
+def test_an_adapter_on_other_heads(make, config, bias, tmp_path):
+    assert_both_ways(peft, make, peft.LoraConfig(r=2, bias=bias, **config), tmp_path)
+
+
+def test_hira_on_the_head(tmp_path):
+    assert_both_ways(peft, llama, peft.HiraConfig(r=2, target_modules=["lm_head", "q_proj"]), tmp_path)
+
+
+@pytest.mark.parametrize("saved, here", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_own_weight_of_a_head_in_another_dtype(saved, here, tmp_path):
+    made = {name: llama(dtype=torch.bfloat16).to(getattr(torch, name)) for name in (saved, here)}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    peft.get_peft_model(made[saved], config).save_pretrained(tmp_path)
+    assert efftune.load(made[here], tmp_path).recipe.startswith("lora(r=2")
+    with pytest.raises(
+        EfftuneError, match="first at lm_head.weight.: nothing was loaded, since .* the model has another"
+    ):
+        efftune.load(llama(seed=1), tmp_path)
+
+
+def test_embeddings_that_were_saved_as_they_were(tmp_path):
+    """PEFT does so where a vocabulary has grown, or where it is told to."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(llama(), config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("embed_tokens" in key for key in load_keys(tmp_path))
+    agree(efftune.load(llama(), tmp_path).model, theirs)
+    larger = llama()
+    larger.resize_token_embeddings(100)
+    with pytest.raises(EfftuneError, match="embed_tokens.weight|lm_head.weight.*merge it with PEFT"):
+        efftune.load(larger, tmp_path)
+
+
+def load_keys(folder):
+    from safetensors.torch import load_file
+
+    return set(load_file(folder / files.WEIGHTS))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+def test_ours_with_biases_and_modules_in_peft(bias, tmp_path):
+    recipe = (
+        f"lora(r=2, target_modules='query|value', bias='{bias}', modules_to_save=['classifier', 'pooler', 'LayerNorm'])"
+    )
+    tuner = efftune.apply(bert(), recipe)
+    randomize(tuner.model)
+    tuner.save(tmp_path)
+    config = json.loads((tmp_path / files.CONFIG).read_text())
+    assert config["bias"] == bias and config["modules_to_save"] is not None
+    agree(peft.PeftModel.from_pretrained(bert(), tmp_path), tuner.model)
+    (tmp_path / "efftune_config.json").unlink()
+    agree(efftune.load(bert(), tmp_path).model, tuner.model)

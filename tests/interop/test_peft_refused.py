@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import efftune
 from efftune import EfftuneError
 from efftune.interop import peft as files
+from tests.interop.both_ways import bert, roberta
 from tests.methods.models import llama
 
 
@@ -97,3 +99,55 @@ def test_damaged_missing_and_pickled_files_are_refused(tmp_path):
     (tmp_path / "efftune_config.json").write_text("{")
     with pytest.raises(EfftuneError, match="is not JSON"):
         efftune.load(llama(), tmp_path)
+
+
+def tied():
+    return llama(tie=True)
+
+
+def convolution():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(16, 5))
+
+
+def attention():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"mix": nn.MultiheadAttention(8, 2), "last": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize(
+    "make, kind, config, name",
+    [
+        (llama, "Lora", dict(target_modules=["embed_tokens"]), "model.embed_tokens, and this Embedding"),
+        (llama, "Lora", dict(target_modules=["embed_tokens", "q_proj"]), "model.embed_tokens, and this Embedding"),
+        (llama, "Lora", dict(target_modules=["embed_tokens", "lm_head"]), "model.embed_tokens, and this Embedding"),
+        (llama, "Lora", dict(target_modules=".*(embed_tokens|q_proj)"), "model.embed_tokens, and this Embedding"),
+        (llama, "Hira", dict(target_modules=["embed_tokens", "q_proj"]), "model.embed_tokens, and this Embedding"),
+        (tied, "Lora", dict(target_modules=["lm_head"], ensure_weight_tying=True), "model.embed_tokens, and this Emb"),
+        (bert, "Lora", dict(target_modules=["query", "word_embeddings"]), "bert.embeddings.word_embeddings"),
+        (convolution, "Lora", dict(target_modules=["0", "2"]), "0, and this Conv1d"),
+        (attention, "Lora", dict(target_modules=["mix", "last"]), "mix, and this MultiheadAttention"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_what_is_no_linear_layer_is_refused_by_its_name(make, kind, config, name, tmp_path):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(make(), getattr(peft, f"{kind}Config")(r=2, **config)).save_pretrained(tmp_path)
+    model = make()
+    before, modules = {n: p.clone() for n, p in model.named_parameters()}, list(model.modules())
+    with pytest.raises(EfftuneError, match=f"has an adapter on {name}.*; merge it with PEFT .merge_and_unload."):
+        efftune.load(model, tmp_path)
+    assert list(model.modules()) == modules and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_module_that_is_saved_within_another_is_refused(bias, tmp_path):
+    """PEFT's own file, and it reads it no more."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["out_proj", "classifier"], bias=bias)
+    peft.get_peft_model(roberta(), config).save_pretrained(tmp_path)
+    with pytest.raises(EfftuneError, match="saves classifier whole and classifier.out_proj in it once more"):
+        efftune.load(roberta(), tmp_path)
+    with pytest.raises(KeyError):
+        peft.PeftModel.from_pretrained(roberta(), tmp_path)
