@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efftune.errors import EfftuneError
 
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"  # folders of a run
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 
 from efftune.errors import EfftuneError
+from efftune.linear.contracts import brief
 from efftune.methods import available
 from efftune.methods._base import Method
 
@@ -21,18 +22,45 @@ def parse(text: str) -> list[Method]:
 
     Raises: EfftuneError naming the method, the field, what was given and what would do.
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise EfftuneError(
-            f"recipe {text!r} does not parse ({error.msg}); write for example 'int8 + lora(r=16)'."
-        ) from None
-    return [_method(term, text) for term in _terms(tree)]
+    return [_method(term, text) for term in _terms(_tree(text))]
 
 
 def format_recipe(methods: list[Method]) -> str:
-    """The recipe that `parse` reads back as these methods."""
-    return " + ".join(str(method).removesuffix("()") for method in methods)
+    """The recipe that `parse` reads back as these methods. A setting that is no literal is written as "..."."""
+    return " + ".join(brief(method, method.name, _literal).removesuffix("()") for method in methods)
+
+
+def _literal(value) -> str:
+    text = repr(value)
+    try:
+        same = bool(ast.literal_eval(text) == value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        same = False
+    return text if same else "..."
+
+
+def terms(text: str) -> list[str]:
+    """The terms of a recipe in an order of their own, that of two recipes to be compared."""
+    return sorted(ast.unparse(term) for term in _terms(_tree(text)))
+
+
+def unnamed(methods: list[Method]) -> list[Method]:
+    """Those of the methods that their recipe, as text, does not give back: made of a class that is not found by its
+    name, or with a setting that the recipe language cannot write."""
+    return [method for method in methods if not _comes_back(method)]
+
+
+def _comes_back(method: Method) -> bool:
+    try:
+        (found,) = parse(format_recipe([method]))
+    except Exception:  # whatever the annotations of somebody's class raise: what was trained is saved all the same
+        return False
+    return type(found) is type(method) and _settings(found) == _settings(method)
+
+
+def _settings(method: Method) -> list:
+    values = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    return [tuple(value) if isinstance(value, list) else value for value in values]  # as `parse` has them
 
 
 def method_class(name: str) -> type[Method]:
@@ -46,6 +74,15 @@ def method_class(name: str) -> type[Method]:
             f"There is no method {name!r}{nearest(name, methods)}; the methods are: {', '.join(methods)}."
         )
     return methods[name]
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise EfftuneError(
+            f"recipe {text!r} does not parse ({error.msg}); write for example 'int8 + lora(r=16)'."
+        ) from None
 
 
 def _terms(tree: ast.expr) -> list[ast.expr]:

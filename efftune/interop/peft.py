@@ -27,7 +27,7 @@ from efftune.methods.adapters.dora import DoraMethod
 from efftune.methods.adapters.hira import HiraMethod
 from efftune.methods.adapters.lora import LoraMethod
 from efftune.plan import Plan
-from efftune.structure import CLASSIFIERS, matches
+from efftune.structure import CLASSIFIERS, is_linear, matches
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -141,9 +141,16 @@ class Adapter:
         known = dict(layout.keys) if layout is not None else {}
         aliases = _aliases(tuned.model)
         plain = {alias: name for name, t in saved.items() for alias in aliases.get(id(t), [name])}
-        found: dict[str, Tensor] = {}
+        base, found = tuned.model.state_dict(), dict[str, Tensor]()
         for key, tensor in read_tensors(path / WEIGHTS).items():
-            name = known.get(key) or plain.get(key.removeprefix(PREFIX).replace(".base_layer.", "."), key)
+            own = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if _as_it_was(own, plain):
+                continue
+            name = known.get(key) or plain.get(_of_the_copy(own, plain))
+            if name is None and own in base:  # of a head or an embedding, PEFT writes what it adds to as well
+                _refuse_another(tensor, base[own], own, path / WEIGHTS, tuned.model)
+                continue
+            name = name or key
             if name in found and not found[name].equal(tensor):
                 raise EfftuneError(
                     f"{path / WEIGHTS} has two different tensors for {name}, one for each of its names: the model that "
@@ -215,6 +222,32 @@ class Layout:
         if any(model.get_submodule(name).conv1d is not None for name in self.deltas):
             config["fan_in_fan_out"] = True
         return config
+
+
+def _as_it_was(name: str, plain: Iterable[str]) -> bool:
+    """Whether `name` is of the module that PEFT keeps beside the copy that it trains: of no use to anybody, but with
+    bias="all" its biases are in the file."""
+    module, original, part = name.partition(".original_module.")
+    return bool(original) and f"{module}.{part}" in plain
+
+
+def _of_the_copy(name: str, plain: Iterable[str]) -> str:
+    """`name`, or where it is of the copy that PEFT trains of a module, that of the module. With bias="all" such biases
+    are in the file twice: "head.bias", and "head.modules_to_save.bias" or "head.modules_to_save.default.dense.bias"."""
+    module, copy, part = name.partition(".modules_to_save.")
+    names = (f"{module}.{part}", f"{module}.{part.partition('.')[2]}") if copy else ()
+    return next((n for n in names if n in plain), name)
+
+
+def _refuse_another(tensor: Tensor, own: Tensor, name: str, file: Path, model: nn.Module) -> None:
+    """Raises: EfftuneError where a weight of the base model is not `own`, in the dtype of fewer bits of the two."""
+    narrow = min(tensor.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    if tensor.shape != own.shape or not tensor.to(own.device, narrow).equal(own.to(narrow)):
+        raise EfftuneError(
+            f"{file} does not fit {type(model).__name__} (first at {name}): nothing was loaded, since it holds this "
+            "weight of the base model and the model has another; load it into the model that it was trained on, or "
+            "merge it with PEFT."
+        )
 
 
 def _number(value: Any, default: Any) -> Any:
@@ -302,6 +335,8 @@ def methods(path: Path, model: nn.Module) -> list[Method]:
     keys = [key.removeprefix(PREFIX) for key in read_tensors(path / WEIGHTS)]
     found = {key.removesuffix(part) for key in keys for part in parts if key.endswith(part)}
     wholly = _wrapped(model, _names(config, "modules_to_save", file))
+    _refuse_others({key.rpartition(f".{kind.peft_type.lower()}_")[0] for key in keys}, model, path / WEIGHTS)
+    _refuse_nested(wholly, file)
     _refuse_untied(model, wholly, config, file)
     wrong, targets = found - plan.layers.keys() | found & _shared(model), config.get("target_modules")
     if not isinstance(targets, str) and (targets := _names(config, "target_modules", file)):
@@ -370,6 +405,28 @@ def _names(config: dict[str, Any], setting: str, file: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise EfftuneError(f"{file} says {setting}={names!r}, which is no list of names; save or fetch it again.")
     return names
+
+
+def _refuse_others(adapted: set[str], model: nn.Module, file: Path) -> None:
+    """PEFT adapts embeddings and convolutions as well."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in sorted(adapted & modules.keys()):
+        if name and not is_linear(modules[name]):
+            raise EfftuneError(
+                f"{file} has an adapter on {name}, and this {type(modules[name]).__name__} is no linear layer, which "
+                "alone efftune adapts; merge it with PEFT (merge_and_unload) and go on from the merged model."
+            )
+
+
+def _refuse_nested(wholly: set[str], file: Path) -> None:
+    """PEFT trains a copy of each, one of them in the other, and writes both under one name."""
+    for inner in sorted(wholly):
+        outer = next((name for name in sorted(wholly) if inner.startswith(name + ".")), None)
+        if outer is not None:
+            raise EfftuneError(
+                f"{file} saves {outer} whole and {inner} in it once more, which PEFT itself cannot read; train it "
+                f"again with {outer} alone in modules_to_save."
+            )
 
 
 def _refuse_untied(model: nn.Module, wholly: set[str], config: dict[str, Any], file: Path) -> None:

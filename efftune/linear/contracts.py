@@ -12,6 +12,7 @@ Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flatt
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -44,10 +45,10 @@ class Stored(NamedTuple):
     dtype: torch.dtype  # the floating-point dtype that W has when it is asked for
 
 
-def brief(settings, name: str) -> str:
+def brief(settings, name: str, show: Callable[[Any], str] = repr) -> str:
     """name(field=value, ...) of a dataclass, with the fields that differ from their defaults."""
     fields = [(f.name, getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)]
-    return f"{name}({', '.join(f'{field}={value!r}' for field, value, default in fields if value != default)})"
+    return f"{name}({', '.join(f'{field}={show(value)}' for field, value, default in fields if value != default)})"
 
 
 class Axis:

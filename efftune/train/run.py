@@ -13,6 +13,7 @@ from torch import nn
 
 import efftune
 from efftune.errors import EfftuneError
+from efftune.files import CHECKPOINTS
 from efftune.memory import meter
 from efftune.methods._base import ESTIMATES
 from efftune.methods.zeroth_order._estimate import ZerothOrder
@@ -267,7 +268,7 @@ def finished_settings(run: str) -> tuple[Path, TrainConfig, list[str] | None]:
     if not (path / "config.json").exists():
         raise EfftuneError(f"{run} is no run directory; give one that efftune train has written.")
     settings, labels = TrainConfig.load_settings(path / "config.json")
-    newest, _ = checkpoint.newest_intact(path / "checkpoints")
+    newest, _ = checkpoint.newest_intact(path / CHECKPOINTS)
     if newest is None:
         raise EfftuneError(f"{run} has no intact checkpoint; continue it with efftune train --out {run} --resume.")
     return newest, TrainConfig(**settings), labels

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from efftune.errors import EfftuneError
+from efftune.files import ADAPTER, CHECKPOINTS
 
 NUMBERED = "runs/{}-{:03d}"
 
@@ -19,7 +20,7 @@ NUMBERED = "runs/{}-{:03d}"
 class RunDir:
     def __init__(self, path: Path, resumed: bool, tensorboard: bool = False):
         self.path, self.resumed = path, resumed
-        self.metrics, self.checkpoints, self.adapter = path / "metrics.jsonl", path / "checkpoints", path / "adapter"
+        self.metrics, self.checkpoints, self.adapter = path / "metrics.jsonl", path / CHECKPOINTS, path / ADAPTER
         self.events: Any = None
         self.open_events: Callable[[], Any] | None = None
         if tensorboard:

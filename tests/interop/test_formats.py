@@ -230,3 +230,43 @@ def test_tensors_of_another_sort_are_refused(change, tmp_path):
     with pytest.raises(EfftuneError, match="does not fit Sequential .first at 0.weight.: nothing was loaded"):
         efftune.load(model, tmp_path)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [3, None, ["lora"]])
+def test_a_recipe_that_is_no_text_is_refused(recipe, tmp_path):
+    efftune.apply(nn.Sequential(nn.Linear(8, 8)), "full").save(tmp_path)
+    (tmp_path / "efftune_config.json").write_text(json.dumps({"recipe": recipe}))
+    with pytest.raises(EfftuneError, match="says recipe=.*save or fetch it again"):
+        efftune.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(EfftuneError, match="is a run that has not come to its end, .*/adapter; continue it .*--resume"):
+        efftune.load(network(), tmp_path)
+    tuner = trained(network(), "lora(r=2)")
+    tuner.save(tmp_path / "adapter")
+    assert_equal(efftune.load(network(), tmp_path), tuner)
+    (tmp_path / "adapter" / "efftune_config.json").unlink()  # as PEFT has it
+    assert_equal(efftune.load(network(), tmp_path), tuner)
+
+
+def test_a_folder_of_several_adapters_names_them(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        efftune.apply(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "lora(r=2)").save(tmp_path / name)
+    with pytest.raises(
+        EfftuneError, match="itself holds nothing .* give a folder in it: .*/checkpoint-1, .*checkpoint-2"
+    ):
+        efftune.load(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path)
+
+
+def test_an_adapter_of_pefts_says_its_own_recipe(tmp_path):
+    efftune.apply(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "lora(r=2)").save(tmp_path)
+    (tmp_path / "efftune_config.json").unlink()
+    with pytest.raises(EfftuneError, match="load it without recipe="):
+        efftune.load(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tmp_path, recipe="lora(r=2)")

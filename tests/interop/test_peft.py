@@ -1,7 +1,6 @@
 """Against the real PEFT: our adapter in PEFT gives our logits, and PEFT's adapter here gives PEFT's."""
 
 import json
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,10 +9,12 @@ from torch import nn
 import efftune
 from efftune import EfftuneError
 from efftune.interop import peft as files
+from tests.interop.both_ways import agree, gpt2, randomize
 from tests.interop.toys import register
-from tests.methods.models import batch, llama, loss_fn
+from tests.methods.models import batch, llama, logits, loss_fn
 
 peft = pytest.importorskip("peft")
+
 
 RECIPES = [
     "lora(r=4)",
@@ -27,20 +28,6 @@ RECIPES = [
     "lora(r=4, target_modules='q_proj') + lora(r=3, lora_alpha=7.0, use_rslora=True, target_modules='v_proj')",
     "lora(r=4, modules_to_save=['embed_tokens', 'layers.2'], target_modules='layers.0.*proj')",
 ]
-
-
-def randomize(model):
-    torch.manual_seed(9)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn_like(p) * 0.1)
-
-
-def logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=batch(seed=5)).logits
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -91,35 +78,6 @@ def test_peft_adapter_here_and_back(config, tmp_path):
     torch.testing.assert_close(logits(back), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_both_ways(bias, tmp_path):
-    def network():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Linear(5, 5))
-
-    x = torch.randn(3, 6)
-    tuner = efftune.apply(network(), f"lora(r=2, target_modules=['0', '2'], bias='{bias}')")
-    randomize(tuner.model)
-    tuner.save(tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(network(), tmp_path / "ours")
-    torch.testing.assert_close(theirs(x), tuner.model(x), rtol=1e-5, atol=1e-5)
-    theirs = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["0", "2"], bias=bias))
-    randomize(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(efftune.load(network(), tmp_path / "theirs").model(x), theirs(x), rtol=1e-5, atol=1e-5)
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2))
-
-
-def agree(model, theirs):
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "recipe", ["lora(r=4)", "lora(r=4, bias='all')", "lora(r=4, bias='lora_only', target_modules='c_attn')"]
 )
@@ -144,53 +102,6 @@ def test_over_weights_of_another_storage(tmp_path):
     agree(efftune.load(llama(), tmp_path).model, tuner.model)
 
 
-@pytest.mark.parametrize("model", [lambda: llama(tie=True), gpt2])
-@pytest.mark.parametrize("module", ["embedding", "lm_head"])
-def test_a_weight_of_two_modules(model, module, tmp_path):
-    name = module if module == "lm_head" else "wte" if model is gpt2 else "embed_tokens"
-    tuner = efftune.apply(model(), f"lora(r=4, modules_to_save=['{name}'])")
-    randomize(tuner.model)
-    tuner.save(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(model(), tmp_path)
-    agree(tuner.model, theirs)
-    (tmp_path / "efftune_config.json").unlink()
-    again = efftune.load(model(), tmp_path)
-    agree(again.model, theirs)
-    with torch.no_grad():  # as PEFT trains them: two copies
-        theirs.get_output_embeddings().weight.add_(1)
-    theirs.save_pretrained(tmp_path / "untied")
-    with pytest.raises(EfftuneError, match="two different tensors for .*weight, one for each of its names"):
-        efftune.load(model(), tmp_path / "untied")
-
-
-def t5():
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(0)
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
-    )
-
-
-def test_a_module_in_several_places(tmp_path):
-    """T5's embedding is that of the model, of the encoder and of the decoder."""
-
-    def output(model):
-        with torch.no_grad():
-            return model.eval()(input_ids=batch(seed=5), decoder_input_ids=batch(seed=6)).logits
-
-    tuner = efftune.apply(t5(), "lora(r=4, target_modules='q|v', modules_to_save=['shared'])")
-    randomize(tuner.model)
-    tuner.save(tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(t5(), tmp_path / "ours")
-    torch.testing.assert_close(output(theirs), output(tuner.model), rtol=1e-5, atol=1e-5)
-    assert torch.equal(output(efftune.load(t5(), tmp_path / "ours").model), output(tuner.model))
-    config = peft.LoraConfig(r=4, target_modules=["q", "v"], modules_to_save=["shared"])
-    peft.get_peft_model(t5(), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(EfftuneError, match="shared whole, a copy in PEFT of what"):
-        efftune.load(t5(), tmp_path / "theirs")
-
-
 def test_a_layer_in_several_places_is_left_out(tmp_path):
     """PEFT puts an adapter in one of them."""
 
@@ -209,44 +120,6 @@ def test_a_layer_in_several_places_is_left_out(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(EfftuneError, match="does not fit Sequential .first at 0"):
         efftune.load(network(), tmp_path / "theirs")
-
-
-@pytest.mark.parametrize("ensure", [False, True])
-def test_one_of_two_modules_that_share_a_weight(ensure, tmp_path):
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        target_modules=["q_proj"],
-        modules_to_save=["embed_tokens"],
-        ensure_weight_tying=ensure,
-    )
-    theirs = peft.get_peft_model(llama(tie=True), config)
-    randomize(theirs)
-    theirs.save_pretrained(tmp_path)
-    if ensure:
-        agree(efftune.load(llama(tie=True), tmp_path).model, theirs)
-    else:
-        with pytest.raises(EfftuneError, match="a copy in PEFT of what lm_head.weight is tied to in this model"):
-            efftune.load(llama(tie=True), tmp_path)
-
-
-def test_running_statistics_of_a_module_that_is_saved_whole(tmp_path):
-    def network():
-        torch.manual_seed(0)
-        middle = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8))
-        return nn.Sequential(OrderedDict(first=nn.Linear(6, 8), middle=middle, last=nn.Linear(8, 5)))
-
-    x = torch.randn(16, 6) + 2
-    tuner = efftune.apply(network(), "lora(r=2, target_modules='first|last', modules_to_save=['middle'])")
-    randomize(tuner.model)
-    tuner.model(x)
-    tuner.save(tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(network(), tmp_path / "ours", is_trainable=True)
-    torch.testing.assert_close(theirs.eval()(x), tuner.model.eval()(x), rtol=1e-5, atol=1e-5)
-    theirs.train()(x + 1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = efftune.load(network(), tmp_path / "theirs").model
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 KINDS = [
@@ -310,44 +183,6 @@ def test_every_setting_of_pefts_is_read_or_refused_or_harmless(kind):
     assert {name: theirs[name] for name, _ in kind.fields.values()} == dict(kind.fields.values())
 
 
-def test_a_classification_head_is_trained_and_saved(tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    def bert():
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-        )
-        return BertForSequenceClassification(config)
-
-    ids = torch.randint(0, 50, (2, 7))
-    tuner = efftune.apply(bert(), "lora(r=2, target_modules='query|value')")
-    assert "classifier.weight" in tuner.named_trained()
-    randomize(tuner.model)
-    tuner.save(tmp_path / "ours")
-    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier"]
-    theirs = peft.PeftModel.from_pretrained(bert(), tmp_path / "ours").eval()
-    torch.testing.assert_close(theirs(ids).logits, tuner.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
-    theirs = peft.get_peft_model(bert(), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
-    randomize(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = efftune.load(bert(), tmp_path / "theirs").model.eval()
-    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_a_nested_classification_head(tmp_path):
-    from tests.methods.test_apply import classifier
-
-    ids = torch.randint(2, 50, (2, 7))
-    tuner = efftune.apply(classifier("Roberta"), "lora(r=2, target_modules='query|value')")
-    randomize(tuner.model)
-    tuner.save(tmp_path)
-    assert json.loads((tmp_path / files.CONFIG).read_text())["modules_to_save"] == ["classifier"]
-    theirs = peft.PeftModel.from_pretrained(classifier("Roberta"), tmp_path).eval()
-    torch.testing.assert_close(theirs(ids).logits, tuner.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)
-
-
 def test_layers_whose_names_end_alike(tmp_path):
     def network():
         torch.manual_seed(0)
@@ -390,37 +225,6 @@ def test_merge_gives_a_plain_hugging_face_checkpoint(tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(peft_type="IA3"), "IA3 adapter; only LORA"),
-        (dict(use_dora=True), "does not fit LlamaForCausalLM .first at .*lora_magnitude_vector"),
-        (dict(use_qalora=True), "uses use_qalora"),
-        (dict(init_lora_weights="pissa"), "begun by 'pissa'"),
-        (dict(r=3), "does not fit"),
-        (dict(target_modules=["k_proj"]), "does not fit"),
-        (dict(target_modules=["nothing"]), "matches no linear layer"),
-        (dict(target_modules=["q_proj", "v_proj"]), "does not fit LlamaForCausalLM .first at model.layers.0.*v_proj"),
-        (dict(target_modules=[3]), "target_modules=.3., which is no list of names"),
-        (dict(target_modules="(([a-z._0-9])+)+!", lora_alpha=None), "lora_alpha=None, where PEFT has 8"),
-        (dict(r="4"), "r='4', where PEFT has 8"),
-        (dict(use_rslora=None), "use_rslora=None, where PEFT has False"),
-        (dict(rank_pattern=[3]), "has a rank_pattern that is none"),
-        (dict(alpha_pattern={"(": 3}), "has a alpha_pattern that is none"),
-        (dict(alpha_pattern={"q_proj": "3"}), "lora_alpha='3', where PEFT has 8"),
-        (dict(modules_to_save="lm_head"), "modules_to_save='lm_head', which is no list of names"),
-        (dict(modules_to_save=["lm_head"]), "does not fit LlamaForCausalLM .first at lm_head.weight"),
-    ],
-)
-def test_adapters_that_cannot_be_read_are_refused(change, message, tmp_path):
-    efftune.apply(llama(), "lora(r=4, target_modules='q_proj')").save(tmp_path)
-    (tmp_path / "efftune_config.json").unlink()
-    config = json.loads((tmp_path / files.CONFIG).read_text()) | change
-    (tmp_path / files.CONFIG).write_text(json.dumps(config))
-    with pytest.raises(EfftuneError, match=message):
-        efftune.load(llama(), tmp_path)
-
-
 def test_the_layers_are_those_of_the_keys(tmp_path):
     tuner = efftune.apply(llama(), "lora(r=4, target_modules='q_proj')")
     randomize(tuner.model)
@@ -430,85 +234,6 @@ def test_the_layers_are_those_of_the_keys(tmp_path):
     for targets in (None, ".*q_proj", "(([a-z._0-9])+)+!"):  # the last would take for ever to be matched
         (tmp_path / files.CONFIG).write_text(json.dumps(config | {"target_modules": targets}))
         agree(efftune.load(llama(), tmp_path).model, tuner.model)
-
-
-@pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize(
-    "key", ["model.embed_tokens.weight", "model.norm.bias", "model.layers.0.self_attn.q_proj.weight"]
-)
-def test_tensors_that_nothing_asks_for_are_refused(key, ours, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    efftune.apply(llama(), "lora(r=4, target_modules='q_proj')").save(tmp_path)
-    if not ours:
-        (tmp_path / "efftune_config.json").unlink()
-    file, model = tmp_path / files.WEIGHTS, llama()
-    shape = dict(model.named_parameters()).get(key, model.model.norm.weight).shape
-    save_file(load_file(file) | {files.PREFIX + key: torch.zeros(shape)}, file)
-    with pytest.raises(EfftuneError, match=f"does not fit LlamaForCausalLM .first at .*{key}.: nothing was loaded"):
-        efftune.load(model, tmp_path)
-    assert model.model.embed_tokens.weight.any()
-
-
-def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path):
-    import os
-
-    for file in (files.WEIGHTS, files.CONFIG, "efftune_config.json"):
-        efftune.apply(llama(), "lora(r=4)").save(tmp_path)
-        (tmp_path / file).unlink()
-        os.mkfifo(tmp_path / file)
-        if file == files.CONFIG:
-            (tmp_path / "efftune_config.json").unlink()
-        with pytest.raises(EfftuneError, match=f"{file} is no regular file"):
-            efftune.load(llama(), tmp_path)
-        (tmp_path / file).unlink()
-
-
-@pytest.mark.filterwarnings("ignore:PEFT has no place")
-def test_a_module_that_pefts_endings_cannot_name_alone(tmp_path):
-    """ "pre_classifier" ends like "classifier", and has an adapter of its own."""
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-
-    def model():
-        torch.manual_seed(0)
-        return DistilBertForSequenceClassification(
-            DistilBertConfig(vocab_size=96, dim=32, hidden_dim=48, n_layers=1, n_heads=2)
-        )
-
-    tuner = efftune.apply(model(), "lora(r=4)")
-    randomize(tuner.model)
-    tuner.save(tmp_path)
-    assert json.loads((tmp_path / files.CONFIG).read_text())["modules_to_save"] is None
-    theirs = peft.PeftModel.from_pretrained(model(), tmp_path)
-    with torch.no_grad():
-        theirs.base_model.model.classifier.load_state_dict(tuner.model.classifier.state_dict())
-    agree(tuner.model, theirs)
-    agree(efftune.load(model(), tmp_path).model, tuner.model)
-
-
-def test_damaged_missing_and_pickled_files_are_refused(tmp_path):
-    tuner = efftune.apply(llama(), "lora(r=4)")
-    tuner.save(tmp_path)
-    weights = tmp_path / files.WEIGHTS
-    content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(EfftuneError, match="damaged"):
-        efftune.load(llama(), tmp_path)
-    weights.unlink()
-    with pytest.raises(EfftuneError, match="There is no"):
-        efftune.load(llama(), tmp_path)
-    torch.save({}, tmp_path / "adapter_model.bin")
-    with pytest.raises(EfftuneError, match="is a pickle"):
-        efftune.load(llama(), tmp_path)
-    torch.save({}, weights)
-    with pytest.raises(EfftuneError, match="is a pickle"):
-        efftune.load(llama(), tmp_path)
-    (tmp_path / "efftune_config.json").write_text("{}")
-    with pytest.raises(EfftuneError, match="has no 'recipe'"):
-        efftune.load(llama(), tmp_path)
-    (tmp_path / "efftune_config.json").write_text("{")
-    with pytest.raises(EfftuneError, match="is not JSON"):
-        efftune.load(llama(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
