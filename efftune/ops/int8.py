@@ -90,11 +90,16 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     w = w.detach()
     if w.is_meta:  # there each of the operations below runs in Python, and models without data have hundreds of layers
         return torch.empty(w.shape, dtype=torch.int8, device="meta"), w.new_empty(len(w), -(-w.shape[1] // group))
-    if not torch.isfinite(w).all():
+    refuse_infinite(w)
+    return _quantized(w, group)
+
+
+def refuse_infinite(w: Tensor) -> None:
+    """Raises: ValueError for a weight that `int8_quantize` has no scale for, found by one pass over it."""
+    if not w.is_meta and not torch.isfinite(w).all():
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
-    return _quantized(w, group)
 
 
 def _quantized(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
