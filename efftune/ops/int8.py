@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,7 +98,8 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def refuse_infinite(w: Tensor) -> None:
     """Raises: ValueError for a weight that `int8_quantize` has no scale for, found by one pass over it."""
-    if not w.is_meta and not torch.isfinite(w).all():
+    # NaN and infinity are among the extremes, which one pass finds; torch.isfinite makes tensors as large as w.
+    if w.numel() and not w.is_meta and not all(map(math.isfinite, torch.stack(torch.aminmax(w)).tolist())):
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
