@@ -7,20 +7,24 @@ what trains, then those that say what backward keeps, then the rest: the order o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from efftune.errors import EfftuneError
 from efftune.hooks import hooked
 from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
+from efftune.linear.base.dense import FLOATS, is_matrix
 from efftune.linear.contracts import Base, Delta, Keep, check
-from efftune.linear.module import HOOKED, is_conv1d
+from efftune.linear.module import is_conv1d, rehearse
 from efftune.nn import groups
 from efftune.nn.blocks import Blocks
 from efftune.nn.blocks import install as install_blocks
+from efftune.nn.subbatch import generators, replaying
 from efftune.nn.subbatch import install as run_again
 from efftune.structure import (
     blocks,
@@ -31,9 +35,20 @@ from efftune.structure import (
     output_head,
     parameter_names,
     places,
+    read_without_a_call,
 )
 
 ALL_LINEAR = "all-linear"
+
+
+def _kind(tensor: Tensor) -> str:
+    """Its dtype, layout and dimensions, as a refusal names them."""
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype}{layout} with {tensor.ndim} dimensions".replace("torch.", "")
+
+
+def _floats() -> str:
+    return ", ".join(map(str, FLOATS)).replace("torch.", "")
 
 
 Method = Any  # of `efftune.methods`, which lies above: who writes into a plan, named where two want different things
@@ -44,12 +59,13 @@ class Layer:
     """One linear layer: as it stands, until methods wish otherwise."""
 
     name: str
-    plain: bool  # nn.Linear or Conv1D, not efftune.Linear
+    plain: bool  # nn.Linear, Conv1D or what a base of the recipe adopts, not efftune.Linear
     shape: tuple[int, int]  # (N, K)
     base: Base
     delta: Delta
     keep: Keep
     parameters: dict[str, str]  # name in the layer -> name in the model, of those that it has
+    foreign: bool = False  # of another library, adopted by `base`
     by: dict[str, str] = field(default_factory=dict)  # axis -> the method that wished it
 
     @property
@@ -77,6 +93,12 @@ class Plan:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        for name, parameter in model.named_parameters():
+            if is_lazy(parameter):
+                raise EfftuneError(
+                    f"{name} has no shape until the model is called for the first time; call it once, then apply the "
+                    "recipe."
+                )
         self.layers: dict[str, Layer] = {}
         self.parameters: dict[str, str] = {}  # name of what trains outside of deltas -> the method that says so
         # Block that runs again in backward -> the share of samples (None: all), and the method that says so.
@@ -96,14 +118,19 @@ class Plan:
             return Layer(name, False, shape, *axes, parameters)
         weight = cast(nn.Linear, module).weight
         transposed = is_conv1d(module)
-        shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight.shape[1])
+        n, k = weight.shape if is_matrix(weight) else (0, 0)  # else it is refused, should a method mean it
+        shape = (k, n) if transposed else (n, k)
         return Layer(name, True, shape, Dense(transposed), NoDelta(), Exact(), parameters)
 
     # What methods read.
 
-    def targets(self, method: Method, target_modules: str | Iterable[str]) -> list[Layer]:
+    def targets(self, method: Method, target_modules: str | Iterable[str], base: Base | None = None) -> list[Layer]:
         """The linear layers that `target_modules` means. "all-linear": every one but those of the head, over the
-        vocabulary or for classification.
+        vocabulary or for classification. Of the layers of other libraries, those are among them that a base of the
+        recipe adopts.
+
+        Args:
+            base: that the method wishes for them; asked what it adopts.
 
         Raises: EfftuneError if it matches nothing, or matches only layers that are not linear.
         """
@@ -112,13 +139,16 @@ class Plan:
                 f"{method.name} swaps layers inside a model, and this is a layer; use efftune.Linear.from_linear on it."
             )
         kind = type(self.model).__name__
+        if base is not None:
+            self._adopt(base, target_modules)
         if not self.layers:
             raise EfftuneError(f"{kind} has no linear layer for {method.name} to act on.")
-        if target_modules == ALL_LINEAR:
-            head = output_head(self.model)
-            chosen = [n for n in self.layers if self.model.get_submodule(n) is not head and not in_classifier(n)]
-        else:
-            chosen = [name for name in self.layers if matches(name, target_modules)]
+        chosen = [
+            name
+            for name, layer in self.layers.items()
+            if self._means(target_modules, name)
+            and not (layer.foreign and base and base.adopt(self.model.get_submodule(name)) is None)
+        ]
         if not chosen:
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.layers}))
             raise EfftuneError(
@@ -126,6 +156,23 @@ class Plan:
                 f"its linear layers end in: {endings}."
             )
         return [self.layers[name] for name in chosen]
+
+    def _means(self, target_modules: str | Iterable[str], name: str) -> bool:
+        if target_modules == ALL_LINEAR:
+            return self.model.get_submodule(name) is not output_head(self.model) and not in_classifier(name)
+        return matches(name, target_modules)
+
+    def _adopt(self, base: Base, target_modules: str | Iterable[str]) -> None:
+        """Adds the meant layers of other libraries, in the order of the model, whose storage `base` has."""
+        unseen, order = read_without_a_call(self.model), {}
+        for name, module in self.model.named_modules():
+            foreign = name and name not in self.layers and id(module) not in unseen and not isinstance(module, Linear)
+            if foreign and self._means(target_modules, name) and (w := base.adopt(module)) is not None:
+                parameters = {n: f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)}
+                order[name] = Layer(name, True, w.shape, base, NoDelta(), Exact(), parameters, foreign=True)
+            elif name in self.layers:
+                order[name] = self.layers[name]
+        self.layers = order
 
     def inside(self, root: str) -> list[Layer]:
         """The linear layers at or below the module `root`; "" means the whole model."""
@@ -225,18 +272,26 @@ class Plan:
     def train_modules(self, method: Method, roots: Iterable[str]) -> None:
         """Says that every floating-point parameter of these modules trains; "" means the whole model.
 
-        Raises: EfftuneError where a layer's storage cannot be trained.
+        Raises: EfftuneError where a layer's storage, or a parameter of theirs, cannot be trained.
         """
         for root in roots:
             for layer in self.inside(root):
                 if not layer.base.trains:
+                    by = layer.by.get("base")
                     raise EfftuneError(
-                        f"{layer.name}: full trains the stored weight itself and {layer.base} stores integers; add an "
-                        "adapter such as lora(r=16), or train the scales by peqa."
+                        f"{layer.name}: full trains the stored weight itself and {layer.base} stores integers; train "
+                        f"an adapter beside it instead ({f'{by} + ' if by else ''}lora(r=16)), or the scales by peqa."
                     )
-                self.wish(method, [layer], delta=Trained())
-            own = self.model.get_submodule(root).named_parameters(prefix=root)
-            self.train(method, (name for name, p in own if p.is_floating_point()))
+                if self._unfit(layer) is None:  # else what of it is floating-point is named below
+                    self.wish(method, [layer], delta=Trained())
+            own = {n: p for n, p in self.model.get_submodule(root).named_parameters(root) if p.is_floating_point()}
+            for name, p in own.items():
+                if p.dtype not in FLOATS or p.layout != torch.strided:
+                    raise EfftuneError(
+                        f"{name}: {method.name} cannot train {_kind(p)}; give it target_modules without, or make it a "
+                        f"dense one in {_floats()}."
+                    )
+            self.train(method, own)
 
     def run_again(self, method: Method, names: Iterable[str], ratio: float | None = None) -> None:
         """Says that these blocks keep their inputs only and run again in backward, on a share of the samples if
@@ -252,17 +307,50 @@ class Plan:
     # What becomes of it.
 
     def check(self) -> None:
-        """Raises: EfftuneError, naming the layer, for what cannot be built."""
-        for name, layer in self.layers.items():
-            if layer.is_replaced:
-                if not name:
-                    raise EfftuneError("this is a layer and no model; use efftune.Linear.from_linear on it.")
-                module = self.model.get_submodule(name)
-                if hooked(module, by=Linear if isinstance(module, Linear) else nn.Module):
-                    raise EfftuneError(f"{name}: {HOOKED}.")
-                if (problem := check(layer.base, layer.delta, layer.keep, layer.shape)) is not None:
-                    raise EfftuneError(f"{name}: {problem}.")
+        """Raises: EfftuneError, naming the layer, for what cannot be built. Every layer is rehearsed, so that what a
+        base or a delta refuses while a layer is made is known before the first is changed."""
+        replaced = {name: layer for name, layer in self.layers.items() if layer.is_replaced}
+        for name, layer in replaced.items():
+            if not name:
+                raise EfftuneError("this is a layer and no model; use efftune.Linear.from_linear on it.")
+            if (problem := self._unfit(layer) or check(layer.base, layer.delta, layer.keep, layer.shape)) is not None:
+                raise EfftuneError(f"{name}: {problem}.")
         self._check_tied()
+        for name, layer in replaced.items():
+            module = self.model.get_submodule(name)
+            device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+            with replaying(generators(device), device):  # as if nothing had been drawn
+                self._named(layer, rehearse, module, layer.base, layer.delta)
+
+    def _unfit(self, layer: Layer) -> str | None:
+        """Why the layer has no weight for what the recipe wants of it, as a sentence with the remedy, or None."""
+        module = self.model.get_submodule(layer.name)
+        if not layer.plain or layer.foreign:
+            return None
+        weight = cast(Tensor, module.weight)
+        if is_matrix(weight):
+            return None
+        by = " and ".join(dict.fromkeys(layer.by.values()))
+        return (
+            f"{by} works with a dense weight (N, K) in {_floats()}, and this one is {_kind(weight)}; give {by} "
+            "target_modules without it, or make it a dense one"
+        )
+
+    @staticmethod
+    def _named(layer: Layer, make: Callable[..., Any], *args: Any) -> Any:
+        """make(*args), and its refusals with the name of the layer."""
+        try:
+            return make(*args)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except ValueError as error:
+            raise EfftuneError(f"{layer.name}: {error}") from None
+        except Exception as error:
+            by = " and ".join(dict.fromkeys(layer.by.values()))
+            raise EfftuneError(
+                f"{layer.name}: {layer.base} with {layer.delta}, as {by} wants it, fails on this layer "
+                f"({type(error).__name__}: {error}); give {by} target_modules without it."
+            ) from error
 
     def _check_tied(self) -> None:
         """A weight may not train by one layer while another, tied to it, only adds to it; and no layer may write its
@@ -318,10 +406,7 @@ class Plan:
         """Swaps the layer, wherever it stands below `model`: one that is used under two names stays one layer. The old
         one is held no longer than this call: its weight may be the memory that is short."""
         old = model.get_submodule(layer.name)
-        try:
-            new = Linear.from_linear(old, layer.base, layer.delta, layer.keep)
-        except ValueError as error:
-            raise EfftuneError(f"{layer.name}: {error}") from None
+        new = Plan._named(layer, Linear.from_linear, old, layer.base, layer.delta, layer.keep)
         for parent, child in where[id(old)]:
             parent._modules[child] = new  # not by setattr, which a module may have made its own
         return new

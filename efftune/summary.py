@@ -32,10 +32,11 @@ def summary(
         sizes[key in ids][0] += tensor.numel()
         sizes[key in ids][1] += tensor.numel() * tensor.element_size()
     (n_train, b_train), (n_frozen, b_frozen) = sizes[True], sizes[False]
-    share = 100 * n_train / max(1, n_train + n_frozen)
+    entries = max(1, unreached(model, trained)[1])  # what all shares are of: the model without what was added to it
+    share = f"{100 * n_train / entries:.2f} % of the model's own"
     found = [
         f"recipe     {recipe}",
-        f"trainable  {n_train:>14,} parameters ({share:.2f} %)  {mebibytes(b_train)}",
+        f"trainable  {n_train:>14,} parameters ({share})  {mebibytes(b_train)}",
         f"frozen     {n_frozen:>14,} parameters  {mebibytes(b_frozen)}",
     ]
     for (base, delta, keep), (count, size) in _kinds(model, ids).items():
@@ -79,10 +80,13 @@ def unreached(model: nn.Module, trained: set[str]) -> tuple[dict[str, dict[str, 
         added: set[str] = set()
         if isinstance(module, Linear):
             added = {*module.delta.names, *module.base.names}
-            total += module.in_features * module.out_features
-            if not module.delta.trains and isinstance(module.base, Dense):
-                reason = "the output head" if module is head else "linear layers that no target_modules means"
-                found.setdefault(reason, {})[path] = module.in_features * module.out_features
+            weights = {id(getattr(module, name)) for name in module.base.names}
+            if seen.isdisjoint(weights):  # else it is tied to one that has been counted
+                seen |= weights
+                total += module.in_features * module.out_features
+                if not module.delta.trains and isinstance(module.base, Dense):
+                    reason = "the output head" if module is head else "linear layers that no target_modules means"
+                    found.setdefault(reason, {})[path] = module.in_features * module.out_features
         for leaf, p in module.named_parameters(recurse=False):
             if leaf in added or id(p) in seen:
                 continue
@@ -110,7 +114,7 @@ def _reason(path: str, module: nn.Module, p: nn.Parameter, head: nn.Module | Non
         return "linear layers that no target_modules means"
     if isinstance(module, nn.Linear):
         return f"{kind}, a subclass of nn.Linear, whose meaning is its own"
-    return f"{kind}, whose weights have {p.ndim} dimensions" + (" (experts)" if p.ndim == 3 else "")
+    return f"{kind}, whose weights have {p.ndim} dimensions"
 
 
 def _not_reached(model: nn.Module, trained: set[str]) -> list[str]:
@@ -119,7 +123,7 @@ def _not_reached(model: nn.Module, trained: set[str]) -> list[str]:
     if not any(len(names) and reason != "vectors (norms, biases)" for reason, names in found.items()):
         return []  # what is left has no matrix
     share = 100 * sum(entries.values()) / max(1, total)
-    lines = [f"not reached, {share:.2f} % of the parameters, neither trained nor stored in another way:"]
+    lines = [f"not reached, {share:.2f} % of the model's own parameters, neither trained nor stored in another way:"]
     for reason in sorted(entries, key=lambda r: -entries[r]):
         names = list(found[reason])
         which = f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")

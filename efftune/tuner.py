@@ -77,12 +77,18 @@ def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[
     for name, count in Counter(m.name for m in methods if not hasattr(m, "target_modules")).items():
         if count > 1:
             raise EfftuneError(f"{name} stands {count} times in the recipe, for the whole model; leave one of them in.")
+    recipe, implied = format_recipe(methods), None
     if not any(m.phase == TRAINS for m in methods):
-        methods.insert(0, FullFineTuning())
+        methods.insert(0, implied := FullFineTuning())
     refuse_wrapped(model)
     plan = Plan(unwrapped(model))
     for method in sorted(methods, key=lambda m: m.phase):
-        method.plan(plan)
+        try:
+            method.plan(plan)
+        except EfftuneError as error:
+            if method is not implied:
+                raise
+            raise EfftuneError(f"'{recipe}' says nothing of what trains, and everything cannot: {error}") from None
     plan.check()
     return methods, plan
 
@@ -176,6 +182,29 @@ class Tuner:
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         for method in methods:
             method.install(self.run)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tuner:
+        """A tuner of its own, whose model is driven by a copy of the optimizer: `copied.run.optimizer`, which is also
+        what `deepcopy((tuner, optimizer))` gives.
+
+        Raises: EfftuneError where the optimizer takes gradients in backward, from tensors that it has hooks on.
+        """
+        optimizer = self.run.optimizer
+        if isinstance(optimizer, Optimizer) and optimizer.in_backward:
+            raise EfftuneError(
+                f"A copy of {type(optimizer).__name__} would have no hooks in backward; copy the tuner before it "
+                "has an optimizer."
+            )
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy({n: v for n, v in vars(self).items() if n != "_hooks"}, memo), _hooks=[])
+        if optimizer is not None:
+            own = copied.run.optimizer
+            for name, value in vars(optimizer).items():  # torch copies groups and state, and no hooks, ours among them
+                if name not in vars(own) and not callable(value):  # a scheduler's `step` is bound to the original
+                    setattr(own, name, copy.deepcopy(value, memo))
+            # By way of its state_dict: in what the optimizer has beside, parameters may be known by their ids.
+            copied.attach(own).load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the tensors
+        return copied
 
     @property
     def step(self) -> int:

@@ -68,6 +68,12 @@ class Base(Axis):
         """Returns the tensors that stand for `weight` (N, K), a floating-point tensor."""
         raise NotImplementedError
 
+    def refuse(self, weight: Tensor) -> None:
+        """Raises what `store` would raise for `weight` (N, K): `efftune.apply` asks for every layer before it changes
+        the first. What does not override it stores the weight once more and drops the result; a base that can tell by
+        a look at the weight says so here."""
+        self.store(weight)
+
     def adopt(self, module: nn.Module) -> Stored | None:
         """What `module`, a linear layer of torch or of another library, stores already, in this base's layout: shared
         where that is the same, and with no dense W in between. None where it is no layer whose storage this base has.

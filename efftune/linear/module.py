@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from efftune.errors import EfftuneError
 from efftune.hooks import hooked, watched
-from efftune.linear.base.dense import Dense, is_conv1d
+from efftune.linear.base.dense import FLOATS, Dense, is_conv1d
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored, Tensors, check
 from efftune.linear.delta.none import NoDelta
 from efftune.linear.delta.trained import Trained
@@ -90,36 +90,25 @@ class Linear(nn.Module):
         `Trained` if its weight requires grad and `NoDelta` if not, and as `Exact`. An efftune.Linear whose delta is
         replaced is not to be called any more if that delta writes into W.
         """
+        holder, w, p = opened(linear, base, delta)
+        bias = linear.bias
         if isinstance(linear, Linear):
-            w = linear.stored() if delta is None or delta == linear.delta else linear.take_back()
-            p, bias, old = linear.added(), linear.bias, (linear.base, linear.delta, linear.keep)
-            loses = hooked(linear, by=Linear)
+            old = linear.delta, linear.keep
         else:
-            holder, w = adopted(linear, base)
             trains = any(t.requires_grad for t in w.tensors)
-            p, bias, old = (), linear.bias, (holder, Trained() if trains else NoDelta(), Exact())
+            old = Trained() if trains else NoDelta(), Exact()
             if bias is not None and not isinstance(bias, nn.Parameter):
                 bias = nn.Parameter(cast(Tensor, bias), requires_grad=False)
-            # What another library does to its state dict concerns its own storage, which is not its own any more.
-            loses = hooked(linear) if isinstance(holder, Dense) else watched(linear)
-        if loses:
-            raise EfftuneError(HOOKED + ".")
-        base, delta, keep = base or old[0], delta or old[1], keep or old[2]
-        if delta == old[1] == Trained() and old[0].trains and not base.trains:
+        base, delta, keep = base or holder, delta or old[0], keep or old[1]
+        if delta == old[0] == Trained() and holder.trains and not base.trains:
             raise EfftuneError(
                 f"its weight trains and {base} stores integers; add an adapter such as LoRA(r=16), or freeze it."
             )
-        if delta != old[1]:
-            p = None
-            if bias is not None and not isinstance(delta, Trained):
-                bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
-        begins = p is None and type(delta).begin is not Delta.begin  # from W
-        if base != old[0] or begins:
-            weight = to_store = old[0].rows(w, 0, w.shape[0], w.dtype).detach()
-            if begins:
-                to_store, p = delta.begin(weight)
-            if base != old[0] or to_store is not weight:
-                w = w._replace(tensors=base.store(to_store))
+        if delta != old[0] and bias is not None and not isinstance(delta, Trained):
+            bias.requires_grad_(False)  # what trains is the adapter; who wants the bias too says so afterwards
+        to_store, p = begun(holder, w, base, delta, p)
+        if to_store is not None:
+            w = w._replace(tensors=base.store(to_store))
         new = cls(base, w, delta, keep, bias, p)
         new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
         new.scores = getattr(linear, "scores", None)
@@ -192,7 +181,8 @@ class Linear(nn.Module):
             return tuple([getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group is not None and (y := self.group.output(self, x)) is not None:
+        group = self.group  # read once: a call in another thread may end it
+        if group is not None and (y := group.output(self, x)) is not None:
             return y
         w, source, compiling = self.stored(), None, is_compiling()
         if torch.is_grad_enabled() and not compiling:
@@ -328,6 +318,51 @@ def not_compiled(delta: Delta) -> str:
     return f"{name} writes into the stored weight, of which a compiled graph would keep a copy; leave the layer eager."
 
 
+def opened(linear: nn.Module, base: Base | None, delta: Delta | None) -> tuple[Base, Stored, Tensors | None]:
+    """The base that `linear` is stored by, W without what `delta` replaces, and p if its delta stays.
+
+    Raises: EfftuneError if no base has its storage, or if a new layer would lack what it has beside.
+    """
+    if isinstance(linear, Linear):
+        stays = delta is None or delta == linear.delta
+        holder, w, p = linear.base, linear.stored() if stays else linear.take_back(), linear.added() if stays else None
+        loses = hooked(linear, by=Linear)
+    else:
+        (holder, w), p = adopted(linear, base), None
+        # What another library does to its state dict concerns its own storage, which is not its own any more.
+        loses = hooked(linear) if isinstance(holder, Dense) else watched(linear)
+    if loses:
+        raise EfftuneError(HOOKED + ".")
+    return holder, w, p
+
+
+def begun(holder: Base, w: Stored, base: Base, delta: Delta, p: Tensors | None) -> tuple[Tensor | None, Tensors]:
+    """The dense weight that `base` is to store, or None where W stays as it is; and p as it begins, where None is
+    given."""
+    to_store = None
+    begins = p is None and type(delta).begin is not Delta.begin  # from W
+    if base != holder or begins:
+        weight = holder.rows(w, 0, w.shape[0], w.dtype).detach()
+        changed, p = delta.begin(weight) if begins else (weight, p)
+        if base != holder or changed is not weight:
+            to_store = changed
+    return to_store, delta.init(w.shape, w.dtype, w.tensors[0].device) if p is None else p
+
+
+@torch.no_grad()
+def rehearse(linear: nn.Module, base: Base, delta: Delta) -> None:
+    """Raises what `Linear.from_linear` would for a layer whose weight is frozen, and leaves it as it is: all that is
+    made is dropped. It draws what that draws."""
+    holder, w, p = opened(linear, base, delta)
+    to_store, p = begun(holder, w, base, delta, p)
+    if to_store is not None:
+        base.refuse(to_store)
+    elif delta.in_place:
+        refuse_alias(delta, w, p)
+    if isinstance(linear, Linear):
+        linear.stored()  # with the delta that it has
+
+
 def adopted(module: nn.Module, base: Base | None) -> tuple[Base, Stored]:
     """What `module` stores, and the base that it is the storage of: the given one, or else a dense one.
 
@@ -338,7 +373,11 @@ def adopted(module: nn.Module, base: Base | None) -> tuple[Base, Stored]:
             return holder, w
     kind = type(module).__name__
     if base is None or isinstance(base, Dense):
-        why = f"from_linear takes an nn.Linear, a Conv1D or an efftune.Linear, not a {kind}; give a base for it, or"
+        floats = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        why = (
+            f"from_linear takes an nn.Linear or a Conv1D with a dense weight in {floats}, or an efftune.Linear, not "
+            f"this {kind}; give a base for it, or"
+        )
     else:
         why = f"{base} cannot adopt what a {kind} stores;"
     raise EfftuneError(f"{why} put an nn.Linear with its dequantised weight in its place.")

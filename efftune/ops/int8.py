@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,11 +92,17 @@ def int8_quantize(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
     w = w.detach()
     if w.is_meta:  # there each of the operations below runs in Python, and models without data have hundreds of layers
         return torch.empty(w.shape, dtype=torch.int8, device="meta"), w.new_empty(len(w), -(-w.shape[1] // group))
-    if not torch.isfinite(w).all():
+    refuse_infinite(w)
+    return _quantized(w, group)
+
+
+def refuse_infinite(w: Tensor) -> None:
+    """Raises: ValueError for a weight that `int8_quantize` has no scale for, found by one pass over it."""
+    # NaN and infinity are among the extremes, which one pass finds; torch.isfinite makes tensors as large as w.
+    if w.numel() and not w.is_meta and not all(map(math.isfinite, torch.stack(torch.aminmax(w)).tolist())):
         raise ValueError(
             "int8_quantize takes finite weights; this one holds an infinity or NaN: check where it was loaded from."
         )
-    return _quantized(w, group)
 
 
 def _quantized(w: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -226,3 +226,17 @@ def test_a_kind_with_a_forward_of_its_own_is_not_computed_as_its_parent():
     dys = slopes(layers)
     for got, right in zip(*(flat(f(layers, x, dys)) for f in (as_one, one_by_one)), strict=True):
         torch.testing.assert_close(got, right, rtol=1e-10, atol=1e-12)
+
+
+def test_a_group_that_another_thread_ends_in_the_middle_of_a_call():
+    class Ends:
+        def output(self, layer, x):
+            return x.new_ones(len(x), layer.out_features)
+
+    class Shared(Linear):
+        group = property(lambda self: reads.pop())
+
+    reads = [None, Ends()]  # there at the first look, gone at the second
+    layer = Linear.from_linear(nn.Linear(4, 6))
+    layer.__class__ = Shared
+    assert torch.equal(layer(torch.randn(2, 4)), torch.ones(2, 6)) and reads == [None]

@@ -116,6 +116,38 @@ def test_deepcopy_of_a_tuned_model():
     assert torch.equal(logits(copy.deepcopy(tuner.model)), logits(tuner.model))
 
 
+@pytest.mark.parametrize("recipe", ["full", "int8 + lora(r=4)", "mezo(momentum=0.9)", "full + vcas", "ferret"])
+def test_the_optimizer_of_a_copied_tuner_drives_the_copy_as_the_original_would_go_on(recipe):
+    tuner = prepared(llama(), recipe)
+    optimizer = tuner.optimizer(lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # binds a `step` to the original
+    train(tuner, optimizer, 1, batch())
+    copied, own = copy.deepcopy((tuner, optimizer))
+    assert copied.run.optimizer is own is not optimizer
+    before = {name: p.detach().clone() for name, p in tuner.model.named_parameters()}
+    for one, other in ((copied, own), (tuner, optimizer)):
+        torch.manual_seed(9)
+        train(one, other, 2, batch())
+        assert (copied.step, tuner.step) == ((3, 1) if one is copied else (3, 3))
+        if one is copied:
+            assert all(torch.equal(p, before[name]) for name, p in tuner.model.named_parameters())
+    after = dict(tuner.model.named_parameters())
+    assert all(torch.equal(p, after[name]) for name, p in copied.model.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in after.items())
+
+
+def test_a_copied_tuner_whose_optimizer_works_in_backward_is_refused():
+    from efftune.optim.contract import Optimizer
+
+    class InBackward(Optimizer):
+        in_backward = True
+
+    tuner = prepared(llama(), "full")
+    tuner.attach(InBackward(tuner.named_trained().values(), {}))
+    with pytest.raises(EfftuneError, match="InBackward would have no hooks in backward; copy the tuner before"):
+        copy.deepcopy(tuner)
+
+
 def test_bfloat16_model():
     for recipe in ("lora(r=4)", "int8 + lora(r=4)", "mezo", "lisa(layers=1)"):
         tuner = efftune.apply(llama(dtype=torch.bfloat16), recipe)

@@ -126,11 +126,26 @@ def test_each_entry_is_counted_once_with_its_reason():
     found, total = unreached(tuner.model, set(tuner.named_trained()))
     assert total == entries and sum(sum(names.values()) for names in found.values()) == entries - 16  # but for `plain`
     by_name = {name: reason for reason, names in found.items() for name in names}
-    assert "subclass of nn.Linear" in by_name["special.weight"] and "(experts)" in by_name["experts.weight"]
+    assert "subclass of nn.Linear" in by_name["special.weight"] and "3 dimensions" in by_name["experts.weight"]
     assert "without calling" in by_name["attention.in_proj_weight"]
     assert "without calling" in by_name["attention.out_proj.weight"]
     assert by_name["classifier.0.weight"] == "the classification head"
     assert by_name["plain.bias"] == "vectors (norms, biases)"
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_shares_in_the_summary_are_of_the_models_own_parameters(tie):
+    """So that what trains and what is not reached add up to the whole, and adapters are measured against the model."""
+    entries = sum(p.numel() for p in llama(tie).parameters())
+    head = efftune.apply(llama(tie), "full(target_modules='mlp')")
+    reached = sum(p.numel() for p in head.named_trained().values())
+    text = head.summary()
+    assert f"({100 * reached / entries:.2f} % of the model's own)" in text
+    assert f"not reached, {100 * (entries - reached) / entries:.2f} % of the model's own parameters" in text
+    tuner = efftune.apply(llama(tie), "lora(r=4, target_modules='q_proj|lm_head')")
+    added = sum(p.numel() for p in tuner.named_trained().values())
+    assert f"({100 * added / entries:.2f} % of the model's own)" in tuner.summary()
+    assert unreached(tuner.model, set(tuner.named_trained()))[1] == entries
 
 
 def test_what_trains_and_gets_no_gradient_is_named_once():

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from efftune.linear.contracts import Base, Stored, Tensors
 from efftune.ops.lowrank_linear import linear, linear_t
 
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer with W stored as (K, N)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Whether `Dense` has a place for it."""
+    return weight.dtype in FLOATS and weight.layout == torch.strided and weight.ndim == 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Dense(Base):
         if not (is_conv1d(module) if self.transposed else isinstance(module, nn.Linear)):
             return None
         weight = cast(Tensor, module.weight)
-        if not weight.is_floating_point():
-            return None  # a subclass with codes in it
+        if not is_matrix(weight):
+            return None  # a subclass with codes in it, or a plain one in float8, of complex numbers, sparse
         n, k = weight.shape[::-1] if self.transposed else weight.shape
         return Stored((weight,), (n, k), weight.dtype)
 

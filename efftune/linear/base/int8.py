@@ -10,7 +10,7 @@ from torch import Tensor
 
 from efftune.errors import EfftuneError
 from efftune.linear.contracts import Base, Stored, Tensors
-from efftune.ops.int8 import int8_dequantize, int8_quantize
+from efftune.ops.int8 import int8_dequantize, int8_quantize, refuse_infinite
 from efftune.ops.lowrank_linear import linear, linear_t
 
 
@@ -36,6 +36,9 @@ class Int8(Base):
 
     def store(self, weight: Tensor) -> Tensors:
         return int8_quantize(weight, self.group)
+
+    def refuse(self, weight):
+        refuse_infinite(weight)
 
     def dtype(self, tensors):
         return tensors[1].dtype

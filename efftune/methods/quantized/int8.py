@@ -18,8 +18,7 @@ class Int8Method(Method):
     The method says nothing about what trains: "int8 + lora(r=16)" trains adapters over the integers.
     `efftune.linear.Int8` says how they are rounded and multiplied.
 
-    Raises: EfftuneError where a layer's weight is tied to another module's, trains itself, or is not finite (the layers
-        before it are then already stored as integers).
+    Raises: EfftuneError where a layer's weight is tied to another module's, trains itself, or is not finite.
     """
 
     group: int = 64
@@ -32,7 +31,8 @@ class Int8Method(Method):
         Int8(self.group)  # raises on a value out of range
 
     def plan(self, plan):
-        layers = plan.targets(self, self.target_modules)
+        base = Int8(self.group)
+        layers = plan.targets(self, self.target_modules, base)
         for layer in layers:
             weight = layer.parameters.get("weight")  # integers have none
             if weight is not None and (others := plan.tied(weight)):
@@ -40,4 +40,4 @@ class Int8Method(Method):
                     f"{layer.name} shares its weight with {' and '.join(others)}, and integers would untie them; "
                     "leave it out of int8's target_modules."
                 )
-        plan.wish(self, layers, base=Int8(self.group))
+        plan.wish(self, layers, base=base)
