@@ -243,6 +243,11 @@ class Tuner:
                 method.before_step(self.run)
 
     def _end_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        # A GradScaler does not call an optimizer whose gradients overflowed, but a fused one, whose kernels do nothing
+        # then, is called. Looking waits for the GPU, as the scaler does itself before it calls the other ones.
+        found_inf = getattr(optimizer, "found_inf", None)  # only there within a scaler's step
+        if found_inf is not None and not capturing() and bool(found_inf):
+            return
         for method in self.methods:
             method.after_step(self.run)
         if self.step == 0:
