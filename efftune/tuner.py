@@ -360,6 +360,14 @@ class Tuner:
         config = {"format": 1, "formats": written, "recipe": self.recipe}
         (Path(path) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    def reports(self) -> list[str]:
+        """A line of each method that has something to tell: what cannot be read off the settings."""
+        return [line for method in self.methods if (line := method.report(self.run)) is not None]
+
+    def counts(self) -> dict[str, int]:
+        """What the methods count in a run: see `Method.counts`."""
+        return {name: count for method in self.methods for name, count in method.counts(self.run).items()}
+
     def summary(self, batch=None, loss_fn: Callable[[nn.Module, object], Tensor] | None = None) -> str:
         """What trains, what is frozen, how each kind of layer stores, trains and keeps, and what the recipe does not
         reach; parameters and bytes.
@@ -367,6 +375,6 @@ class Tuner:
         With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
         module, from one forward pass whose result is dropped.
         """
-        reports = [line for method in self.methods if (line := method.report(self.run)) is not None]
         loss = None if batch is None or loss_fn is None else partial(loss_fn, self.model, batch)
-        return summary(self.plan, self.recipe, set(self.named_trained()), [f"blocks     {self.blocks}", *reports], loss)
+        lines = [f"blocks     {self.blocks}", *self.reports()]
+        return summary(self.plan, self.recipe, set(self.named_trained()), lines, loss)
