@@ -198,7 +198,8 @@ class Linear(nn.Module):
         try:
             return tuple([parameters[name] for name in names])
         except KeyError:
-            return tuple([getattr(self, name) for name in names])
+            own: dict[str, Any] = {**self._buffers, **parameters}
+            return tuple([own[name] if name in own else getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None and (y := self.group.output(self, x)) is not None:

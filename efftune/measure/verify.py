@@ -247,7 +247,7 @@ def legend(results: list[Fidelity], max_bias: float, whole: Directions | None = 
     """What the columns are, in which unit, and when a row passes."""
     limit = f"{highest_score(results, whole):.1f}"
     lines = [
-        "bias      length of the draws' mean error, without that of their noise, in percent of the exact gradient's length",
+        "bias      length of the draws' mean error, noise taken off, in percent of the exact gradient's length",
         "z         how sure that bias is: normal with deviation 1 around 0 where there is none",
         "error     root mean square of a draw's error, in percent of that length, or (x) in multiples of it",
         "var/SGD   mean square of a draw's error / variance of the exact gradient from batch to batch",
