@@ -330,6 +330,11 @@ class Tuner:
                 method.before_step(self.run)
 
     def _end_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        # A GradScaler does not call an optimizer whose gradients overflowed, but a fused one, whose kernels do nothing
+        # then, is called. Looking waits for the GPU, as the scaler does itself before it calls the other ones.
+        found_inf = getattr(optimizer, "found_inf", None)  # only there within a scaler's step
+        if found_inf is not None and not capturing() and bool(found_inf):
+            return
         for method in self.methods:
             method.after_step(self.run)
         if self.step == 0:
@@ -451,6 +456,14 @@ class Tuner:
                 stacklevel=2,
             )
 
+    def reports(self) -> list[str]:
+        """A line of each method that has something to tell: what cannot be read off the settings."""
+        return [line for method in self.methods if (line := method.report(self.run)) is not None]
+
+    def counts(self) -> dict[str, int]:
+        """What the methods count in a run: see `Method.counts`."""
+        return {name: count for method in self.methods for name, count in method.counts(self.run).items()}
+
     def summary(self, batch=None, loss_fn: Callable[[nn.Module, object], Tensor] | None = None) -> str:
         """What trains, what is frozen, how each kind of layer stores, trains and keeps, and what the recipe does not
         reach; parameters and bytes.
@@ -458,6 +471,6 @@ class Tuner:
         With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
         module, from one forward pass whose result is dropped.
         """
-        reports = [line for method in self.methods if (line := method.report(self.run)) is not None]
         loss = None if batch is None or loss_fn is None else partial(loss_fn, self.model, batch)
-        return summary(self.plan, self.recipe, set(self.named_trained()), [f"blocks     {self.blocks}", *reports], loss)
+        lines = [f"blocks     {self.blocks}", *self.reports()]
+        return summary(self.plan, self.recipe, set(self.named_trained()), lines, loss)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from efftune.errors import refuse_second_derivative
+from efftune.errors import refuse_second_derivative, refuse_tracing
 from efftune.linear.contracts import Base, Call, Delta, Keep, Need, Stored
 from efftune.linear.handle import flatten, reshaped, unflatten
 from efftune.ops._op import use_backend
@@ -74,6 +74,8 @@ def applied(function: type[torch.autograd.Function]) -> Callable:
     def apply(*args):
         if is_compiling() or torch._C._are_functorch_transforms_active():
             return function.apply(*args)
+        if torch._C._is_tracing():
+            refuse_tracing()
         return below(*args)
 
     return apply

@@ -19,6 +19,7 @@ from efftune.linear.delta.trained import Trained
 from efftune.linear.function import apply_linear, as_matrix, new
 from efftune.linear.handle import Source, source_of
 from efftune.linear.keep.exact import Exact
+from efftune.linear.unpacked import weight_of
 from efftune.ops._op import forced_backend
 from efftune.ops.draw_seed import draw_seed
 
@@ -36,6 +37,8 @@ class Linear(nn.Module):
         bias: (N,) or None; trains if it requires grad.   p: the delta's tensors; fresh ones if None.
     Shapes: x (..., K), y (..., N), both of W's dtype, or under autocast of autocast's.
     Saved for backward: what `delta` and `keep` say, and only for gradients that are asked for.
+    `weight` is W as the plain layer has it, without what the delta adds. Where the base stores codes, its dtype, device
+        and shape cost nothing, and whoever computes with it unpacks W.
     Raises: EfftuneError if the three cannot be combined; TypeError if x has another dtype than W outside autocast.
     """
 
@@ -127,6 +130,12 @@ class Linear(nn.Module):
                 self.delta.put(self._call(w))
         return w
 
+    def __getattr__(self, name: str) -> Any:
+        # Not a property: it would stand in front of the parameter that most bases have.
+        if name == "weight" and "base" in vars(self) and name not in self.base.names:
+            return weight_of(self)
+        return super().__getattr__(name)
+
     def take_back(self) -> Stored:
         """W as it is held, without what an in-place delta writes into it: until `stored` or the layer is called."""
         w = self.stored()
@@ -178,7 +187,8 @@ class Linear(nn.Module):
         try:
             return tuple([parameters[name] for name in names])
         except KeyError:
-            return tuple([getattr(self, name) for name in names])
+            own: dict[str, Any] = {**self._buffers, **parameters}
+            return tuple([own[name] if name in own else getattr(self, name) for name in names])
 
     def forward(self, x: Tensor) -> Tensor:
         group = self.group  # read once: a call in another thread may end it

@@ -18,7 +18,7 @@ from efftune.train.task import autocast
 
 COLUMNS = {
     "recipe": "recipe", "train_loss": "training loss", "eval_loss": "held-out loss", "eval_accuracy": "accuracy",
-    "saved": "saved bytes/token", "peak": "peak of a step, MiB", "tokens_per_s": "tokens/s",
+    "saved": "saved bytes/token", "peak": "peak of a step, MiB", "tokens_per_s": "tokens read/s",
 }  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def compare(recipes: list[str], given: dict[str, Any]) -> list[dict[str, Any]]:
     compare.png into the run directory, in which each recipe has a run directory of its own.
 
     Saved bytes are what backward keeps of one batch besides parameters; the peak is what one forward and backward pass
-    allocate above the model. Tokens/s is the median step's.
+    allocate above the model. Tokens read/s is the median step's, and counts those of rows that a recipe leaves out.
     """
     if len(set(recipes)) < 2:
         raise EfftuneError("compare takes at least two different recipes.")

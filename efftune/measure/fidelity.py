@@ -27,6 +27,7 @@ class Fidelity:
     variance_to_sgd: float  # E‖g - g*‖² / variance of g* from batch to batch
     kept: int  # bytes that the parameter's module keeps for backward
     variance_per_byte: float | None  # error² / kept
+    by_design: bool = False  # whether a bias is the purpose, so that it passes
 
 
 def coordinates(tuner: Tuner) -> dict[str, Tensor]:
@@ -82,7 +83,10 @@ def fidelity(name: str, errors: Tensor, exact: Tensor, batches: Tensor, kept: in
 
 
 def normal_score(values: Tensor) -> float:
-    """Student's t of the mean of `values`, as the standard normal number of the same tail (Wallace 1959)."""
+    """Student's t of the mean of `values`, as the standard normal number of the same tail (Wallace 1959); NaN of
+    one value."""
+    if len(values) < 2:
+        return math.nan
     mean, deviation, freedom = float(values.mean()), float(values.std()), len(values) - 1
     if deviation == 0.0:
         return math.copysign(math.inf, mean) if mean else 0.0

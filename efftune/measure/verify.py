@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -21,7 +22,7 @@ from efftune.measure import directions
 from efftune.measure.directions import Directions
 from efftune.measure.fidelity import Fidelity, coordinates, fidelity, gradients, negligible
 from efftune.memory import meter
-from efftune.methods._base import drawing_keeps
+from efftune.methods._base import Method, drawing_keeps
 from efftune.nn.subbatch import Recompute
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train import processes, rundir, state
@@ -35,7 +36,8 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     JSON where --out says so. Of a zeroth-order recipe, the batch's estimates along `seeds` steps' directions.
 
     Raises: EfftuneError (so that the program fails) where a gradient is biased: the bias is significant (one-sided,
-    5 % for all parameters together) and more than `max_bias` of the gradient, or a gradient is not finite.
+    5 % for all parameters together) and more than `max_bias` of the gradient, or a gradient is not finite. What a
+    method leaves out on purpose is measured in a row of its own, which passes.
     """
     if processes.launched() > 1:
         raise EfftuneError("verify measures in one process; start it without torchrun.")
@@ -64,20 +66,29 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
         raise EfftuneError(
             "verify needs data for at least 2 batches: SGD's own noise is what variance is held against."
         )
-    # A few steps away from the start, where LoRA's B is zero and A has no gradient.
-    with tuner.exactly() if not estimated else nullcontext():
-        for batch in data[:4]:
-            tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
-            optimizer.step()
-            optimizer.zero_grad()
+    selecting = [method for method in tuner.methods if method.selects(tuner.run) is not None]
     whole = None
-    if isinstance(optimizer, ZerothOrderSGD):
-        results, whole = directions.measure(tuner, optimizer, task, data, seeds)
-    else:
-        results = measure(tuner, task, data, seeds)
-    print(table(results))
+    with ExitStack() as stack:
+        for method in selecting:
+            stack.enter_context(method.exactly(tuner.run))
+        # A few steps away from the start, where LoRA's B is zero and A has no gradient.
+        with tuner.exactly() if not estimated else nullcontext():
+            for batch in data[:4]:
+                tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
+                optimizer.step()
+                optimizer.zero_grad()
+        if isinstance(optimizer, ZerothOrderSGD):
+            results, whole = directions.measure(tuner, optimizer, task, data, seeds)
+        else:
+            results = measure(tuner, task, data, seeds)
+    results += [selected(tuner, method, task, data) for method in selecting]
+    print(table(results, max_bias, whole))
     if whole:
         print(whole)
+    print(legend(results, max_bias, whole))
+    for method in tuner.methods:
+        if method.verified:
+            print(method.verified)
     if given.get("out"):
         out = Path(given["out"])
         out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +97,8 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
             found |= {"directions": asdict(whole)} if whole else {}
             rundir.write_atomically(out / "verify.json", json.dumps(plain(found), allow_nan=False) + "\n")
     judge(results, max_bias, whole)
-    print(f"No gradient of '{tuner.recipe}' has a bias that is both significant and above {max_bias:.0%}.")
+    but = "".join(f", but for the choice of {method.name}, which is its purpose" for method in selecting)
+    print(f"No gradient of '{tuner.recipe}' has a bias that is both significant and above {percent(max_bias)}{but}.")
     return results
 
 
@@ -132,6 +144,28 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
     ] + rows
 
 
+def selected(tuner: efftune.Tuner, method: Method, task: Task, data: list[Any]) -> Fidelity:
+    """What `method` leaves out of the gradients of all batches, with everything else exact."""
+    where = coordinates(tuner)
+
+    def gradient(batch: Any) -> Tensor:
+        found = gradients(tuner, task, batch)
+        return torch.cat([found[name].flatten()[places].double().cpu() for name, places in where.items()])
+
+    with tuner.exactly():
+        exact = torch.stack([gradient(batch) for batch in data])
+    with ExitStack() as stack:
+        for other in tuner.methods:
+            if other is not method:
+                stack.enter_context(other.exactly(tuner.run))
+        batches = cycle(data)
+        while not method.selects(tuner.run):
+            gradient(next(batches))
+        found = torch.stack([gradient(batch) for batch in data])
+    of_all = fidelity(f"all, by the choice of {method.name}", found - exact, exact.mean(dim=0), exact, 0)
+    return replace(of_all, by_design=True)
+
+
 def concatenated(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat(list(gradients.values()))
 
@@ -155,18 +189,28 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def highest_score(results: list[Fidelity], whole: Directions | None) -> float:
+    """What z may be for noise: beyond it in one of 20 measurements, of all rows that count together."""
+    count = sum(not r.by_design for r in results) + (4 if whole else 0)  # these two have two sides
+    return NormalDist().inv_cdf(1 - 0.05 / max(1, count))
+
+
+def is_biased(r: Fidelity, limit: float, max_bias: float) -> bool:
+    return not r.by_design and r.z > limit and r.bias > max_bias
+
+
 def judge(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> None:
     """Raises: EfftuneError where a result is biased or not finite."""
     broken = [r.name for r in results if not math.isfinite(r.error)]
     if broken:
         raise EfftuneError(f"The gradient of {broken[0]} is NaN or Inf.")
-    limit = NormalDist().inv_cdf(1 - 0.05 / (len(results) + (4 if whole else 0)))  # these two have two sides
+    limit = highest_score(results, whole)
     if whole and abs(whole.slope_z) > limit and abs(whole.slope - 1) > max_bias:
         raise EfftuneError(
             f"The differences of losses are {whole.slope:.2f} times the derivatives along their directions "
             f"(z = {whole.slope_z:.1f}, limit {limit:.1f}): eps is too large for this model or, in 16 bits, too small."
         )
-    biased = [r for r in results if r.z > limit and r.bias > max_bias]
+    biased = [r for r in results if is_biased(r, limit, max_bias)]
     if biased:
         worst = max(biased, key=lambda r: r.bias)
         raise EfftuneError(
@@ -180,14 +224,42 @@ def judge(results: list[Fidelity], max_bias: float, whole: Directions | None = N
         )
 
 
-def table(results: list[Fidelity]) -> str:
-    width = max(len(r.name) for r in results)
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def table(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> str:
+    width, limit = max(len(r.name) for r in results), highest_score(results, whole)
     lines = [f"{'':{width}}  {'bias':>7}  {'z':>6}  {'error':>7}  {'var/SGD':>8}  {'kept KiB':>9}  {'var/byte':>8}"]
     for r in results:
         per_byte = "–" if r.variance_per_byte is None else f"{r.variance_per_byte:.1e}"
         error = f"{r.error:.2%}" if r.error < 10 else f"{r.error:,.0f} x"
+        z = f"{r.z:.1f}" if r.z == r.z else "–"  # of 2 batches a row of a choice has none
+        verdict = "  by design" if r.by_design else "  biased" if is_biased(r, limit, max_bias) else ""
         lines.append(
-            f"{r.name:{width}}  {r.bias:7.2%}  {r.z:6.1f}  {error:>7}  {r.variance_to_sgd:8.2g}  "
-            f"{r.kept / 1024:9.1f}  {per_byte:>8}"
+            f"{r.name:{width}}  {r.bias:7.2%}  {z:>6}  {error:>7}  {r.variance_to_sgd:8.2g}  "
+            f"{r.kept / 1024:9.1f}  {per_byte:>8}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def legend(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> str:
+    """What the columns are, in which unit, and when a row passes."""
+    limit = f"{highest_score(results, whole):.1f}"
+    lines = [
+        "bias      length of the draws' mean error, noise taken off, in percent of the exact gradient's length",
+        "z         how sure that bias is: normal with deviation 1 around 0 where there is none",
+        "error     root mean square of a draw's error, in percent of that length, or (x) in multiples of it",
+        "var/SGD   mean square of a draw's error / variance of the exact gradient from batch to batch",
+        "kept KiB  what the parameter's module keeps of one batch for backward, in units of 1024 bytes",
+        "var/byte  the square of error (as a share, not in percent) / kept bytes",
+        f"A row passes where bias is at most {percent(max_bias)} or z at most {limit}, which noise alone exceeds "
+        "in one of 20 tables.",
+    ]
+    if whole:
+        lines.append(
+            "bias and z are of the estimates minus what the same directions make of exact derivatives. The first two "
+            f"lines below the table pass where they are within {percent(max_bias)} of 1, or z is at most {limit} "
+            "either way."
         )
     return "\n".join(lines)

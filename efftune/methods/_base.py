@@ -88,6 +88,9 @@ class Method:
     place: ClassVar[int] = WATCHES  # in the chain of `backward`, from the outside
     learning_rate: ClassVar[float | None] = None  # of `efftune train` where none is given; None: the trainer's own
     State: ClassVar[type | None] = None  # of what it learns in a run
+    verified: ClassVar[str | None] = (
+        None  # a sentence under the table of `efftune verify`, where rows mean another thing
+    )
     repeats: ClassVar[bool] = False  # whether it takes gradients, beside those of the step, that are dropped again
 
     def why_not(self, others: list[Method]) -> str | None:
@@ -128,12 +131,22 @@ class Method:
         """Within it, the method approximates nothing: what `efftune verify` holds it against."""
         return nullcontext()
 
+    def selects(self, run: Run) -> bool | None:
+        """Whether it leaves out samples on purpose from here on; None: it never does. `efftune verify` shows what that
+        does to the gradient and lets it pass, and holds all else against the gradient of all samples, within `exactly`.
+        """
+        return None
+
     def arrives(self, name: str, change: torch.Tensor, turn: int) -> torch.Tensor:
         """What becomes in round `turn` of a change of the parameter `name`, where the method approximates changes."""
         return change
 
     def report(self, run: Run) -> str | None:
-        """A line for `Tuner.summary`: what cannot be read off the settings."""
+        """A line for `Tuner.summary` and the end of a run: what cannot be read off the settings."""
+
+    def counts(self, run: Run) -> dict[str, int]:
+        """Name, with "_" for spaces, -> what it has counted since the run began, which lines of a run's log show."""
+        return {}
 
     def overrides(self, hook: str) -> bool:
         return getattr(type(self), hook) is not getattr(Method, hook)

@@ -52,8 +52,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def tokens(batches: list[Any]) -> int:
-    """Input tokens, padding included: what the arithmetic costs. 0 for batches of something else."""
+    """Input tokens that are read, padding included, whatever a method leaves out of them (`Tuner.counts` has that); 0
+    for batches of something else."""
     return sum(batch["input_ids"].numel() for batch in batches if isinstance(batch, dict) and "input_ids" in batch)
+
+
+def summed(of_each: list[tuple[int, dict[str, int]]]) -> tuple[int, dict[str, int]]:
+    """The tokens and the methods' counts of all processes together."""
+    names = {name for _, counts in of_each for name in counts}
+    total = {name: sum(counts.get(name, 0) for _, counts in of_each) for name in sorted(names)}
+    return sum(count for count, _ in of_each), total
 
 
 def learning_rate_factor(schedule: str, warmup: float, total: int) -> Callable[[int], float]:
@@ -198,12 +206,12 @@ class Trainer:
                 self.step += 1
                 taken = time.perf_counter() - started
                 self.seconds += taken
-                count = sum(processes.gather(tokens(batches)))
+                count, counts = summed(processes.gather((tokens(batches), self.tuner.counts())))
                 record |= {"epoch": self.epoch, "tokens": count, "tokens_per_s": count / taken, "seconds": self.seconds}
-                self.log({"step": self.step, **record, **meter.memory(self.device)})
+                self.log({"step": self.step, **record, **counts, **meter.memory(self.device)})
                 if held:
                     self.log({"step": self.step, "when": "memory", **dataclasses.asdict(held)})
-                progress.update(record)
+                progress.update(record, counts)
                 at_end = self.step == self.total
                 if config.eval_every and self.step % config.eval_every == 0 and not at_end and self.eval_data:
                     result = {"step": self.step, **self.evaluate(self.eval_data)}

@@ -51,15 +51,17 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
 
-    def update(self, record: dict[str, Any]) -> None:
+    def update(self, record: dict[str, Any], counts: dict[str, int] | None = None) -> None:
+        """`counts`: what methods have counted since the run began."""
         self.step += 1
+        counted = "".join(f", {count:,} {name.replace('_', ' ')}" for name, count in (counts or {}).items())
         if self.bar.disable:
             if self.step % max(1, self.total // 10) == 0:
-                rate = f", {record['tokens_per_s']:,.0f} tokens/s" if record["tokens"] else ""
+                rate = f", {record['tokens_per_s']:,.0f} tokens read/s" if record["tokens"] else ""
                 kind = "" if self.what == "train" else f"{self.what} "
-                print(f"{kind}step {self.step}/{self.total}: loss {record['loss']:.4f}{rate}", flush=True)
+                print(f"{kind}step {self.step}/{self.total}: loss {record['loss']:.4f}{rate}{counted}", flush=True)
             return
-        self.bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.1e}", refresh=False)
+        self.bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{record['lr']:.1e}", refresh=False, **(counts or {}))
         self.bar.update()
 
     def write(self, text: str) -> None:

@@ -36,7 +36,7 @@ def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
         tokens = sum(r["tokens"] for r in steps)
         rate = tokens / max(1e-9, steps[-1]["seconds"])
         parts.append(
-            f"<p>{steps[-1]['step']} steps, {tokens:,} tokens in {steps[-1]['seconds']:.0f} s "
+            f"<p>{steps[-1]['step']} steps, {tokens:,} tokens read in {steps[-1]['seconds']:.0f} s "
             f"({rate:,.0f} per second); peak memory {max(r['memory_peak'] for r in steps) / 2**20:,.0f} MiB.</p>"
         )
     for name, png in pictures:

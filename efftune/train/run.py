@@ -83,7 +83,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         processes.first(lambda: tuner.save(run.adapter))
         processes.first(lambda: report.write(run, dataclasses.asdict(config), tuner.summary()))
     before = run.find("before") or {}
-    show(before, after, out)
+    show(before, after, out, tuner.reports())
     return {"before": before, "after": after, "out": out}
 
 
@@ -251,11 +251,12 @@ def check_new_parts(tuner: Any, new: list[str]) -> None:
             )
 
 
-def show(before: dict[str, Any], after: dict[str, Any], out: Path) -> None:
+def show(before: dict[str, Any], after: dict[str, Any], out: Path, reports: list[str]) -> None:
     for name in before:
         if name.startswith("eval_") and name in after:
             title = name.replace("eval_", "held-out ", 1)
             print(f"{title:<18} {before[name]:.4f} -> {after[name]:.4f}")
+    print(*reports, sep="\n", end="\n" if reports else "")
     for title, record in (("before", before), ("after", after)):
         if record.get("sample"):
             print(f"\n--- a sample {title} ---\n{record['sample']}")

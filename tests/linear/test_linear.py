@@ -418,3 +418,17 @@ def test_lora_settings_out_of_range(bad):
 def test_rank_above_the_layer_is_refused():
     with pytest.raises(EfftuneError, match=r"r=64 exceeds min\(N, K\) = 40"):
         make(Dense(), LoRA(r=64))
+
+
+@pytest.mark.parametrize("base", [Dense(), Int8(group=16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, K), (2, 3, K)])
+def test_tracing(base, shape):
+    net = nn.Sequential(make(base, LoRA(r=4)), nn.ReLU(), make(base, LoRA(r=4), shape=(K, N))).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(net, torch.randn(shape))
+        x = torch.randn(*shape[:-2], 7, K)  # another number of rows
+        assert torch.equal(traced(x), net(x))
+    with pytest.raises(EfftuneError, match=r"torch.jit.trace has no place for .*; trace under torch.no_grad\(\)"):
+        torch.jit.trace(net, torch.randn(shape))
+    net(torch.randn(shape)).sum().backward()  # and nothing is left of it
+    assert net[0].lora_a.grad is not None

@@ -220,3 +220,24 @@ def test_a_model_in_evaluation_mode_is_put_into_training_mode():
     t = trainer(steps=1, model=llama().eval())
     t.fit()
     assert all(module.training for module in t.model.modules())
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path, capsys):
+    recipe = "full + stagefilter(window=2)"
+    t = trainer(recipe, run=tmp_path / "run", batch_size=2, grad_accum=2, steps=20, lr=1e-2)
+    t.fit()
+    steps = [r for r in t.run.records() if "loss" in r]
+    names = ["rows_trained", "rows_forward_only", "rows_not_run"]
+    first, last = [[r[name] for name in names] for r in (steps[0], steps[-1])]
+    rows = [sum(r[name] for name in names) for r in steps]
+    assert first == [4, 0, 0] and rows == sorted(rows) and last[1] > 0
+    assert last == t.tuner.run.states["stagefilter"].done
+    assert all(r["tokens"] > 0 for r in steps)  # what is read, whatever trains
+    printed = capsys.readouterr().out
+    assert (
+        f"tokens read/s, {last[1]:,} rows forward only, {last[2]:,} rows not run, {last[0]:,} rows trained" in printed
+    )
+    assert f"stagefilter: {last[0]} rows trained" in t.tuner.reports()[0]
+    plain = trainer("full", run=tmp_path / "plain", steps=1)
+    plain.fit()
+    assert not any(name in r for r in plain.run.records() for name in names)

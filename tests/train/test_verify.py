@@ -10,10 +10,10 @@ import efftune
 from efftune import EfftuneError
 from efftune.measure.compare import compare
 from efftune.measure.directions import Directions, measure, score_of_squares
-from efftune.measure.fidelity import fidelity
-from efftune.measure.verify import judge, verify
+from efftune.measure.fidelity import fidelity, gradients
+from efftune.measure.verify import judge, legend, table, verify
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train.task import Task
+from efftune.train.task import CAUSAL_LM, Task
 from tests.train.test_run import sentence
 
 from .conftest import llama
@@ -69,6 +69,70 @@ def test_verify_passes_what_is_unbiased(job, recipe, tmp_path, capsys):
 def test_verify_fails_on_what_is_biased(job):
     with pytest.raises(EfftuneError, match="gradients are biased"):
         verify({**job, "recipe": "full + wtacrs(ratio=0.3, sampler='topk', biased=True)"}, seeds=6, batches=3)
+
+
+def test_the_table_says_what_it_shows_and_what_fails(job, capsys):
+    with pytest.raises(EfftuneError, match="gradients are biased"):
+        verify({**job, "recipe": "full + wtacrs(ratio=0.3, sampler='topk', biased=True)"}, seeds=6, batches=3)
+    lines = capsys.readouterr().out.splitlines()
+    columns = lines[0].replace("kept KiB", "kept_KiB").split()
+    explained = [line for line in lines if any(line.startswith(name.replace("_", " ") + " ") for name in columns)]
+    assert len(explained) == len(columns) == 6
+    assert any(line.endswith("  biased") for line in lines)
+    rule = next(line for line in lines if line.startswith("A row passes"))
+    assert "bias is at most 2 % or z at most" in rule
+    limit = float(rule.partition("z at most ")[2].partition(",")[0])
+    for line in (line for line in lines[1:] if ".weight" in line):
+        bias, z = line.split()[1:3]
+        if abs(float(z) - limit) > 0.1 and abs(float(bias[:-1]) - 2) > 0.01:
+            assert line.endswith("  biased") == (float(bias[:-1]) > 2 and float(z) > limit), line
+
+
+def test_what_is_left_out_on_purpose_is_shown_and_passes(job, tmp_path, capsys):
+    settings = {**job, "lr": 1e-2, "out": str(tmp_path)}
+    results = verify({**settings, "recipe": "full + stagefilter(window=4)"}, seeds=12, batches=6)
+    *others, own = results
+    assert own.name == "all, by the choice of stagefilter" and own.by_design and own.bias > 0.05
+    assert all(r.error < 1e-4 and not r.by_design for r in others)  # of all rows, though some have been left out since
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith(own.name)][0].endswith("by design")
+    assert "biased by design, towards the rows" in out and "but for the choice of stagefilter" in out
+    assert json.loads((tmp_path / "verify.json").read_text())["parameters"][-1]["by_design"]
+    with pytest.raises(EfftuneError, match="gradients are biased"):  # another bias does not pass with it
+        recipe = "full + wtacrs(ratio=0.3, sampler='topk', biased=True) + stagefilter(window=4)"
+        verify({**settings, "recipe": recipe}, seeds=6, batches=3)
+    rows = verify({**settings, "recipe": "mezo + stagefilter(window=2)"}, seeds=8, batches=2)
+    assert rows[-1].by_design  # and what is perturbed has one loss, of all rows
+    found = json.loads((tmp_path / "verify.json").read_text())["directions"]
+    assert found["slope"] == pytest.approx(1, abs=0.01) and found["residual"] < 0.05
+
+
+def test_dft_is_held_against_its_own_objective(job, capsys):
+    assert all(r.error < 1e-4 for r in verify({**job, "recipe": "full + dft"}, seeds=4, batches=2))
+    assert "held against the exact one of dft's own objective" in capsys.readouterr().out
+    ids = torch.randint(4, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch, model = {"input_ids": ids, "labels": ids}, llama().double()
+    log_p = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+    (-(log_p.detach().exp() * log_p).sum() / CAUSAL_LM.terms(batch)).backward()
+    tuner = efftune.apply(llama(), "full + dft + mesa(bits=4)")
+    with tuner.exactly():
+        exact = gradients(tuner, CAUSAL_LM, batch)
+    for name, p in model.named_parameters():
+        if name in exact:
+            assert (exact[name].double() - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-12, name
+
+
+def test_a_legend_for_each_kind_of_recipe():
+    row = fidelity("w", torch.zeros(4, 3).double(), torch.ones(3).double(), torch.randn(3, 3).double(), 0)
+    biased = replace(row, bias=0.5, z=9.0)
+    assert table([biased], 0.02).endswith("biased") and not table([biased], 0.6).endswith("biased")
+    assert table([replace(biased, by_design=True)], 0.02).endswith("by design")
+    assert "at most 0.5 %" in legend([row], 0.005) and "directions" not in legend([row], 0.02)
+    whole = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
+    assert "pass where they are within 2 % of 1" in legend([row], 0.02, whole)
+    judge([row, replace(biased, by_design=True)], 0.02)
+    with pytest.raises(EfftuneError, match="1 of 2 gradients are biased"):
+        judge([row, biased], 0.02)
 
 
 def test_compare(job, tmp_path, capsys):

@@ -45,6 +45,10 @@ class Dft(Method):
     name = "dft"
     place = CHANGES
     State = Called
+    verified = (
+        "dft: gradients are held against the exact one of dft's own objective, Σ p · (−log p) with the factor p held "
+        "fixed, and not against that of the plain loss."
+    )
 
     def why_not(self, others):
         if any(other.place == ESTIMATES and other.overrides("optimizer") for other in others):

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.methods._base import CHANGES, Method, State
+from efftune.methods._base import CHANGES, Method, Run, State
 from efftune.modes import evaluation_mode
 from efftune.nn.token_losses import CrossEntropies, CrossEntropy
 
@@ -34,6 +35,8 @@ class Seen(State):
     value: float = 0.0  # the loss function's of a row, the mean over those of a micro-batch that ran last
     is_sum: bool = False  # whether the loss function's value is a sum over rows, and not a mean
     done: list[int] = field(default_factory=lambda: [0, 0, 0])  # rows with forward and backward, forward alone, neither
+    _called: bool = False
+    _all: bool = False  # whether every row trains, and none is looked at
 
     def load_state_dict(self, state, device):
         super().load_state_dict(state, torch.device("cpu"))  # where tokens are counted
@@ -53,8 +56,8 @@ class StageFilter(Method):
     A row's loss is the mean cross entropy of its tokens, or what the loss function gives where it calls none. What
     trains is a micro-batch of the hard rows: of a loss that is a sum over tokens (the trainer's) the other rows are
     left out, and one that is a mean is the mean of the hard rows. Either is biased towards what is hard, which is the
-    purpose, and what `efftune verify` reports. The loss that is returned stands for the whole micro-batch: where rows
-    were left out, it is made from the losses of those that ran.
+    purpose; `efftune verify` shows by how much and lets it pass. The loss that is returned stands for the whole
+    micro-batch: where rows were left out, it is made from the losses of those that ran.
 
     Memory: 128 KiB.
     Cost: in units of a forward 3 for a hard row and 1 more to find it, 1 for an easy one, 0 for one that is predicted
@@ -71,6 +74,10 @@ class StageFilter(Method):
     name = "stagefilter"
     place = CHANGES
     State = Seen
+    verified = (
+        "stagefilter: biased by design, towards the rows that the model has not learnt. Its own row says by how much, "
+        "over all batches, once rows are left out, and does not count; the others are of gradients of all rows."
+    )
 
     def __post_init__(self):
         if self.window < 1 or not self.confident >= 0 or not 0 <= self.look <= 1:
@@ -78,6 +85,9 @@ class StageFilter(Method):
 
     def backward(self, micro, inner):
         seen: Seen = micro.run.state(self)
+        seen._called = True
+        if seen._all:
+            return inner(micro)
         rows = features(micro.batch)
         loss = row_loss(micro.loss, micro.model)
         if len(seen.losses) < self.window:
@@ -112,16 +122,34 @@ class StageFilter(Method):
         return torch.tensor(whole, device=next(micro.model.parameters()).device)
 
     def after_step(self, run):
-        if run.step == 0 and not run.state(self).losses:
+        if run.step == 0 and not run.state(self)._called:
             warnings.warn(
                 "stagefilter filters in tuner.backward(batch, loss_fn), which this loop does not call: every sample "
                 "trains.",
                 stacklevel=2,
             )
 
+    @contextmanager
+    def exactly(self, run: Run) -> Iterator[None]:
+        seen = run.state(self)
+        before, seen._all = seen._all, True
+        try:
+            yield
+        finally:
+            seen._all = before
+
+    def selects(self, run):
+        return len(run.state(self).losses) >= self.window
+
+    def counts(self, run):
+        trained, forward, skipped = run.state(self).done
+        return {"rows_trained": trained, "rows_forward_only": forward, "rows_not_run": skipped}
+
     def report(self, run):
         seen = run.state(self)
         trained, forward, skipped = seen.done
+        if not any(seen.done):
+            return None
         return (
             f"stagefilter: {trained} rows trained, {forward} forward only, {skipped} not run; the predictor's log loss "
             f"is {seen.log_loss:.2f} nats"
