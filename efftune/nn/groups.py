@@ -51,7 +51,9 @@ def installed(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), Siblings) for hook in module._forward_hooks.values())
 
 
-FOUND: dict[tuple, list[list[str]]] = {}  # what has been found in modules that are alike; wrong, it would cost time only
+FOUND: dict[
+    tuple, list[list[str]]
+] = {}  # what has been found in modules that are alike; wrong, it would cost time only
 
 
 def outward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
