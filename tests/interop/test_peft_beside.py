@@ -202,7 +202,7 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
-@pytest.mark.parametrize("make, config", WHOLE, ids=str)
+@pytest.mark.parametrize("make, config", WHOLE, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_biases_and_modules_that_are_saved_whole(make, config, bias, tmp_path):
     """With bias="all" the file has the biases of such a module under three names, one of which nobody uses."""
     keys = assert_both_ways(peft, make, peft.LoraConfig(r=2, bias=bias, **config), tmp_path)
