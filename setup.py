@@ -42,6 +42,10 @@ def cuda_extension() -> Extension:
 
 
 class BuildKernels(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True  # nvcc beside the C++ compiler
+
     def build_extensions(self) -> None:
         compile_all = self.compiler.compile
 

@@ -279,8 +279,8 @@ class Plan:
                 if not layer.base.trains:
                     by = layer.by.get("base")
                     raise EfftuneError(
-                        f"{layer.name}: full trains the stored weight itself and {layer.base} stores integers; train "
-                        f"an adapter beside it instead ({f'{by} + ' if by else ''}lora(r=16)), or the scales by peqa."
+                        f"{layer.name}: full trains the stored weight itself and {layer.base} stores integers; use "
+                        f"an adapter beside it ({f'{by} + ' if by else ''}lora(r=16)), or train the scales by peqa."
                     )
                 if self._unfit(layer) is None:  # else what of it is floating-point is named below
                     self.wish(method, [layer], delta=Trained())

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
 
@@ -41,7 +42,8 @@ def stand_in(given: Any, **children: nn.Module | None) -> Any:
     random ones of its own, and `children` stand in the place of those of these names. Whatever else it refers to is
     copied, so that nothing that the copy does reaches the original; only classes and the functions of Python modules
     are the same, and a module outside of it that it refers to is not copied, but makes it None."""
-    return _copy(given, lambda p: _random(tuple(p.shape)), _numbers_of, children)
+    seeds = count()
+    return _copy(given, lambda p: _random(tuple(p.shape), next(seeds)), _numbers_of, children)
 
 
 def outline(given: Any, mode: FakeTensorMode, **children: nn.Module | None) -> Any:
@@ -81,7 +83,8 @@ def _copy(
 
 def likeness(given: Any, *children: str) -> tuple[Any, Any] | None:
     """What a stand-in with other `children` is made of, as a key that is the same for blocks that differ in their
-    weights only, and what has to be held while the key is in use; None where there is no stand-in."""
+    weights only, and what has to be held while the key is in use, no parameters and no modules; None where there is no
+    stand-in."""
     names = {id(given._modules[name]): name for name in children}
     inside = _inside(given, names)
     names |= {id(p): tuple(p.shape) for m in inside for p in m._parameters.values() if p is not None}
@@ -90,7 +93,10 @@ def likeness(given: Any, *children: str) -> tuple[Any, Any] | None:
         data, parts = _written(given, inside)
     except Exception:
         return None
-    return (data, *(names.get(id(part), id(part)) for part in parts)), parts
+    forwards = tuple([type(module).forward for module in inside])  # which somebody may exchange in the class
+    return (data, forwards, *(names.get(id(part), id(part)) for part in parts)), [
+        p for p in parts if id(p) not in names
+    ]
 
 
 def state(given: Any) -> tuple[Any, Any]:
@@ -227,10 +233,10 @@ def undisturbed(given: Any) -> Iterator[Callable[[], bool]]:
             put(value)
 
 
-def linear(n: int, k: int) -> nn.Linear:
-    """A linear layer for a stand-in."""
+def linear(n: int, k: int, seed: int) -> nn.Linear:
+    """A linear layer for a stand-in; two of one seed would be the same function, and hide which of them is where."""
     made = nn.Linear(k, n, device="meta")
-    made.weight, made.bias = nn.Parameter(_random((n, k)) / k**0.5), nn.Parameter(_random((n,)))
+    made.weight, made.bias = nn.Parameter(_random((n, k), seed) / k**0.5), nn.Parameter(_random((n,), seed))
     return made
 
 

@@ -219,7 +219,10 @@ def test_a_rehearsal_draws_nothing():
 @pytest.mark.parametrize("recipe", ["int8", "int8(group=4) + mesa", "mezo + int8"])
 def test_a_recipe_in_which_nothing_trains_names_what_would(recipe):
     refused(
-        Perceptron(3), recipe, f"'{recipe}' says nothing of what trains", "(int8 + lora(r=16)), or the scales by peqa"
+        Perceptron(3),
+        recipe,
+        f"'{recipe}' says nothing of what trains",
+        "(int8 + lora(r=16)), or train the scales by peqa",
     )
     efftune.apply(Perceptron(3), "int8 + lora(r=4)")
     efftune.apply(Perceptron(3), "int8 + peqa")

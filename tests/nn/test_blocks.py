@@ -11,6 +11,7 @@ from efftune.linear import Exact, Linear
 from efftune.linear.keep.quantized import Quantized
 from efftune.memory import meter
 from efftune.nn.blocks import install, recognise
+from efftune.nn.glu import GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from tests.nn.families import FAMILIES, LAYERS, assert_same_when_checkpointed, batch, gradients, loss, model
 
@@ -280,3 +281,32 @@ def test_a_model_that_looks_at_its_config_sees_sdpa():
     found = gradients(falcon, inputs)[1]
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_class_that_computes_something_else_since_is_asked_again(monkeypatch):
+    """What was found in the modules of one model holds for those of the next as long as their code is the same."""
+    from transformers.models.llama import modeling_llama as llama
+
+    def gated(tuner):
+        return sum(isinstance(new, GatedMLP) for *_, new in tuner.blocks.swaps)
+
+    def groups(tuner):
+        tuner.model(**batch())
+        hooks = [hook.__self__ for m in tuner.model.modules() for hook in m._forward_pre_hooks.values()]
+        return [names for hook in hooks for names in hook.names]
+
+    def crossed(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    def apart(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x.abs()))
+
+    attention, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+    for forward, is_gated, found in (
+        (llama.LlamaMLP.forward, True, [attention, mlp]),
+        (crossed, False, [attention, mlp[::-1]]),
+        (apart, False, [attention]),
+    ):
+        monkeypatch.setattr(llama.LlamaMLP, "forward", forward)
+        tuner = efftune.apply(model("Llama"), "lora(r=4)")
+        assert gated(tuner) == LAYERS * is_gated and groups(tuner) == found * LAYERS

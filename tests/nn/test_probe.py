@@ -111,7 +111,7 @@ def test_a_copy_shares_nothing_that_changes_and_copies_no_weights():
     given = Mlp(nn.SiLU())
     given.alias, given.me, given.inner = [given.up_proj.weight], [given], {"act": given.act_fn}
     given.register_buffer("scale", torch.ones(3))
-    children = {name: probe.linear(2, 2) for name in ("gate_proj", "up_proj")}
+    children = {name: probe.linear(2, 2, seed) for seed, name in enumerate(("gate_proj", "up_proj"))}
     made = probe.stand_in(given, **children)
     assert made.gate_proj is children["gate_proj"] and made.down_proj is not given.down_proj
     assert made.me[0] is made and made.inner["act"] is made.act_fn is not given.act_fn
