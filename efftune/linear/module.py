@@ -94,14 +94,14 @@ class Linear(nn.Module):
         replaced is not to be called any more if that delta writes into W.
         """
         holder, w, p = opened(linear, base, delta)
-        bias = linear.bias
+        bias: Any = linear.bias
         if isinstance(linear, Linear):
             old = linear.delta, linear.keep
         else:
             trains = any(t.requires_grad for t in w.tensors)
             old = Trained() if trains else NoDelta(), Exact()
             if bias is not None and not isinstance(bias, nn.Parameter):
-                bias = nn.Parameter(cast(Tensor, bias), requires_grad=False)
+                bias = nn.Parameter(bias, requires_grad=False)
         base, delta, keep = base or holder, delta or old[0], keep or old[1]
         if delta == old[0] == Trained() and holder.trains and not base.trains:
             raise EfftuneError(

@@ -61,4 +61,4 @@ def unpacked(layer: Any) -> Tensor:
 def weight_of(layer: Any) -> Tensor:
     """What stands for `layer.weight` where the base has no such tensor."""
     # A traced graph has no place for the subclass; a compiler leaves out what is unpacked for its dtype alone.
-    return unpacked(layer) if is_compiling() or torch.jit.is_tracing() else Unpacked(layer)
+    return unpacked(layer) if is_compiling() or torch._C._is_tracing() else Unpacked(layer)
