@@ -40,7 +40,8 @@ class LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(seed, *tensors, *saved)
         # One attribute: each costs as much as the others together.
         ctx.call = axes, what, need, len(tensors), structure, source, backend, None if matrix else shape
-        return y if matrix else reshaped(y, (*shape[:-1], y.shape[-1]))
+        # Compiled by torch 2.11, an output that was written to in place has no gradient, and its view has.
+        return y if matrix and not is_compiling() else reshaped(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dy):

@@ -111,7 +111,7 @@ class Siblings:
 
     @on_parameters
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        for names in self.names or ():
+        for names in () if is_compiling() else self.names or ():
             for name in names:
                 vars(module._modules[name]).pop("group", None)
 
