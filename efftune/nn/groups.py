@@ -51,16 +51,15 @@ def installed(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), Siblings) for hook in module._forward_hooks.values())
 
 
-FOUND: dict[
-    tuple, list[list[str]]
-] = {}  # what has been found in modules that are alike; wrong, it would cost time only
+# What has been found, by `outward`. Were it wrong for a module, that would cost time and nothing else.
+FOUND: dict[tuple, list[list[str]]] = {}
 
 
 def outward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """What a block and its call have in common with those of the next block: the code, the settings and the kinds of
     parts, without numbers and without the place in the model."""
     parts = [
-        (name, m.forward if "forward" in vars(m) else type(m).forward, *_settings(m), *_kinds(m._parameters.values()))
+        (name, vars(m).get("forward"), *probe.code(m), *_settings(m), *_kinds(m._parameters.values()))
         for name, m in module.named_modules()
     ]
     given = [*args, *kwargs.values()]

@@ -34,6 +34,7 @@ FORMS = (  # dtype, shape without the width, and size of x
 )
 LARGE = 2**26  # elements of tensors that are no parameters; with more, a module is not copied
 PLAIN = frozenset((str, bytes, int, float, bool, type(None), dict, list, tuple, set))  # most of what is written
+CODE = (FunctionType, staticmethod, classmethod, property)
 SHARED = (type, ModuleType, torch.jit.ScriptFunction, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -93,10 +94,17 @@ def likeness(given: Any, *children: str) -> tuple[Any, Any] | None:
         data, parts = _written(given, inside)
     except Exception:
         return None
-    forwards = tuple([type(module).forward for module in inside])  # which somebody may exchange in the class
-    return (data, forwards, *(names.get(id(part), id(part)) for part in parts)), [
-        p for p in parts if id(p) not in names
-    ]
+    key = data, *[names.get(id(part), id(part)) for part in parts], *[code(module) for module in inside]
+    return key, [part for part in parts if id(part) not in names]
+
+
+def code(module: nn.Module) -> tuple:
+    """The functions that the module's classes have, and those of their Python modules that they call by name: what
+    somebody may exchange for others."""
+    kinds = type(module).__mro__
+    own = [f for kind in kinds[: kinds.index(nn.Module)] for f in vars(kind).values() if isinstance(f, CODE)]
+    called = [f.__globals__.get(name) for f in own if isinstance(f, FunctionType) for name in f.__code__.co_names]
+    return *own, *[f for f in called if isinstance(f, FunctionType)]
 
 
 def state(given: Any) -> tuple[Any, Any]:

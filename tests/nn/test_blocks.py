@@ -1,6 +1,7 @@
 """The block around the Linear: swapped on the instance, the same loss and gradients, fewer bytes, and back."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -310,3 +311,40 @@ def test_a_class_that_computes_something_else_since_is_asked_again(monkeypatch):
         monkeypatch.setattr(llama.LlamaMLP, "forward", forward)
         tuner = efftune.apply(model("Llama"), "lora(r=4)")
         assert gated(tuner) == LAYERS * is_gated and groups(tuner) == found * LAYERS
+
+
+def size(x):
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+class HelpedRMSNorm(nn.Module):
+    """Computes with a method, a static one and a function beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def root(self, x):
+        return torch.rsqrt(x + self.eps)
+
+    @staticmethod
+    def scaled(x, weight):
+        return x * weight
+
+    def forward(self, x):
+        return self.scaled(x * self.root(size(x)), self.weight)
+
+
+@pytest.mark.parametrize(
+    "of, name, other",
+    [
+        (HelpedRMSNorm, "root", lambda self, x: torch.rsqrt(x + 1)),
+        (HelpedRMSNorm, "scaled", staticmethod(lambda x, weight: x * (2 + weight))),
+        (__name__, "size", lambda x: x.abs().mean(-1, keepdim=True)),
+    ],
+)
+def test_a_helper_that_is_another_since_is_asked_again(of, name, other, monkeypatch):
+    swaps = [len(install(nn.Sequential(HelpedRMSNorm())).swaps)]
+    monkeypatch.setattr(sys.modules[of] if of == __name__ else of, name, other)
+    swaps.append(len(install(nn.Sequential(HelpedRMSNorm())).swaps))
+    assert swaps == [1, 0]
