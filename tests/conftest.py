@@ -22,6 +22,14 @@ if not torch.cuda.is_available():
     mend()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_layers_work_as_one():
+    """Layers that read one tensor work as one in tests' small models, too, where it pays for large ones only."""
+    from efftune.linear import group
+
+    group.SMALL = 0
+
+
 # What starts processes of its own runs in one process of `pytest -n`, one after the other: no more run than there are
 # cores. And it comes first, with what compiles, so that no process is left alone with it at the end.
 STARTS_PROCESSES = (

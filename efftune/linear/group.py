@@ -27,14 +27,22 @@ Kind = tuple[tuple[Base, Delta, Keep], tuple, Need]  # of one layer: its axes, t
 Known = tuple[tuple[Base, Delta, Keep], Stored, Tensors, Tensor | None, Need]  # what a layer works with
 State = tuple[list, list]  # objects that are the same ones, and numbers that are equal, if a layer has not changed
 
+SMALL = 2**13  # elements of x: for fewer, each layer alone is faster, by what Python takes to put them together
+
+
+def pays(x: Any) -> bool:
+    """Whether layers that read x are faster as one."""
+    return isinstance(x, Tensor) and x.numel() >= SMALL
+
 
 class Group:
     """Layers that are expected to read one tensor in a forward pass that is under way.
 
     The first that is called computes what all of them give that can be computed now. Each of the others fetches its own
-    if it is called with the same tensor, unchanged, and has not changed itself. Else it computes alone, as it does
-    under torch.compile, where autocast casts, and where it has hooks, draws for itself or has another dtype. Whether
-    gradients are recorded makes no difference: a block that is run again in backward gives the same bits.
+    if it is called with the same tensor, unchanged, and has not changed itself. Else it computes alone, as it does for
+    fewer than SMALL elements, under torch.compile, where autocast casts, and where it has hooks, draws for itself or
+    has another dtype. Whether gradients are recorded makes no difference: a block that is run again in backward gives
+    the same bits.
     """
 
     __slots__ = ("hooks", "layers", "reads", "results", "x")
@@ -50,7 +58,7 @@ class Group:
         results = self.results
         if results is None:
             self.results = {}  # one attempt in each forward pass
-            return self._compute(layer, x)
+            return self._compute(layer, x) if pays(x) else None
         if x is not self.x or layer not in results or is_compiling():
             return None
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):

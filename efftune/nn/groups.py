@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from efftune.hooks import on_parameters
 from efftune.linear import Linear
-from efftune.linear.group import Group
+from efftune.linear.group import Group, pays
 from efftune.nn import probe
 from efftune.nn.attention import KEEP
 from efftune.nn.blocks import OURS
@@ -92,6 +92,8 @@ class Siblings:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if is_compiling() or torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled():
             return
+        if True not in [pays(x) for x in (*args, *kwargs.values())]:
+            return  # what its layers read is no larger than what it is called with
         if self.names is None:
             if detect_fake_mode() is not None:
                 return  # nothing to learn from a call that somebody else makes with fake tensors

@@ -10,6 +10,7 @@ from efftune import Linear
 from efftune.linear import Dense, Exact, LoRA, NoDelta, Nothing
 from efftune.linear.delta.dora import DoRA
 from efftune.linear.delta.trained import Trained
+from efftune.linear.group import SMALL
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear.grouped import LORA, assert_formula, slopes, three, together, trained
@@ -28,6 +29,16 @@ def test_who_is_not_called_is_not_waited_for(delta):
     called = [layers[2], layers[0]]
     found = torch.autograd.grad(ys, [x, *trained(called)], [dys[2], dys[0]])
     assert_formula(called, x.detach(), [dys[2], dys[0]], ([y.detach() for y in ys], *found))
+
+
+def test_few_elements_are_computed_alone(monkeypatch):
+    monkeypatch.setattr("efftune.linear.group.SMALL", SMALL)
+    layers = three()
+    for rows in SMALL // K - 1, SMALL // K:
+        x = torch.randn(rows, K, dtype=layers[0].weight.dtype, requires_grad=True)
+        with together(layers):
+            ys = [layer(x) for layer in layers]
+        assert len({y.grad_fn for y in ys}) == (3 if x.numel() < SMALL else 1)
 
 
 def test_a_layer_that_is_called_twice_computes_alone_the_second_time():
