@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.harness import Job, measure, parsed, parser, run
 from efftune import Linear
+from efftune.interop.transformers import groups
 from efftune.linear import LoRA
-from efftune.nn import groups
 from efftune.ops._available import dtype_name
 
 R = 16

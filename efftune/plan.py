@@ -21,9 +21,6 @@ from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
 from efftune.linear.base.dense import FLOATS, is_matrix
 from efftune.linear.contracts import Base, Delta, Keep, check
 from efftune.linear.module import is_conv1d, rehearse
-from efftune.nn import groups
-from efftune.nn.blocks import Blocks
-from efftune.nn.blocks import install as install_blocks
 from efftune.nn.subbatch import generators, replaying
 from efftune.nn.subbatch import install as run_again
 from efftune.structure import (
@@ -104,6 +101,7 @@ class Plan:
         # Block that runs again in backward -> the share of samples (None: all), and the method that says so.
         self.again: dict[str, tuple[float | None, str]] = {}
         self.block_keeps: dict[Keep, str] = {}  # of norms, activations and attention -> the method that says so
+        self.query_rows: dict[Keep, Method] = {}  # of which eager attention estimates dk and dv -> who says so
         self._names = parameter_names(model)
         self._plain: dict[int, list[Layer]] = {}  # id of a weight -> the plain layers that have it
         for name, module in linear_layers(model).items():
@@ -261,6 +259,18 @@ class Plan:
                 )
         self.block_keeps[keep] = method.name
 
+    def sample_query_rows(self, method: Method, rows: Keep) -> None:
+        """Says that eager attention estimates dk and dv from the query rows that `rows` draws.
+
+        Raises: EfftuneError where another method draws other ones.
+        """
+        for other, by in self.query_rows.items():
+            if other != rows:
+                raise EfftuneError(
+                    f"attention samples its query rows one way, not by {by} and by {method}; leave one of the two out."
+                )
+        self.query_rows[rows] = method
+
     def train(self, method: Method, names: Iterable[str]) -> None:
         """Says that these parameters train; a plain layer whose weight is one of them, or is tied to one, does."""
         for name in names:
@@ -375,9 +385,9 @@ class Plan:
                     "out."
                 )
 
-    def build(self, model: nn.Module, blocks: bool = True) -> Blocks:
-        """Makes `model`, which has the modules that the plan was made for, what the plan says; with `blocks`, also
-        swaps what stands around the linear layers. Returns what was swapped so."""
+    def build(self, model: nn.Module) -> None:
+        """Makes the linear layers of `model`, which has the modules that the plan was made for, what the plan says, and
+        lets parameters train and blocks run again as it says."""
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         where = places(model)
@@ -390,16 +400,9 @@ class Plan:
                 named[name].requires_grad_(True)
         for name, (ratio, _) in self.again.items():
             run_again(model.get_submodule(name), ratio)
-        done = Blocks()
-        if blocks:
-            done = install_blocks(model, next(iter(self.block_keeps), None))
-            if done.swaps:
-                self._beside_blocks(model, done)
-            done.groups = groups.install(model)  # of the layers as they are now
         self.model = model
         self._names.clear()  # ids of tensors that are no more
         self._plain.clear()
-        return done
 
     @staticmethod
     def _replace(model: nn.Module, layer: Layer, where: dict[int, list[tuple[nn.Module, str]]]) -> Linear:
@@ -411,12 +414,15 @@ class Plan:
             parent._modules[child] = new  # not by setattr, which a module may have made its own
         return new
 
-    def _beside_blocks(self, model: nn.Module, done: Blocks) -> None:
-        """An nn.Linear saves its input whatever made it; efftune.Linear keeps what the input is made of."""
+    def replace_trained(self) -> list[tuple[nn.Module, str, nn.Module, nn.Module]]:
+        """Swaps the plain layers that train beside blocks of ours, for once the plan is built: an nn.Linear saves its
+        input whatever made it, and efftune.Linear keeps what the input is made of. Returns (parent, name, old, new)."""
+        model, swaps = self.model, []
         head, where = output_head(model), places(model)
         for name, layer in self.layers.items():
             old = model.get_submodule(name)
             if isinstance(old, Linear) or not layer.trains or old is head or in_classifier(name) or hooked(old):
                 continue
             new = self._replace(model, layer, where)
-            done.swaps += [(parent, child, old, new) for parent, child in where[id(old)]]
+            swaps += [(parent, child, old, new) for parent, child in where[id(old)]]
+        return swaps

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.files import ADAPTER, CHECKPOINTS, read_json, required
-from efftune.interop import formats, peft
+from efftune.interop import formats, peft, transformers
+from efftune.interop.transformers.blocks import Blocks
 from efftune.linear import Linear
 from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Run, autograd, drawing_keeps
 from efftune.methods.full import FullFineTuning
-from efftune.nn.blocks import Blocks
 from efftune.nn.subbatch import Recompute, uninstall
 from efftune.ops.draw_seed import capturing
 from efftune.optim.contract import Optimizer
@@ -57,7 +57,8 @@ def apply(model: nn.Module, recipe: str | Method | Iterable[Method], blocks: boo
     """
     methods, plan = planned(model, recipe)
     model = compile_in_place(model)
-    return Tuner(model, methods, plan, plan.build(model, blocks))
+    plan.build(model)
+    return Tuner(model, methods, plan, transformers.install(plan, blocks))
 
 
 def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[list[Method], Plan]:
@@ -90,6 +91,7 @@ def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[
                 raise
             raise EfftuneError(f"'{recipe}' says nothing of what trains, and everything cannot: {error}") from None
     plan.check()
+    transformers.check(plan)
     return methods, plan
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 import efftune
 from efftune.hooks import called, on_parameters, unhooked, watched
+from efftune.interop.transformers.lm_head import lm_head_why_not
 from efftune.methods.zeroth_order._estimate import perturbed
-from efftune.nn.linear_cross_entropy import lm_head_why_not
 from efftune.ops.perturb import perturb
 from efftune.optim.zeroth_order import stream_of
 from efftune.train.task import causal_lm_loss

@@ -4,9 +4,7 @@ a GPU: its kernel is told where they begin."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from efftune.linear.handle import Handle, attach, flatten, load, unflatten
 from efftune.ops.draw_seed import draw_seed
 
 aten = torch.ops.aten
+KEEP = "keep"  # the attribute of an attention module, as of the other modules of a block
 # Where a kernel takes microseconds, choosing the overload at every call costs a third as much.
 _on_cpu = aten._scaled_dot_product_flash_attention_for_cpu.default
 _on_cpu_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -269,10 +268,10 @@ def attention(
     reason = why_not(q, k, v, mask, dropout)
     if reason is not None:
         raise ValueError(f"attention cannot run this ({reason}); use torch's scaled_dot_product_attention.")
-    return _attend(q, k, v, mask, causal, scale, dropout, keep)
+    return attend(q, k, v, mask, causal, scale, dropout, keep)
 
 
-def _attend(q, k, v, mask, causal, scale, dropout, keep) -> Tensor:
+def attend(q, k, v, mask, causal, scale, dropout, keep) -> Tensor:
     """`attention` of arguments that `why_not` has nothing against."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = Exact() if keep is None else keep
@@ -289,46 +288,3 @@ def _attend(q, k, v, mask, causal, scale, dropout, keep) -> Tensor:
     seed = draw_seed() if keep.random else None
     out = _apply(keep, seed, settings, made, q, k, v, mask)
     return attach(out, made[0], out.shape[1] * out.shape[3])
-
-
-KNOWN = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")
-KEEP = "keep"  # the attribute of an attention module, as of the other modules of a block
-_original: Any = None
-_more: frozenset[str] = frozenset()  # what it takes by name beside what `for_transformers` does: a position bias
-_OTHER = frozenset(["position_bias", "cache", "softcap", "s_aux"])  # what is for other kernels than sdpa
-
-
-def register() -> None:
-    """Puts a switch in front of transformers' sdpa: modules with a `KEEP` get `attention`, all others what they had.
-    The model's config goes on to say "sdpa", which some models compare with."""
-    global _original, _more
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if _original is None:
-        _original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        named = (p.name for p in inspect.signature(_original).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
-        _more = frozenset(name for name in named if name not in KNOWN)
-        ALL_ATTENTION_FUNCTIONS.register("sdpa", _switch)
-
-
-def _switch(module: Any, *args, **kwargs):
-    return (for_transformers if hasattr(module, KEEP) else _original)(module, *args, **kwargs)
-
-
-def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
-    """transformers' attention interface. What `attention` cannot do goes to transformers' own sdpa."""
-    q, k, v = query, key, value
-    device = "cpu" if q.is_cpu else q.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
-    other = any([rest[name] is not None for name in rest if name in _more or name in _OTHER])
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    whole = q.shape[2] == k.shape[2] or attention_mask is not None
-    if other or not whole or why_not(q, k, v, attention_mask, dropout) is not None:
-        return _original(module, query, key, value, attention_mask, dropout, scaling, is_causal, **rest)
-    causal = bool(causal) and attention_mask is None and q.shape[2] > 1
-    keep = getattr(module, KEEP, None)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():  # torch's costs 4 µs
-        out = _attend(q, k, v, attention_mask, causal, scaling, dropout, keep)
-    return out.transpose(1, 2), None

@@ -13,7 +13,6 @@ gradient. All operators of the block shrink by k/B, whatever they are. In units 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -133,9 +132,8 @@ class Recompute:
 
 
 def _is_cache(value: Any) -> bool:
-    """By its class: the name of a block's argument changes with transformers (5.24: from past_key_values to cache)."""
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(value, transformers.Cache)
+    """By what it can do: the name of a block's argument for it changes between versions of transformers."""
+    return hasattr(value, "get_seq_length")
 
 
 def _holds_keys(cache: Any, layer: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from efftune.errors import EfftuneError
-from efftune.nn.linear_cross_entropy import lm_head_loss
+from efftune.interop.transformers.lm_head import lm_head_loss
 from efftune.recipe import nearest
 from efftune.train.data import IGNORED
 

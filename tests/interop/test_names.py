@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.transformers import attention, blocks, eager_attention, rotary
+from efftune.interop.transformers.lm_head import lm_head_why_not
 from efftune.linear.module import is_conv1d
-from efftune.nn import attention, blocks, eager_attention, rotary
-from efftune.nn.linear_cross_entropy import lm_head_why_not
+from efftune.nn.subbatch import _is_cache
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(
@@ -42,9 +43,9 @@ def test_what_is_imported_exists():
 
 
 def test_caches():
-    """A block's cache is told by its class, and by a length or a state whether something is in it."""
+    """A block's cache is told by its length, and by that or a state whether something is in it."""
     for kind in (transformers.DynamicCache, transformers.StaticCache, transformers.EncoderDecoderCache):
-        assert issubclass(kind, transformers.Cache)
+        assert issubclass(kind, transformers.Cache) and _is_cache(object.__new__(kind))
     assert "layer_idx" in parameters(transformers.Cache.get_seq_length)
     assert "layer_idx" in parameters(transformers.Cache.has_previous_state)
     layer = llama().model.layers[0]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import efftune
+from efftune.interop.transformers import blocks, groups
 from efftune.linear import Linear, Nothing
 from efftune.methods import available
-from efftune.nn import blocks, groups
 from efftune.recipe import parse
 from efftune.tuner import Tuner
 from tests.methods import matrix

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from efftune.hooks import watched
+from efftune.interop.transformers.blocks import GATED, install
 from efftune.linear.keep.quantized import Quantized
 from efftune.nn import probe
-from efftune.nn.blocks import GATED, install
 
 COUNTS = re.compile(r"(.*_)?(num_hidden_layers|num_layers|n_layers?|layers|num_blocks|n_blocks|depth)")
 WIDTH = 24  # of what goes into the small gated MLPs

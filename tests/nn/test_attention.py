@@ -170,6 +170,7 @@ def test_documents_are_those_of_the_mask():
 def test_transformers_masks_of_packed_rows_are_documents(monkeypatch):
     transformers = pytest.importorskip("transformers")
     import efftune
+    from efftune.interop.transformers import attention as routed
     from efftune.train.batches import collate_packed
     from efftune.train.data import Example
 
@@ -179,8 +180,8 @@ def test_transformers_masks_of_packed_rows_are_documents(monkeypatch):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     efftune.apply(model, "full")
-    masks, call = [], module._attend
-    monkeypatch.setattr(module, "_attend", lambda *a, **kw: (masks.append(a[3]), call(*a, **kw))[1])
+    masks, call = [], module.attend
+    monkeypatch.setattr(routed, "attend", lambda *a, **kw: (masks.append(a[3]), call(*a, **kw))[1])
     examples = [Example(n, [1] * n, [1] * n) for n in (3, 2, 4, 6)]
     batch = collate_packed(0)([examples[:2], examples[2:]])
     model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)

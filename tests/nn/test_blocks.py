@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.transformers.blocks import install, recognise
 from efftune.linear import Exact, Linear
 from efftune.linear.keep.quantized import Quantized
 from efftune.memory import meter
-from efftune.nn.blocks import install, recognise
 from efftune.nn.glu import GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from tests.nn.families import FAMILIES, LAYERS, assert_same_when_checkpointed, batch, gradients, loss, model

@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import efftune
 from efftune import EfftuneError
+from efftune.interop.transformers import eager_attention as routed
 from efftune.linear import Exact
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
@@ -262,11 +263,11 @@ def test_a_function_that_writes_into_its_module_is_left_alone(where, monkeypatch
     attention.seen, attention.dropout = [0] if where == "list" else 0, nn.Dropout(0.0)
     for m in (attention, attention.dropout):
         m.register_buffer("count", torch.zeros(1))
-    assert attention in module.modules(made)
-    module._known.pop(attention)
+    assert attention in routed.modules(made)
+    routed._known.pop(attention)
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", noting)
-    assert attention not in module.modules(made) and kept[where](attention) == 0
-    module._known.clear()
+    assert attention not in routed.modules(made) and kept[where](attention) == 0
+    routed._known.clear()
 
 
 def test_what_computes_something_else_is_left_alone():
@@ -274,7 +275,7 @@ def test_what_computes_something_else_is_left_alone():
 
     more = dict(num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * LAYERS)
     sinks = transformers.GptOssForCausalLM(transformers.GptOssConfig(**DECODER, **more, attn_implementation="eager"))
-    assert len(module.modules(sinks)) == 0
+    assert len(routed.modules(sinks)) == 0
     capped = transformers.Gemma2Config(**DECODER, attn_logit_softcapping=2.0, attn_implementation="eager")
     biased = transformers.T5Config(
         vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, use_cache=False,
@@ -296,9 +297,9 @@ def test_what_computes_something_else_is_left_alone():
             results.append({name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None})
             results.append(meter.saved_for_backward(made, total).total)
             if len(results) == 2:  # attention alone, so that all else has the same bits
-                module.register()
-                assert module.modules(made)
-                for each in module.modules(made):
+                routed.register()
+                assert routed.modules(made)
+                for each in routed.modules(made):
                     setattr(each, KEEP, Exact())
         assert results[1] == results[3]
         assert all(torch.equal(results[2][name], grad) for name, grad in results[0].items())
@@ -370,7 +371,7 @@ def test_a_compiled_model_keeps_what_the_compiler_decides():
 
 
 def sampling(made):
-    return [getattr(m, ROWS, None) for m in module.modules(made)]
+    return [getattr(m, ROWS, None) for m in routed.modules(made)]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_a_recipe_samples_attention_and_stops(recipe, blocks):
             nn.init.normal_(m.lora_b)
     assert sampling(plain) == [Sampled(0.3, min_rows=4)] * LAYERS
     if "mesa" in recipe:
-        assert all(isinstance(getattr(m, KEEP), Quantized) for m in module.modules(plain))
+        assert all(isinstance(getattr(m, KEEP), Quantized) for m in routed.modules(plain))
     tuner.backward(inputs, loss)
     name = "model.layers.0.self_attn.k_proj"
     name += ".lora_a" if "lora" in recipe else ".weight"
@@ -417,6 +418,9 @@ def test_a_recipe_samples_attention_and_stops(recipe, blocks):
 def test_a_recipe_that_samples_attention_needs_eager_attention():
     with pytest.raises(EfftuneError, match="runs none that is known; load it with attn_implementation"):
         efftune.apply(model("Llama"), "full + wtacrs(attention=True)")
+    two = "wtacrs(target_modules='q_proj', attention=True) + wtacrs(ratio=0.5, target_modules='k_proj', attention=True)"
+    with pytest.raises(EfftuneError, match="samples its query rows one way, not by wtacrs.*leave one of the two out"):
+        efftune.apply(eager("Llama"), f"full + {two}")
     tuner = efftune.apply(eager("Llama"), "full + wtacrs")
     assert sampling(tuner.model) == [None] * LAYERS
     copied = copy.deepcopy(efftune.apply(eager("Llama"), "full + wtacrs(attention=True)").model)

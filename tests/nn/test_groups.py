@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.transformers import groups
+from efftune.interop.transformers.groups import Siblings
 from efftune.linear import Linear
-from efftune.nn import groups
-from efftune.nn.groups import Siblings
 from tests.nn.families import batch, loss, model
 
 LORA = "lora(r=3, dtype=None)"

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import efftune
+from efftune.interop.transformers.lm_head import lm_head_loss, lm_head_why_not
 from efftune.linear import Int8, LoRA, NoDelta
-from efftune.nn.linear_cross_entropy import lm_head_loss, lm_head_why_not
 from efftune.train.task import causal_lm_loss
 from tests.budget import assert_within_budget
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import efftune
+from efftune.interop.transformers.blocks import install, recognise
 from efftune.linear.keep.quantized import Quantized
 from efftune.nn import probe
-from efftune.nn.blocks import install, recognise
 from efftune.nn.norm import RMSNorm
 from tests.nn.test_same_function import Mlp, Norm
 

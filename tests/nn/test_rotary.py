@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.transformers import rotary as module
+from efftune.interop.transformers.blocks import Blocks, _install_rotary
+from efftune.interop.transformers.rotary import _computes, register
 from efftune.memory import meter
-from efftune.nn import rotary as module
-from efftune.nn.blocks import Blocks, _install_rotary
-from efftune.nn.rotary import _computes, register, rotary, rotary_pair
+from efftune.nn.rotary import rotary, rotary_pair
 from tests.budget import assert_within_budget
 from tests.nn.families import DECODER, DECODERS, LAYERS, batch, gradients, loss, model
 from tests.ops.test_rotary import hf, operands

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.transformers.blocks import install
 from efftune.linear.keep.quantized import Quantized
-from efftune.nn.blocks import install
 from efftune.nn.norm import RMSNorm
 from tests.nn.families import model
 

@@ -9,7 +9,6 @@ from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled, fallbacks
 from efftune.methods._base import KEEPS, Method, exact_keeps
 from efftune.methods.sampled._scores import TokenScores
-from efftune.nn import eager_attention
 from efftune.plan import ALL_LINEAR
 from efftune.structure import blocks
 
@@ -57,21 +56,14 @@ class WtaCrs(Method):
 
     def plan(self, plan):
         plan.keep(self, self.target_modules, self._keep())
-        if self.attention and not eager_attention.modules(plan.model):
-            raise EfftuneError(
-                f"wtacrs(attention=True) samples the products of eager attention, and {type(plan.model).__name__} runs "
-                'none that is known; load it with attn_implementation="eager", or leave attention out.'
-            )
+        if self.attention:
+            plan.sample_query_rows(self, self._keep())
 
     def _keep(self) -> Sampled:
         return Sampled(self.ratio, self.sampler, self.min_rows)
 
     def install(self, run):
         model, scores = run.model, run.state(self)
-        if self.attention:
-            for module in eager_attention.modules(model):
-                setattr(module, eager_attention.ROWS, self._keep())
-            eager_attention.register()
         for module in model.modules():
             if isinstance(module, Linear) and module.keep == self._keep():
                 module.scores = scores
@@ -90,8 +82,6 @@ class WtaCrs(Method):
         return exact_keeps(run.model)
 
     def remove(self, run):
-        for module in run.model.modules():
-            vars(module).pop(eager_attention.ROWS, None)
         for block in _stack(run.model):
             for key in [key for key, hook in block._forward_hooks.items() if isinstance(hook, _Observer)]:
                 del block._forward_hooks[key]

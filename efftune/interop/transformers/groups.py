@@ -22,11 +22,11 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from efftune.hooks import on_parameters
+from efftune.interop.transformers.blocks import OURS
 from efftune.linear import Linear
 from efftune.linear.group import Group, pays
 from efftune.nn import probe
 from efftune.nn.attention import KEEP
-from efftune.nn.blocks import OURS
 
 PLAIN = (bool, int, float, str, type(None))
 

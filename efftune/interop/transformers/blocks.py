@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from efftune.hooks import hooked
+from efftune.interop.transformers import attention, eager_attention, rotary
 from efftune.linear import Exact
 from efftune.linear.contracts import Keep
-from efftune.nn import attention, eager_attention, probe, rotary
+from efftune.nn import probe
+from efftune.nn.attention import KEEP
+from efftune.nn.eager_attention import ROWS
 from efftune.nn.glu import Activation, GatedMLP
 from efftune.nn.norm import LayerNorm, RMSNorm
 from efftune.ops.glu import ACTIVATIONS, composition
@@ -36,6 +39,7 @@ class Blocks:
 
     swaps: list[tuple[nn.Module, str, nn.Module, nn.Module]] = field(default_factory=list)  # parent, name, old, new
     attention: list[tuple[nn.Module, Keep | None]] = field(default_factory=list)  # and its keep of before
+    rows: list[nn.Module] = field(default_factory=list)  # attention that estimates dk and dv from some query rows
     rotary: list[RemovableHandle] = field(default_factory=list)  # hooks of rotary embeddings
     groups: list[RemovableHandle] = field(default_factory=list)  # hooks of modules around layers that work as one
 
@@ -47,12 +51,14 @@ class Blocks:
                 parent._modules[name] = old.train(new.training)
         for module, before in self.attention:
             if before is not None:
-                setattr(module, attention.KEEP, before)
-            elif hasattr(module, attention.KEEP):
-                delattr(module, attention.KEEP)
+                setattr(module, KEEP, before)
+            else:
+                vars(module).pop(KEEP, None)
+        for module in self.rows:
+            vars(module).pop(ROWS, None)
         for hook in (*self.rotary, *self.groups):
             hook.remove()
-        self.swaps, self.attention, self.rotary, self.groups = [], [], [], []
+        vars(self).update(vars(Blocks()))
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
@@ -193,8 +199,8 @@ def _install_attention(model: nn.Module, keep: Keep | None, done: Blocks) -> Non
     ]
     eager = eager_attention.modules(model)
     for module in (*sdpa, *eager):
-        before = getattr(module, attention.KEEP, None)
-        setattr(module, attention.KEEP, keep or before or Exact())
+        before = getattr(module, KEEP, None)
+        setattr(module, KEEP, keep or before or Exact())
         done.attention.append((module, before))
     if sdpa:
         attention.register()
