@@ -19,8 +19,8 @@ import torch
 import efftune
 from efftune.methods.zeroth_order.fedkseed import candidates
 from efftune.methods.zeroth_order.ferret import Ferret
+from efftune.optim.directions import stream_of
 from efftune.optim.seed_log import DECAY, SeedLog
-from efftune.optim.zeroth_order import stream_of
 from efftune.train import batches, data, default_job, models
 from efftune.train.loop import evaluate
 from efftune.train.task import CAUSAL_LM

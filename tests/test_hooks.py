@@ -7,11 +7,11 @@ from torch import nn
 import efftune
 from efftune.hooks import called, on_parameters, unhooked, watched
 from efftune.interop.transformers.lm_head import lm_head_why_not
-from efftune.methods.zeroth_order._estimate import perturbed
 from efftune.ops.perturb import perturb
-from efftune.optim.zeroth_order import stream_of
+from efftune.optim.directions import stream_of
 from efftune.train.task import causal_lm_loss
 from tests.methods.models import batch, llama
+from tests.methods.perturbed import perturbed
 
 
 def logged(log, name):
@@ -63,8 +63,10 @@ def test_the_loss_in_tiles_sees_the_heads_perturbation_once(recipe, tie, monkeyp
         for p in tuner.named_trained().values():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)  # lora_b is no longer 0
     drawn = []
-    own = optimizer.perturbed
-    monkeypatch.setattr(optimizer, "perturbed", lambda names, *args: drawn.extend(names) or own(names, *args))
+    own = optimizer.directions.perturbed
+    monkeypatch.setattr(
+        optimizer.directions, "perturbed", lambda names, *args: drawn.extend(names) or own(names, *args)
+    )
     for _ in range(2):  # the first call also compares the logits
         drawn.clear()
         with torch.no_grad(), perturbed(model, optimizer, 0.1, seed=3):

@@ -89,7 +89,8 @@ def measure(
         for name, t in target.items():
             estimate, ideal = torch.zeros_like(t), t  # of what is not perturbed
             if id(parameters[name]) in used:
-                estimate, ideal = (optimizer.estimate(name, parameters[name], by_seed) for by_seed in (a, derivatives))
+                p = parameters[name]
+                estimate, ideal = (optimizer.directions.estimate(name, p, by_seed) for by_seed in (a, derivatives))
             lengths[-1] += dot(estimate, estimate)
             errors[name].append(chosen(name, estimate - t))
             against[name].append(chosen(name, estimate - ideal))
@@ -137,14 +138,15 @@ def meant(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> di
     with torch.enable_grad():
         found = gradients(tuner, task, batch)
     for name, g in found.items():
-        t = g.to(torch.promote_types(g.dtype, torch.float32)) * (optimizer.scale(name) * optimizer.unscaled(name))
+        factor = optimizer.directions.scale(name) * optimizer.directions.inverse_scale(name)
+        t = g.to(torch.promote_types(g.dtype, torch.float32)) * factor
         found[name] = torch.where(small(optimizer, name, parameters[name]), t, 0.0)
     return found
 
 
 def small(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
     """Which entries train: all, but for sparsity."""
-    threshold = optimizer.threshold(name, w)
+    threshold = optimizer.directions.threshold(name, w)
     return torch.ones_like(w, dtype=torch.bool) if threshold is None else w.abs() <= threshold
 
 
@@ -157,16 +159,16 @@ def draws(
     for tuner.step in range(start - looks, start + steps):
         optimizer.zero_grad()
         tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
-        optimizer.remember()
+        optimizer.scalars.remember()
         if tuner.step < start:
             continue
-        weights, pending = method.weights(tuner.run), optimizer.pending
+        weights, pending = method.weights(tuner.run), optimizer.scalars.pending
         used = {i for _, ids in pending.values() for i in ids}
         drawn = {seed: Draw(weights[seed], float(a), 0.0) for seed, (a, _) in pending.items()}
         for name in (name for name in target if id(parameters[name]) in used):
             for seed, draw in drawn.items():  # u·z and t have a factor u each, which <g, s·z> has not
-                z = optimizer.estimate(name, parameters[name], {seed: 1.0})
-                draw.exact += dot(z, target[name]) / optimizer.unscaled(name) ** 2
+                z = optimizer.directions.estimate(name, parameters[name], {seed: 1.0})
+                draw.exact += dot(z, target[name]) / optimizer.directions.inverse_scale(name) ** 2
         yield drawn, used
     tuner.step = start
     optimizer.zero_grad()
@@ -184,11 +186,11 @@ def summary(
     """lengths: ‖estimate‖² of each step."""
     weight, a, exact = torch.tensor([(d.weight, d.a, d.exact) for d in draws], dtype=torch.float64).unbind(1)
     ideal = weight * exact
-    u = {name: optimizer.unscaled(name) for name in target}
+    u = {name: optimizer.directions.inverse_scale(name) for name in target}
     entries = {name: int(small(optimizer, name, parameters[name]).sum()) for name in target}
     # t = u∘v. One direction: E‖u∘z·<v, z>‖² is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
     size, v = (sum(dot(t, t) / u[name] ** power for name, t in target.items()) for power in (0, 2))
-    one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.dist == "normal")
+    one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.directions.dist == "normal")
     fairness = float((ideal * exact).sum()) / len(lengths) / v
     freedom = float(weight.sum() ** 2 / weight.square().sum())
     return Directions(

@@ -26,6 +26,7 @@ PARTS = 2**16
 DECAY = 2**SEED_BITS - 1  # as a seed: the weights of the part are multiplied by the scalar
 TOGETHER = 1024  # scalars that are fetched from the device at a time
 CHUNK = 2**22
+Direction = tuple[int, Tensor, frozenset[int]]  # seed, scalar (), ids of the parameters that it is for
 
 
 @dataclass
@@ -55,6 +56,21 @@ class SeedLog:
         self.waiting.append((part << SEED_BITS | seed, scalar, step))
         if len(self.waiting) >= TOGETHER:
             self.fetch()
+
+    def append_step(
+        self,
+        step: int,
+        group: int,
+        named: list[tuple[str, nn.Parameter]],
+        directions: list[Direction],
+        decay: float,
+        used: frozenset[int],
+    ) -> None:
+        """What a step does to the parameters `named` of a group: those in `used` times `decay`, and the directions."""
+        for seed, scalar, ids in (
+            directions if decay == 1 else [(DECAY, directions[0][1].new_tensor(decay), used), *directions]
+        ):
+            self.append(step, seed, scalar, group, [name for name, p in named if id(p) not in ids])
 
     def append_round(self, step: int, numbers: dict[str, Tensor]) -> None:
         """numbers: parameter -> (n,), of its change (`efftune.optim.projection`). Waits for the device."""
@@ -192,6 +208,26 @@ class SeedLog:
         if log.count == count and log._digest(metadata["about"]) != digest:
             raise EfftuneError(f"{path} is damaged: it is not what was written; fetch it again.")
         return log, about
+
+
+def by_group(
+    rows: list[tuple[dict[str, Any], int, float]], groups: list[list[tuple[str, nn.Parameter]]]
+) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
+    """One step of a log, as `by_step` gives it, by the group of (name, parameter) pairs that it acts on: its
+    directions, the decay, and the ids of what that is for. Raises: EfftuneError for a log of other groups."""
+    found: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}
+    for part, seed, scalar in rows:
+        index, unused = part["group"], set(part["unused"])
+        if index >= len(groups):
+            raise EfftuneError(f"The log is of {index + 1} groups of parameters or more, not {len(groups)}.")
+        used = frozenset(id(p) for name, p in groups[index] if name not in unused)
+        directions, decay, decayed = found.get(index, ([], 1.0, frozenset()))
+        if seed == DECAY:
+            found[index] = directions, scalar, used
+        else:
+            c = torch.tensor(scalar, dtype=torch.float32, device="cpu")
+            found[index] = [*directions, (seed, c, used)], decay, decayed
+    return found
 
 
 def as_bytes(entries: np.ndarray) -> Tensor:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.ops.perturb import perturb, perturb_, perturb_many, perturb_many_
-from efftune.optim.seed_log import DECAY, SeedLog, checksum
+from efftune.ops.perturb import perturb_many_
+from efftune.optim.directions import Directions, stream_of
+from efftune.optim.scalars import Scalars
+from efftune.optim.seed_log import Direction, SeedLog, by_group, checksum
 
 UPDATES = ("stochastic", "exact", "log")
 PER_LAYER = ("none", "variance", "expectation")
-Direction = tuple[int, Tensor, frozenset[int]]  # seed, scalar (), ids of the parameters that it is for
 Sum = tuple[list[int], Tensor]  # seeds, and by seed the sum of its scalars (n,) float64
 FORGOTTEN = 1e-3  # of a direction's first weight: with momentum, directions that weigh less are left out
-
-
-def stream_of(name: str) -> int:
-    """The random stream of a parameter: from its name, never from its position in a list."""
-    return zlib.crc32(name.encode())
 
 
 def check(dist: str, momentum: float, beta2: float, update: str, per_layer: str, sparsity: float) -> None:
@@ -108,115 +104,28 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 "With weight decay or sparsity a run is no sum over its directions, which update='log' is for; leave "
                 "them out, or use update='stochastic'."
             )
-        self.dist, self.momentum, self.beta2, self.sparsity = dist, momentum, beta2, sparsity
-        self.update, self.per_layer = update, per_layer
+        self.directions = Directions(self.named_parameters, dist, per_layer, sparsity)
+        self.scalars = Scalars(beta2)
+        self.momentum, self.update = momentum, update
         self.rounding = "stochastic" if update == "stochastic" else "nearest"
         self.start = {n: p.detach().to("cpu", copy=True) for n, p in self.named_parameters() if update == "log"}
         self.sums: dict[str, Sum] = {}  # of all steps, for update="log"; parameters with one history share theirs
         self.unwritten: set[str] = set()
-        self.scales: dict[str, float] = {}  # s, for per_layer
-        self.pending: dict[int, tuple[Tensor, frozenset[int]]] = {}  # seed -> scalar (), ids of what it is for
-        self.amounts: dict[tuple, Tensor] = {}  # of this step, what every layer's z is multiplied by
-        self.applied: dict[int, Tensor] = {}  # seed -> scalar () of the last step, averaged over processes
         self.log, self.steps = SeedLog(), 0
         self.recent: dict[int, deque[list[Direction]]] = defaultdict(deque)  # group -> by step, the newest first
-        self.losses: dict[int, Tensor] = {}  # of this step's directions, and the mean of the last step's: for one point
-        self.previous: Tensor | None = None
-        self.second: Tensor | None = None  # v, not corrected for its start, and of how many steps
-        self.seen: Tensor | None = None
-        self.directions = 0  # so far, of which these:
-        self.skipped = self.flat = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.thresholds: dict[str, float | None] = {}
         self.base = ""  # fingerprint of the model before the first step
 
-    def named(self, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-        return zip(group["param_names"], group["params"], strict=True)
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for group in self.param_groups:
-            yield from self.named(group)
+        return chain.from_iterable(self.named_groups())
 
-    def threshold(self, name: str, w: Tensor) -> float | None:
-        """The largest |w_i| that trains, of the tensor as it was when first asked for: of its entries that are not zero
-        if else it would be 0. None: all, as in a tensor of zeros (LoRA's B, biases), whose sizes say nothing yet."""
-        if not self.sparsity:
-            return None
-        if name not in self.thresholds:
-            sizes = w.detach().abs().flatten().float()
-            share = 1 - self.sparsity
-            self.thresholds[name] = smallest(sizes, share) or smallest(sizes[sizes > 0], share)
-        return self.thresholds[name]
-
-    def scale(self, name: str) -> float:
-        """s of a parameter, from all that the optimizer has, as they are when it is first asked for."""
-        if self.per_layer == "none":
-            return 1.0
-        if not self.scales:
-            squares = {n: float(p.detach().double().square().sum()) for n, p in self.named_parameters()}
-            counted = [p.numel() for n, p in self.named_parameters() if squares[n]]
-            mean = sum(squares.values()) / max(1, sum(counted))
-            for n, p in self.named_parameters():
-                self.scales[n] = 2.0 ** round(math.log2(squares[n] / p.numel() / mean) / 2) if squares[n] else 1.0
-        return self.scales[name]
-
-    def perturbed(self, names: Sequence[str], w: Sequence[Tensor], eps: float, seed: int) -> list[Tensor]:
-        """w + eps·s·z in new tensors, those that are alike by one call."""
-        together: dict[tuple, list[int]] = defaultdict(list)
-        for i, (name, t) in enumerate(zip(names, w, strict=True)):
-            together[self.scale(name), t.dtype, t.device].append(i)
-        made: list[Tensor] = list(w)
-        for (scale, dtype, device), at in together.items():
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
-            key = eps * scale, wide, device
-            if key not in self.amounts:
-                self.amounts[key] = torch.full((), eps * scale, dtype=wide, device=device)
-            new = perturb_many(
-                [w[i] for i in at], self.amounts[key], seed=seed, streams=[stream_of(names[i]) for i in at],
-                dist=self.dist, thresholds=[self.threshold(names[i], w[i]) for i in at],
-            )  # fmt: skip
-            if len(at) == len(w):
-                return new
-            for i, t in zip(at, new, strict=True):
-                made[i] = t
-        return made
-
-    def estimate(self, name: str, w: Tensor, scalars: Mapping[int, float]) -> Tensor:
-        """u · Σ a·z over `scalars` (a by seed), in float32 (float64 for such weights), 0 for the entries that rest."""
-        zero = torch.zeros(w.shape, dtype=torch.float64 if w.dtype == torch.float64 else torch.float32, device=w.device)
-        a = torch.tensor(list(scalars.values()), dtype=zero.dtype, device=w.device) * self.unscaled(name)
-        made = perturb(zero, a, seed=list(scalars), stream=stream_of(name), dist=self.dist)
-        threshold = self.threshold(name, w)
-        return made if threshold is None else torch.where(w.abs() <= threshold, made, 0.0)
-
-    def accumulate(self, seed: int, a: Tensor | float, used: Set[int]) -> None:
-        """Adds a·z(seed) to the step's gradient for the parameters whose id is in `used`."""
-        a = a.double() if isinstance(a, Tensor) else torch.tensor(a, dtype=torch.float64, device="cpu")
-        if seed in self.pending:
-            a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
-        self.pending[seed] = a, frozenset(used)
-
-    def look(self, index: int, loss: Tensor) -> Tensor:
-        """What one point has for a difference, of a micro-batch's `loss` () along the step's direction `index`. Over
-        micro-batches it adds up to the step's loss minus the mean of the last step's, and to 0 while there is none.
-        Those do not depend on today's directions, so that whatever they are, the gradient has no bias."""
-        first = index not in self.losses
-        self.losses[index] = loss if first else self.losses[index] + loss
-        if self.previous is None:
-            return torch.zeros_like(loss)
-        return loss - self.previous.to(loss.device) if first else loss
-
-    def remember(self) -> None:
-        """The step's losses are now the last step's."""
-        if self.losses:
-            mean = torch.stack(list(self.losses.values())).mean()
-            self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
-            self.losses.clear()
+    def named_groups(self) -> list[list[tuple[str, nn.Parameter]]]:
+        return [list(zip(group["param_names"], group["params"], strict=True)) for group in self.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self.pending.clear()
-        self.losses.clear()
-        self.amounts.clear()
+        self.scalars.pending.clear()
+        self.scalars.losses.clear()
+        self.directions.amounts.clear()
 
     @torch.no_grad()
     def step(self, closure=None) -> Tensor | None:
@@ -224,53 +133,28 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.pending and any(p.grad is not None for _, p in self.named_parameters()):
+        pending = self.scalars.pending
+        if not pending and any(p.grad is not None for _, p in self.named_parameters()):
             raise EfftuneError(
                 "ZerothOrderSGD takes its gradients from tuner.backward(batch, loss_fn), not loss.backward()."
             )
-        self.applied = {}
-        if self.pending:
-            found = self._scalars()
-            for index, group in enumerate(self.param_groups):
+        self.scalars.applied = {}
+        if pending:
+            found = self.scalars.take()
+            for index, (group, named) in enumerate(zip(self.param_groups, self.named_groups(), strict=True)):
                 c = (found * -group["lr"]).float()
                 c = torch.where(c.isfinite(), c, 0.0)
-                directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(self.pending.items())]
+                directions = [(seed, c[i], used) for i, (seed, (_, used)) in enumerate(pending.items())]
                 decay = torch.tensor(1 - group["lr"] * group["weight_decay"], dtype=torch.float32, device="cpu")
                 decay = decay.item()  # as the log has it
                 used = frozenset().union(*(used for _, _, used in directions))
-                for seed, scalar, ids in (
-                    directions if decay == 1 else [(DECAY, c.new_tensor(decay), used), *directions]
-                ):
-                    unused = [name for name, p in self.named(group) if id(p) not in ids]
-                    self.log.append(self.steps, seed, scalar, index, unused)
+                self.log.append_step(self.steps, index, named, directions, decay, used)
                 self._apply(index, directions, decay, used)
             self._write()
-        self.pending.clear()
-        self.amounts.clear()
+        pending.clear()
+        self.directions.amounts.clear()
         self.steps += 1
         return loss
-
-    def _scalars(self) -> Tensor:
-        """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
-        a = average(torch.stack([a for a, _ in self.pending.values()]))
-        self.applied = dict(zip(self.pending, a.unbind(), strict=True))
-        self.directions += len(a)
-        for key in ("second", "seen", "previous", "skipped", "flat"):  # of a checkpoint: where the losses are now
-            if (value := getattr(self, key)) is not None:
-                setattr(self, key, value.to(a.device))
-        if not self.losses or self.previous is not None:  # the first look of one point has nothing to differ from
-            self.flat = self.flat + (a == 0).sum()
-        self.remember()
-        finite = a.isfinite()
-        self.skipped = self.skipped + (~finite).sum()
-        a = torch.where(finite, a, 0.0)
-        if self.beta2:
-            second, seen = (a.new_zeros(()) if t is None else t for t in (self.second, self.seen))
-            square, tells = a.square().sum() / finite.sum().clamp_min(1), a.any()  # nothing: skipped, or a first look
-            self.second = torch.where(tells, (1 - self.beta2) * square + self.beta2 * second, second)
-            self.seen = seen + tells
-            a = a / ((self.second / (1 - self.beta2 ** self.seen.clamp_min(1))).sqrt() + 1e-8)
-        return a
 
     def _apply(self, index: int, directions: list[Direction], decay: float, used: frozenset[int]) -> None:
         recent = self._recall(index, directions)
@@ -282,7 +166,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         made: dict[tuple, Tensor] = {}  # which directions, device -> their scalars
         sums: dict[tuple, Sum] = {}
         together: dict[tuple, list[tuple[Tensor, int, float | None]]] = defaultdict(list)  # what one call updates
-        for name, p in self.named(self.param_groups[index]):
+        for name, p in self.named_groups()[index]:
             member = tuple([id(p) in now and id(p) in ids for ids in sets])
             if member not in chosen:
                 yes = {ids for ids, is_in in zip(sets, member, strict=True) if is_in}
@@ -291,7 +175,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             decays = decay != 1 and id(p) in used
             if not mine and not decays:
                 continue
-            threshold = self.threshold(name, p)  # of the weights before their first change
+            threshold = self.directions.threshold(name, p)  # of the weights before their first change
             if decays:
                 p.mul_(decay)
             if not mine:
@@ -310,39 +194,35 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self.sums[name] = sums[id(old), key]
                 self.unwritten.add(name)
             else:
-                alike = key, self.unscaled(name), p.dtype, p.is_contiguous()
+                alike = key, self.directions.inverse_scale(name), p.dtype, p.is_contiguous()
                 together[alike].append((p, stream_of(name), threshold))
-        for (key, unscaled, *_), rows in together.items():
+        for (key, u, *_), rows in together.items():
             tensors, streams, thresholds = zip(*rows, strict=True)
             perturb_many_(
-                tensors, made[key] * unscaled, seed=[every[i][0] for i in key[0]], streams=streams, dist=self.dist,
-                rounding=self.rounding, thresholds=thresholds,
+                tensors, made[key] * u, seed=[every[i][0] for i in key[0]], streams=streams,
+                dist=self.directions.dist, rounding=self.rounding, thresholds=thresholds,
             )  # fmt: skip
-
-    def unscaled(self, name: str) -> float:
-        """u of a parameter."""
-        scale = self.scale(name)
-        return 1 / scale if self.per_layer == "variance" else 1.0
 
     def _write(self) -> None:
         """What `_apply` left in `sums`, into the weights."""
         for name, p in self.named_parameters():
             if name in self.unwritten:
                 seeds, sums = self.sums[name]
-                a = sums.to(p.device, p.dtype if p.dtype == torch.float64 else torch.float32) * self.unscaled(name)
-                base = self.start[name].to(p.device)
-                perturb(base, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding, out=p)
+                self.directions.add(name, self.start[name].to(p.device), sums, seeds, self.rounding, out=p)
         self.unwritten.clear()
 
     @torch.no_grad()
     def replay(self, log: SeedLog) -> None:
         """Does to the parameters what the run did that wrote `log`: bit for bit on the same kind of device, and on any
         with ±1 draws and float32 weights; else up to the rounding of Gaussian draws."""
+        self._apply_steps(log)
+        self._write()
+
+    def _apply_steps(self, log: SeedLog) -> None:
         for step, rows in log.by_step():
-            for index, (directions, decay, used) in self._of_groups(rows).items():
+            for index, (directions, decay, used) in by_group(rows, self.named_groups()).items():
                 self._apply(index, directions, decay, used)
             self.steps = step + 1
-        self._write()
 
     @torch.no_grad()
     def replay_sums(self, log: SeedLog) -> None:
@@ -351,48 +231,21 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
         Raises: EfftuneError for a log with weight decay, and with momentum or sparsity, where steps do not commute.
         """
-        if self.momentum or self.sparsity:
+        if self.momentum or self.directions.sparsity:
             raise EfftuneError("With momentum or sparsity the steps do not commute; replay them one by one.")
         for part, seeds, totals in log.sums():
-            for name, p in self.named(self.param_groups[part["group"]]):
+            for name, p in self.named_groups()[part["group"]]:
                 if name not in part["unused"] and seeds:
-                    a = torch.from_numpy(totals).to(p.device, torch.float64 if p.dtype == torch.float64 else None)
-                    a = a * self.unscaled(name)
-                    perturb_(p, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=self.rounding)
-
-    def _of_groups(self, rows) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
-        """One step of a log -> group -> its directions, its decay and what that is for. Raises: EfftuneError for a log
-        of other groups than there are."""
-        groups: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}
-        for part, seed, scalar in rows:
-            index = part["group"]
-            if index >= len(self.param_groups):
-                raise EfftuneError(
-                    f"The log is of {index + 1} groups of parameters or more, not {len(self.param_groups)}."
-                )
-            unused = set(part["unused"])
-            used = frozenset(id(p) for n, p in self.named(self.param_groups[index]) if n not in unused)
-            directions, decay, decayed = groups.get(index, ([], 1.0, frozenset()))
-            if seed == DECAY:
-                groups[index] = directions, scalar, used
-            else:
-                c = torch.tensor(scalar, dtype=torch.float32, device="cpu")
-                groups[index] = [*directions, (seed, c, used)], decay, decayed
-        return groups
+                    self.directions.add(name, p, torch.from_numpy(totals), seeds, self.rounding, out=p)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "zeroth_order": {
                 "log": None if self.log.ended else self.log.state_dict(),
                 "steps": self.steps,
-                "second": self.second,
-                "seen": self.seen,
-                "previous": self.previous,
-                "directions": self.directions,
-                "skipped": self.skipped,
-                "flat": self.flat,
-                "thresholds": dict(self.thresholds),
-                "scales": dict(self.scales),
+                **{name: getattr(self.scalars, name) for name in Scalars.KEPT},
+                "thresholds": dict(self.directions.thresholds),
+                "scales": dict(self.directions.scales),
                 "start": {name: checksum(tensor) for name, tensor in self.start.items()},
                 "base": self.base,
             }
@@ -413,22 +266,20 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         self.log.ended = own["log"] is None
         if own["log"] is not None:
             self.log.load_state_dict(own["log"])
-        self.scales = dict(own["scales"])
-        self.steps, self.thresholds, self.base = own["steps"], dict(own["thresholds"]), own["base"]
-        for key in ("second", "seen", "previous", "directions", "skipped", "flat"):
-            setattr(self, key, own[key])
+        self.directions.scales, self.directions.thresholds = dict(own["scales"]), dict(own["thresholds"])
+        self.steps, self.base = own["steps"], own["base"]
+        for name in Scalars.KEPT:
+            setattr(self.scalars, name, own[name])
         self.zero_grad()
         self.recent.clear()
         if self.update == "log":
             self.sums.clear()
-            for _, rows in self.log.by_step():
-                for index, (directions, decay, used) in self._of_groups(rows).items():
-                    self._apply(index, directions, decay, used)
+            self._apply_steps(self.log)
             self.unwritten.clear()  # the weights come with the checkpoint
             return
         last = math.ceil(math.log(FORGOTTEN) / math.log(self.momentum)) + 1 if self.momentum else 0
         for _, rows in deque(self.log.by_step(), maxlen=last):
-            for index, (directions, _, _) in self._of_groups(rows).items():
+            for index, (directions, _, _) in by_group(rows, self.named_groups()).items():
                 self._recall(index, directions)
 
     def _recall(self, index: int, directions: list[Direction]) -> deque[list[Direction]]:
@@ -440,11 +291,6 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         return recent
 
 
-def smallest(sizes: Tensor, share: float) -> float | None:
-    """The largest of the `share` smallest of sizes (n,); None where there are none."""
-    return float(sizes.kthvalue(max(1, round(share * len(sizes)))).values) if len(sizes) else None
-
-
 def plus(old: Sum | None, seeds: list[int], a: Tensor) -> Sum:
     """The sum with a (n,) added, by seed."""
     known, sums = ([], a.new_zeros(0, dtype=torch.float64)) if old is None else old
@@ -452,12 +298,3 @@ def plus(old: Sum | None, seeds: list[int], a: Tensor) -> Sum:
     where = [place.setdefault(seed, len(place)) for seed in seeds]
     sums = torch.cat([sums, sums.new_zeros(len(place) - len(known))])
     return list(place), sums.index_add(0, torch.tensor(where, device=a.device), a.double())
-
-
-def average(a: Tensor) -> Tensor:
-    """The mean over the processes of torch.distributed, if there are any: all that they exchange."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return a
-    a = a.clone()
-    distributed.all_reduce(a)
-    return a / distributed.get_world_size()

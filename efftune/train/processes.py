@@ -125,8 +125,8 @@ def agree(optimizer: ZerothOrderSGD) -> None:
     named = dict(optimizer.named_parameters())
     names = {id(p): name for name, p in named.items()}
     for (seed, (a, _)), *used in zip(
-        list(optimizer.pending.items()),
-        *gather([{names[i] for i in used} for _, used in optimizer.pending.values()]),
+        list(optimizer.scalars.pending.items()),
+        *gather([{names[i] for i in used} for _, used in optimizer.scalars.pending.values()]),
         strict=True,
     ):
-        optimizer.pending[seed] = a, frozenset(id(named[name]) for name in set().union(*used))
+        optimizer.scalars.pending[seed] = a, frozenset(id(named[name]) for name in set().union(*used))

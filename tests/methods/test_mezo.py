@@ -8,7 +8,7 @@ import efftune
 from efftune.memory.meter import allocated
 from efftune.methods.zeroth_order._estimate import half_place
 from efftune.ops.perturb import perturb
-from efftune.optim.zeroth_order import stream_of
+from efftune.optim.directions import stream_of
 from efftune.train.default_job import MODEL
 from efftune.train.task import causal_lm_loss
 from tests import children
@@ -45,7 +45,7 @@ def test_exact_directional_derivative_on_a_quadratic():
     tuner = efftune.apply(model, "mezo(eps=0.1)")
     optimizer = tuner.optimizer(lr=0.01)
     tuner.backward(None, lambda m, b: m(b))
-    ((seed, (a, _)),) = optimizer.pending.items()
+    ((seed, (a, _)),) = optimizer.scalars.pending.items()
     z = perturb(torch.zeros_like(theta), 1.0, seed=seed, stream=stream_of("theta"))
     torch.testing.assert_close(float(a), float(theta @ z))
     optimizer.step()
@@ -71,8 +71,8 @@ def test_the_estimate_is_unbiased():
     for step in range(1500):
         tuner.step = step
         tuner.backward(None, loss)
-        ((seed, (a, _)),) = optimizer.pending.items()
-        optimizer.pending.clear()
+        ((seed, (a, _)),) = optimizer.scalars.pending.items()
+        optimizer.scalars.pending.clear()
         zs = [perturb(torch.zeros_like(model.get_parameter(n)), 1.0, seed=seed, stream=stream_of(n)) for n in names]
         estimates.append(a * torch.cat([z.flatten() for z in zs]))
     stack, gradient = torch.stack(estimates).double(), gradient.double()
@@ -127,8 +127,8 @@ class Smooth(nn.Module):
 
 def scalar(tuner, optimizer, loss=lambda m, b: m(b)):
     tuner.backward(None, loss)
-    ((seed, (a, _)),) = optimizer.pending.items()
-    optimizer.pending.clear()
+    ((seed, (a, _)),) = optimizer.scalars.pending.items()
+    optimizer.scalars.pending.clear()
     return seed, float(a)
 
 
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_skips_the_direction_and_is_counted(bad, signs
     optimizer.step()
     assert bool(shown.isfinite()) == (len(signs) == 1)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-    assert int(optimizer.skipped) == 1
+    assert int(optimizer.scalars.skipped) == 1
     assert "mezo: 1 of 1 directions skipped, whose loss was not finite\n" in tuner.summary() + "\n"
     tuner.backward(torch.ones(2, 4), loss)
     optimizer.step()
@@ -261,7 +261,7 @@ def test_casts_of_an_autocast_around_the_step_are_of_the_weights_as_they_are():
             clean = loss(tuner.model, x) if around else inside(tuner.model, x)
             tuner.backward(x, loss if around else inside)
             again = loss(tuner.model, x) if around else inside(tuner.model, x)
-        found.append(float(next(iter(optimizer.pending.values()))[0]))
+        found.append(float(next(iter(optimizer.scalars.pending.values()))[0]))
         assert clean == again
     assert found[0] == found[1] != 0
 
@@ -341,7 +341,7 @@ def test_one_point_takes_differences_of_losses_only(recipe, first):
         micro_batches = 1 + step % 3  # as at the end of an epoch
         for _ in range(micro_batches):
             tuner.backward(None, loss, scale=1 / micro_batches)
-        found = torch.stack([a for a, _ in optimizer.pending.values()])
+        found = torch.stack([a for a, _ in optimizer.scalars.pending.values()])
         assert (found[found.isfinite()].abs() < 1e4).all()  # 1e4 / eps would be 1e7
         told |= bool(
             (found[found.isfinite()] != 0).any()

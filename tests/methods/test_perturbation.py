@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import efftune
-from efftune.methods.zeroth_order._estimate import perturbed
 from efftune.ops.perturb import perturb
-from efftune.optim.zeroth_order import stream_of
+from efftune.optim.directions import stream_of
+from tests.methods.perturbed import perturbed
 
 
 def test_weights_are_restored_bit_for_bit_and_seen_perturbed():
@@ -57,14 +57,14 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize("small, calls", [(2**24, 5), (0, 11)])
 def test_blocks_are_perturbed_in_one_call_to_the_same_bits(dtype, small, calls, monkeypatch):
     """If they are no larger than `SMALL`, or than what one module needs; in every step alike, whatever was used."""
-    monkeypatch.setattr("efftune.methods.zeroth_order._estimate.SMALL", small)
+    monkeypatch.setattr("efftune.methods.zeroth_order._perturbation.SMALL", small)
     torch.manual_seed(0)
     model = Blocks().to(dtype)
     optimizer = efftune.apply(model, "mezo").optimizer(lr=1.0)
     before, pointers = [p.clone() for p in model.parameters()], [p.data_ptr() for p in model.parameters()]
     x = torch.randn(5, 6, dtype=dtype)
-    made, own = [], optimizer.perturbed
-    monkeypatch.setattr(optimizer, "perturbed", lambda names, *args: made.append(names) or own(names, *args))
+    made, own = [], optimizer.directions.perturbed
+    monkeypatch.setattr(optimizer.directions, "perturbed", lambda names, *args: made.append(names) or own(names, *args))
     largest = max(p.nbytes for p in model.parameters())
     for also in (False, False, True, False):
         made.clear()

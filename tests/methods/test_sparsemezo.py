@@ -38,6 +38,6 @@ def test_many_zeros_do_not_make_a_tensor_train_whole():
     """Nor leave it only its zeros: the threshold is then that of the other entries."""
     w = nn.Parameter(torch.cat([torch.zeros(40), torch.arange(1.0, 61.0)])[torch.randperm(100)])
     optimizer = ZerothOrderSGD([("w", w)], sparsity=0.75)
-    assert optimizer.threshold("w", w) == 15.0
-    moved = optimizer.perturbed(["w"], [w.data], 0.1, 3)[0] != w.data
+    assert optimizer.directions.threshold("w", w) == 15.0
+    moved = optimizer.directions.perturbed(["w"], [w.data], 0.1, 3)[0] != w.data
     assert torch.equal(moved, w.data.abs() <= 15)

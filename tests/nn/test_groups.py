@@ -265,7 +265,7 @@ def test_compiled_without_a_break_and_as_alone():
 
 def test_perturbed_weights_are_those_of_every_layer():
     """With gradients recorded, as nobody does: what a sibling gives is of its perturbed weight all the same."""
-    from efftune.methods.zeroth_order._estimate import perturbed
+    from tests.methods.perturbed import perturbed
 
     tuner = fresh(efftune.apply(model("Llama", torch.float64), LORA + " + mezo(eps=0.1)"))
     optimizer = tuner.optimizer(lr=0.1)

@@ -53,7 +53,7 @@ def test_a_log_ends_where_an_entry_cannot_name_its_part(monkeypatch):
     params = [(name, nn.Parameter(torch.ones(2))) for name in names]
     optimizer = ZerothOrderSGD(params, lr=0.1)
     for step, unused in enumerate("abacabd"):
-        optimizer.accumulate(step, 1.0, {id(p) for name, p in params if name != unused})
+        optimizer.scalars.accumulate(step, 1.0, {id(p) for name, p in params if name != unused})
         optimizer.step()
         assert optimizer.log.ended == (step == 6)
     assert optimizer.log.count == 6 and [part["unused"] for part in optimizer.log.parts] == [["a"], ["b"], ["c"]]
@@ -61,7 +61,7 @@ def test_a_log_ends_where_an_entry_cannot_name_its_part(monkeypatch):
     assert state["zeroth_order"]["log"] is None
     again = ZerothOrderSGD(params, lr=0.1)
     again.load_state_dict(state)
-    again.accumulate(9, 1.0, {id(params[0][1])})
+    again.scalars.accumulate(9, 1.0, {id(params[0][1])})
     again.step()
     assert again.log.ended and again.state_dict()["zeroth_order"]["log"] is None
     with pytest.raises(efftune.EfftuneError, match="go on from the seed log, and the run's had come to its end"):

@@ -6,8 +6,9 @@ from torch import nn
 
 import efftune
 from efftune.ops.perturb import perturb
+from efftune.optim.directions import stream_of
 from efftune.optim.seed_log import SeedLog
-from efftune.optim.zeroth_order import ZerothOrderSGD, stream_of
+from efftune.optim.zeroth_order import ZerothOrderSGD
 from tests.methods.models import Perceptron, llama, trained
 
 
@@ -15,7 +16,7 @@ def test_updates_below_the_last_place_are_not_lost_in_bfloat16():
     weight = nn.Parameter(torch.full((4096,), 0.02, dtype=torch.bfloat16))
     optimizer = ZerothOrderSGD([("w", weight)], lr=1e-6)
     for seed in range(64):
-        optimizer.accumulate(seed, 1.0, {id(weight)})
+        optimizer.scalars.accumulate(seed, 1.0, {id(weight)})
         optimizer.step()
     moved = (weight.double() - 0.02).std()
     assert 0.2 * 8e-6 < moved < 5 * 3e-4  # rounding to nearest would leave every weight where it was
@@ -49,7 +50,7 @@ def test_the_mean_update_is_what_was_asked_for(update, dtype):
     for seed in range(steps):
         weight = nn.Parameter(w.clone())
         optimizer = ZerothOrderSGD([("w", weight)], lr=1e-7, dist="rademacher", update=update)
-        optimizer.accumulate(seed, 1.0, {id(weight)})
+        optimizer.scalars.accumulate(seed, 1.0, {id(weight)})
         optimizer.step()
         z = perturb(torch.zeros(10_000), 1.0, seed=seed, stream=stream_of("w"), dist="rademacher")
         moved += -(weight.detach().double() - w.double()) * z / steps
@@ -118,7 +119,7 @@ def test_a_log_of_updates_is_rounded_once(dtype):
     exact, size, recent = w.double(), w.double().abs(), []
     for step in range(200):
         seed = step % 7
-        optimizer.accumulate(seed, 0.1, {id(p)})
+        optimizer.scalars.accumulate(seed, 0.1, {id(p)})
         optimizer.step()
         recent = [(seed, torch.tensor(-1e-5, dtype=torch.float32).double()), *recent][:10]  # 0.5^10 < 1e-3
         for age, (old, c) in enumerate(recent):
@@ -134,7 +135,7 @@ def test_a_log_of_updates_refuses_what_is_no_sum():
         with pytest.raises(efftune.EfftuneError, match="no sum over its directions"):
             ZerothOrderSGD(p, update="log", **settings)
     optimizer = ZerothOrderSGD(p, lr=1.0, update="log")
-    optimizer.accumulate(3, 1.0, {id(p[0][1])})
+    optimizer.scalars.accumulate(3, 1.0, {id(p[0][1])})
     optimizer.step()
     with pytest.raises(efftune.EfftuneError, match="before the trained weights are loaded"):
         ZerothOrderSGD(p, lr=1.0, update="log").load_state_dict(optimizer.state_dict())
@@ -163,7 +164,7 @@ def test_tensors_are_perturbed_by_their_size(per_layer):
     tuner = efftune.apply(Quadratic(), f"mezo(per_layer={per_layer!r}, eps=0.1)")
     optimizer = tuner.optimizer(lr=0.01)
     tuner.backward(None, lambda model, batch: model())
-    ((seed, (a, _)),) = optimizer.pending.items()
+    ((seed, (a, _)),) = optimizer.scalars.pending.items()
     mean = math.sqrt((300 * 1e-4 + 200) / 500)
     s = {"small": 2.0 ** round(math.log2(0.01 / mean)), "large": 2.0 ** round(math.log2(1 / mean)), "zero": 1.0}
     if per_layer == "none":
@@ -182,7 +183,7 @@ def test_a_seed_that_comes_back_counts_by_its_age():
     optimizer = ZerothOrderSGD([("a", a), ("b", b)], lr=1.0, momentum=0.5)
     for seed, used in ((5, {id(a)}), (5, {id(b)}), (9, {id(a), id(b)})):
         before = {"a": a.detach().clone(), "b": b.detach().clone()}
-        optimizer.accumulate(seed, 1.0, used)
+        optimizer.scalars.accumulate(seed, 1.0, used)
         optimizer.step()
     for name, p, weight in (("a", a, 0.25), ("b", b, 0.5)):
         old, new = (perturb(torch.zeros(4), 1.0, seed=seed, stream=stream_of(name)) for seed in (5, 9))
@@ -196,7 +197,7 @@ def test_the_second_moment_counts_what_told_something():
     for a in (None, math.nan, math.nan, 1.0, None, math.inf, 1.0):
         before = p.detach().clone()
         if a is not None:
-            optimizer.accumulate(3, a, {id(p)})
+            optimizer.scalars.accumulate(3, a, {id(p)})
         optimizer.step()
         expected = 1.0 if a == 1.0 else 0.0
         torch.testing.assert_close((p.detach() - before).abs(), torch.full_like(before, expected), rtol=1e-6, atol=1e-9)

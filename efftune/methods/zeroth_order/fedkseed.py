@@ -81,7 +81,7 @@ class FedKSeed(ZerothOrder):
         if not self.pro:
             return
         seeds, known, weights = candidates(self.seed, self.k), run.state(self), self.weights(run)
-        for seed, a in run.optimizer.applied.items():
+        for seed, a in run.optimizer.scalars.applied.items():
             if known.sum is None:
                 known.sum, known.count = torch.zeros(2, self.k, dtype=torch.float64, device=a.device)
             known.sum[seeds.index(seed)] += torch.where(a.isfinite(), a.abs() / weights[seed], 0.0)

@@ -14,8 +14,9 @@ from efftune.errors import EfftuneError
 from efftune.methods._base import Method, State
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim import projection
+from efftune.optim.directions import stream_of
+from efftune.optim.scalars import average
 from efftune.optim.seed_log import DECAY, SeedLog, fingerprint
-from efftune.optim.zeroth_order import average, stream_of
 
 
 @dataclass
