@@ -42,11 +42,12 @@ def minilm() -> str:
 
 def loaded(data: str, model: str):
     """(what `efftune train` prepares for a full fine-tuning, six of its batches)."""
-    from efftune.train import run, state
+    from efftune.random_state import set_seed
+    from efftune.train import run
 
     given = dict(model=model, data=data, recipe="full", seq_len=LENGTH, batch_size=BATCH, too_long="truncate")
     config = run.settings(given, Path("."))
-    state.set_seed(0)
+    set_seed(0)
     prepared = run.prepare(config)
     return prepared, list(prepared.train.batches(prepared.train.rows(0)[: 6 * BATCH], BATCH))
 

@@ -21,8 +21,8 @@ from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
 from efftune.linear.base.dense import FLOATS, is_matrix
 from efftune.linear.contracts import Base, Delta, Keep, check
 from efftune.linear.module import is_conv1d, rehearse
-from efftune.nn.subbatch import generators, replaying
 from efftune.nn.subbatch import install as run_again
+from efftune.random_state import generators, replaying
 from efftune.structure import (
     blocks,
     in_classifier,

@@ -11,7 +11,8 @@ from typing import Any
 import efftune
 from efftune.errors import EfftuneError
 from efftune.memory import meter
-from efftune.train import processes, report, rundir, state
+from efftune.random_state import set_seed
+from efftune.train import processes, report, rundir
 from efftune.train import run as runs
 from efftune.train.loop import to_device
 from efftune.train.task import autocast
@@ -68,7 +69,7 @@ def _evaluations(after: dict[str, Any]) -> dict[str, float]:
 def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
     """What one batch costs under `recipe`."""
     config = runs.settings({**given, "recipe": recipe}, Path("."))
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     prepared = runs.prepare(config)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     tuner.model.train()

@@ -25,7 +25,8 @@ from efftune.memory import meter
 from efftune.methods._base import Method, drawing_keeps
 from efftune.nn.subbatch import Recompute
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train import processes, rundir, state
+from efftune.random_state import set_seed
+from efftune.train import processes, rundir
 from efftune.train import run as runs
 from efftune.train.loop import to_device
 from efftune.train.task import Task, autocast
@@ -44,13 +45,13 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
     if seeds < 4 or batches < 2:
         raise EfftuneError("verify needs at least 4 seeds and 2 batches to tell a bias from noise.")
     config = runs.settings(given, Path(given.get("out") or "."))
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     if config.objective != "loss":
         raise EfftuneError(
             f"--objective {config.objective} has no gradient to hold estimates against; verify them with the loss."
         )
     prepared = runs.prepare(config)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     optimizer = tuner.optimizer(config.lr)
     estimated = isinstance(optimizer, ZerothOrderSGD)

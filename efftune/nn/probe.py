@@ -11,12 +11,10 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import count
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any
@@ -24,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from efftune.random_state import generator_states, restore_generators, unchanged
 
 SCALES = tuple(2.0**e for e in (-20, -10, 0, 5, 10, 20))  # from below the eps of any norm to beyond any clamp
 FORMS = (  # dtype, shape without the width, and size of x
@@ -211,34 +211,17 @@ def _numbers_of(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _numbers(state: Any) -> bytes:
-    return state.numpy().tobytes() if isinstance(state, Tensor) else pickle.dumps(state)
-
-
 @contextmanager
 def undisturbed(given: Any) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether, since then, no global generator has drawn and `given` has changed nothing
     that it remembers; a module has to be in the mode that it began in. At the end the generators get their states back.
     """
-    kept: list[tuple[Callable, Callable]] = [
-        (torch.get_rng_state, torch.set_rng_state),
-        (random.getstate, random.setstate),
-    ]
-    if "numpy" in sys.modules:
-        kept.append((sys.modules["numpy"].random.get_state, sys.modules["numpy"].random.set_state))
-    if torch.cuda.is_initialized():
-        kept += [
-            (partial(torch.cuda.get_rng_state, i), partial(torch.cuda.set_rng_state, device=i))
-            for i in range(torch.cuda.device_count())
-        ]
-    before = [get() for get, _ in kept]
-    numbers = [_numbers(value) for value in before]
+    before = generator_states()
     remembered, _held = state(given)
     try:
-        yield lambda: [_numbers(get()) for get, _ in kept] == numbers and state(given)[0] == remembered
+        yield lambda: unchanged(before) and state(given)[0] == remembered
     finally:
-        for (_, put), value in zip(kept, before, strict=True):
-            put(value)
+        restore_generators(before)
 
 
 def linear(n: int, k: int, seed: int) -> nn.Linear:

@@ -30,6 +30,7 @@ from efftune.ops._op import forced_backend, use_backend
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.dropout import dropout
 from efftune.ops.sample_rows import select_rows
+from efftune.random_state import generators, moved, replaying, set_generators
 
 SELECT_STREAM, DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow each are the repeat and the call
 # How dropout inside the block is drawn: by torch, a seed per sample, or that with attention written out in full
@@ -364,36 +365,6 @@ class RowDropout(TorchDispatchMode):
         ones = torch.ones(self.batch, x.numel() // count, dtype=torch.bfloat16, device=x.device)
         mask = dropout(ones, p, self.seed, self.stream) != 0
         return (mask if self.rows is None else mask.index_select(0, self.rows)).view(x.shape)
-
-
-def generators(device: torch.device) -> tuple[Tensor, ...]:
-    """States of torch's generators of the CPU and of `device`."""
-    own = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    return torch.get_rng_state(), *own
-
-
-def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def moved(states: tuple[Tensor, ...], device: torch.device) -> bool:
-    return not all(torch.equal(a, b) for a, b in zip(states, generators(device), strict=True))
-
-
-@contextmanager
-def replaying(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
-    """Generators as they were at `states`, and afterwards as before. None: nothing."""
-    if states is None:
-        yield
-        return
-    before = generators(device)
-    set_generators(states, device)
-    try:
-        yield
-    finally:
-        set_generators(before, device)
 
 
 @contextmanager

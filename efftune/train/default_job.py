@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from efftune.errors import EfftuneError
-from efftune.train import state
+from efftune.random_state import set_seed
 from efftune.train.loop import learning_rate_factor
 from efftune.train.meter import Progress
 from efftune.train.models import quiet
@@ -151,7 +151,7 @@ def pretrain(texts: list[str], tokenizer: Any) -> Any:
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts):
         ids += [*encoding.ids, end]
     stream = torch.tensor(ids)
-    state.set_seed(p["seed"])
+    set_seed(p["seed"])
     model: Any = LlamaForCausalLM(
         LlamaConfig(**MODEL, bos_token_id=end, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     )

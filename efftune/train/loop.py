@@ -22,6 +22,7 @@ from efftune.memory.meter import Held, counting, held
 from efftune.modes import evaluation_mode
 from efftune.optim.contract import Optimizer
 from efftune.optim.zeroth_order import ZerothOrderSGD
+from efftune.random_state import generator_states, restore_generators
 from efftune.train import checkpoint, meter, processes, state
 from efftune.train.batches import Data
 from efftune.train.config import TrainConfig
@@ -110,7 +111,7 @@ def train_step(
     Raises: NonFinite, before the optimizer touches anything, when loss or gradient is NaN or Inf.
     """
     terms = sum(processes.gather(sum(task.terms(batch) for batch in batches if batch is not None)))
-    generators = state.generator_states()
+    generators = generator_states()
 
     def backward(loss: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
         last = [False] * (len(batches) - 1) + [True]
@@ -125,7 +126,7 @@ def train_step(
     norm = float(nn.utils.clip_grad_norm_(gradients, math.inf if limits else clip or math.inf)) if gradients else None
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        state.restore_generators(generators)
+        restore_generators(generators)
         found = processes.gather(locate(tuner.model, lambda: backward(processes.own(task.loss))))
         where = next((sentence for sentence in found if sentence != NOT_AGAIN), NOT_AGAIN)
         raise NonFinite(f"The {what} is NaN or Inf at step {step}: {where}")

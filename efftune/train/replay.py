@@ -11,7 +11,8 @@ from efftune.interop import peft
 from efftune.methods.zeroth_order.ferret import Ferret
 from efftune.optim.seed_log import SeedLog, fingerprint
 from efftune.optim.zeroth_order import ZerothOrderSGD
-from efftune.train import checkpoint, default_job, run, rundir, state
+from efftune.random_state import set_seed
+from efftune.train import checkpoint, default_job, run, rundir
 from efftune.train.config import TrainConfig
 from efftune.train.models import quiet
 from efftune.tuner import CLOCK
@@ -67,9 +68,9 @@ def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:
     settings = {name: about[name] for name in KEPT}
     model_name = str(default_job.small_model()) if base == DEFAULT else base
     config = TrainConfig(model=model_name, recipe=about["recipe"], **settings)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     model, tokenizer, _ = run.load(config, about["labels"])
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     tuner = efftune.apply(model, config.recipe, config.blocks)
     ferret = next((method for method in tuner.methods if isinstance(method, Ferret)), None)
     player: Any = ferret or tuner.optimizer(lr=0.0)

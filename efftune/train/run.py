@@ -17,6 +17,7 @@ from efftune.files import CHECKPOINTS
 from efftune.memory import meter
 from efftune.methods._base import ESTIMATES
 from efftune.methods.zeroth_order._estimate import ZerothOrder
+from efftune.random_state import set_seed
 from efftune.recipe import parse
 from efftune.train import checkpoint, data, default_job, models, processes, report, rundir, state
 from efftune.train.batches import Data, check_packing, collate_packed, collate_padded
@@ -51,11 +52,11 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     """
     out = processes.first(lambda: rundir.choose(given.get("out"), given.get("resume", False)))
     config = settings(given, out)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
 
     prepared = prepare(config)
     plain = None if config.resume else held_by_plain(prepared, config)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
     choose_threads(tuner.model, prepared, config)
@@ -278,9 +279,9 @@ def finished_settings(run: str) -> tuple[Path, TrainConfig, list[str] | None]:
 def finished(run: str) -> tuple[Any, Any]:
     """(tuner, tokenizer) of a run directory, as its newest intact checkpoint has it. The data is not read."""
     newest, config, labels = finished_settings(run)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     model, tokenizer, _ = load(config, labels)
-    state.set_seed(config.seed)
+    set_seed(config.seed)
     tuner = efftune.apply(model, config.recipe, config.blocks)
     identity = {"recipe": tuner.recipe, "base": state.fingerprint(tuner.model, set(tuner.named_delta()))}
     _, trained, _ = checkpoint.load(newest, identity)

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from efftune.errors import EfftuneError
 from efftune.linear.module import room_for, take_back
+from efftune.random_state import generator_states, restore_generators
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
 RESTORED = ("requires_grad", "optimizer", "scheduler", "generators")  # what `restore` needs beside tensors
 BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
-
-
-def set_seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # every device
-
-
-def generator_states() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
-    }
-
-
-def restore_generators(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:

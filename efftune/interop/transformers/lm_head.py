@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from efftune.hooks import called, unhooked, watched
 from efftune.nn.linear_cross_entropy import capped, head_cross_entropy
+from efftune.random_state import generators, set_generators
 
 ALL_ZERO = "its logits are all 0, which says nothing about how they are made"
 
@@ -42,7 +43,7 @@ def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: T
         return None
     head, softcap = model.get_output_embeddings(), _softcap(model)
     compared = _COMPARED.get(model, ((), None))[0] == _key(model)
-    state = None if compared else _random_state(counted.device)
+    before = generators(counted.device)
     with unhooked(head):  # these logits serve to compare, if at all
         hidden, last = _forward(model, inputs)
         reason = None if compared else _compare(head, softcap, hidden, last)
@@ -50,7 +51,7 @@ def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: T
         if reason != ALL_ZERO:  # a head that starts at 0 will say more later
             _COMPARED[model] = _key(model), reason
         if reason is not None:
-            _set_random_state(counted.device, state)  # the caller's forward draws the same numbers
+            set_generators(before, counted.device)  # the caller's forward draws the same numbers
             return None
     assert hidden is not None  # compared
     hidden = hidden.flatten(0, 1).index_select(0, counted)
@@ -127,13 +128,3 @@ def _compare(head: nn.Module, softcap: float | None, hidden: Tensor | None, own:
     if not (own - logits).abs().max() <= 8 * torch.finfo(own.dtype).eps * largest:
         return "its logits are not those of its head (some models scale them)"
     return None
-
-
-def _random_state(device: torch.device) -> tuple:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(device: torch.device, state: Any) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

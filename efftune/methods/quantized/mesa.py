@@ -20,8 +20,9 @@ from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
 from efftune.methods._base import KEEPS, Method, Micro, Run, State, drawing_keeps, exact_keeps
 from efftune.methods._gradients import coordinates, discarding, distance
-from efftune.nn.subbatch import generators, replaying, statistics_kept
+from efftune.nn.subbatch import statistics_kept
 from efftune.plan import ALL_LINEAR
+from efftune.random_state import generators, replaying
 
 EXACT = 0  # as a number of bits
 ROUNDS, DRAWS = 6, 3  # of choosing, and of gradients to check a choice by

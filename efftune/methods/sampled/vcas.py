@@ -22,7 +22,8 @@ from efftune.linear.handle import load
 from efftune.linear.keep.sampled import Sampled
 from efftune.methods._base import ESTIMATES, Method, Run, State
 from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
-from efftune.nn.subbatch import Recompute, generators, probabilities, set_generators, statistics_kept
+from efftune.nn.subbatch import Recompute, probabilities, statistics_kept
+from efftune.random_state import generators, set_generators
 from efftune.structure import blocks
 
 
