@@ -21,6 +21,7 @@ from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
 from efftune.linear.base.dense import FLOATS, is_matrix
 from efftune.linear.contracts import Base, Delta, Keep, check
 from efftune.linear.module import is_conv1d, rehearse
+from efftune.nn.attention import KEEP
 from efftune.nn.subbatch import install as run_again
 from efftune.random_state import generators, replaying
 from efftune.structure import (
@@ -100,8 +101,8 @@ class Plan:
         self.parameters: dict[str, str] = {}  # name of what trains outside of deltas -> the method that says so
         # Block that runs again in backward -> the share of samples (None: all), and the method that says so.
         self.again: dict[str, tuple[float | None, str]] = {}
-        self.block_keeps: dict[Keep, str] = {}  # of norms, activations and attention -> the method that says so
-        self.query_rows: dict[Keep, Method] = {}  # of which eager attention estimates dk and dv -> who says so
+        # Attribute of norms, activations and attention (KEEP, ROWS) -> its value, and the method that says so.
+        self.in_blocks: dict[str, tuple[Keep, Method]] = {}
         self._names = parameter_names(model)
         self._plain: dict[int, list[Layer]] = {}  # id of a weight -> the plain layers that have it
         for name, module in linear_layers(model).items():
@@ -246,30 +247,19 @@ class Plan:
         self.wish(method, whole, keep=keep)
         return whole
 
-    def keep_in_blocks(self, method: Method, keep: Keep) -> None:
-        """Says with what norms, activations and attention in the blocks keep their inputs; `keep` restores.
+    def keep_in_blocks(self, method: Method, keep: Keep, attribute: str = KEEP) -> None:
+        """Says with what norms, activations and attention in the blocks keep their inputs (`keep` restores), or with
+        the attribute `ROWS` from which query rows eager attention estimates dk and dv.
 
-        Raises: EfftuneError where another method wants another keep.
+        Raises: EfftuneError where another method wants it otherwise.
         """
-        for other, by in self.block_keeps.items():
-            if other != keep:
-                raise EfftuneError(
-                    f"a block keeps its activations one way, not as {other} by {by} and as {keep} by {method.name}; "
-                    "leave out one of the two."
-                )
-        self.block_keeps[keep] = method.name
-
-    def sample_query_rows(self, method: Method, rows: Keep) -> None:
-        """Says that eager attention estimates dk and dv from the query rows that `rows` draws.
-
-        Raises: EfftuneError where another method draws other ones.
-        """
-        for other, by in self.query_rows.items():
-            if other != rows:
-                raise EfftuneError(
-                    f"attention samples its query rows one way, not by {by} and by {method}; leave one of the two out."
-                )
-        self.query_rows[rows] = method
+        other, by = self.in_blocks.setdefault(attribute, (keep, method))
+        if other != keep:
+            what = "keeps its activations" if attribute == KEEP else "samples its query rows"
+            raise EfftuneError(
+                f"a block {what} one way, not as {other} by {by.name} and as {keep} by {method.name}; leave one of the "
+                "two out."
+            )
 
     def train(self, method: Method, names: Iterable[str]) -> None:
         """Says that these parameters train; a plain layer whose weight is one of them, or is tied to one, does."""

@@ -30,7 +30,7 @@ def table(methods):
     except EfftuneError:
         return None
     layers = {name: (r.base, r.delta, r.keep, r.is_replaced) for name, r in plan.layers.items()}
-    return layers, set(plan.parameters), plan.again, set(plan.block_keeps)
+    return layers, set(plan.parameters), plan.again, {name: keep for name, (keep, _) in plan.in_blocks.items()}
 
 
 @pytest.mark.parametrize("others", ["", "lora(r=4)", "int8(group=16) + lora(r=4)", "full"])

@@ -419,7 +419,7 @@ def test_a_recipe_that_samples_attention_needs_eager_attention():
     with pytest.raises(EfftuneError, match="runs none that is known; load it with attn_implementation"):
         efftune.apply(model("Llama"), "full + wtacrs(attention=True)")
     two = "wtacrs(target_modules='q_proj', attention=True) + wtacrs(ratio=0.5, target_modules='k_proj', attention=True)"
-    with pytest.raises(EfftuneError, match="samples its query rows one way, not by wtacrs.*leave one of the two out"):
+    with pytest.raises(EfftuneError, match="samples its query rows one way, not as Sampled.*leave one of the two out"):
         efftune.apply(eager("Llama"), f"full + {two}")
     tuner = efftune.apply(eager("Llama"), "full + wtacrs")
     assert sampling(tuner.model) == [None] * LAYERS

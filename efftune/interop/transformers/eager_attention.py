@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from efftune.linear.contracts import Keep
 from efftune.nn import probe
 from efftune.nn.attention import KEEP
 from efftune.nn.eager_attention import ROWS, eager_attention, why_not
@@ -87,15 +86,6 @@ def modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a transformers model that run with eager attention and can be routed through ours."""
     eager = [m for m in model.modules() if getattr(getattr(m, "config", None), "_attn_implementation", None) == "eager"]
     return [m for m in eager if own_function(m) is not None]
-
-
-def sample_rows(model: nn.Module, rows: Keep) -> list[nn.Module]:
-    """Lets the modules estimate dk and dv from the query rows that `rows` draws, and returns them."""
-    found = modules(model)
-    for module in found:
-        setattr(module, ROWS, rows)
-    register()
-    return found
 
 
 def register() -> None:

@@ -9,6 +9,7 @@ from efftune.linear import Linear
 from efftune.linear.keep.sampled import Sampled, fallbacks
 from efftune.methods._base import KEEPS, Method, exact_keeps
 from efftune.methods.sampled._scores import TokenScores
+from efftune.nn.eager_attention import ROWS
 from efftune.plan import ALL_LINEAR
 from efftune.structure import blocks
 
@@ -57,7 +58,7 @@ class WtaCrs(Method):
     def plan(self, plan):
         plan.keep(self, self.target_modules, self._keep())
         if self.attention:
-            plan.sample_query_rows(self, self._keep())
+            plan.keep_in_blocks(self, self._keep(), ROWS)
 
     def _keep(self) -> Sampled:
         return Sampled(self.ratio, self.sampler, self.min_rows)
