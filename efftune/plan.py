@@ -148,13 +148,20 @@ class Plan:
             if self._means(target_modules, name)
             and not (layer.foreign and base and base.adopt(self.model.get_submodule(name)) is None)
         ]
-        if not chosen:
+        unmet = [] if isinstance(target_modules, str) else [t for t in target_modules if not self._meets(t)]
+        if not chosen or unmet:
+            if unmet:
+                target_modules = unmet
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.layers}))
             raise EfftuneError(
                 f"target_modules={target_modules!r} matches no linear layer of {kind}; "
                 f"its linear layers end in: {endings}."
             )
         return [self.layers[name] for name in chosen]
+
+    def _meets(self, target: str) -> bool:
+        """Whether the ending of a path is that of a linear layer, or of one of another library."""
+        return any(matches(name, (target,)) for name, _ in self.model.named_modules())
 
     def _means(self, target_modules: str | Iterable[str], name: str) -> bool:
         if target_modules == ALL_LINEAR:

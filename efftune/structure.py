@@ -48,7 +48,12 @@ def matches(name: str, target_modules: str | Iterable[str]) -> bool:
     """Whether the module path `name` is meant: a list names path endings, a string is a regular expression for the
     path or for an ending of it that begins at a dot ("q_proj|v_proj" and ".*\\.q_proj" both work)."""
     if isinstance(target_modules, str):
-        return re.fullmatch(rf"(.*\.)?({target_modules})", name) is not None
+        try:
+            return re.fullmatch(rf"(.*\.)?({target_modules})", name) is not None
+        except re.error as error:
+            raise EfftuneError(
+                f"target_modules={target_modules!r} is no regular expression ({error}); give one, or a list of names."
+            ) from None
     return any(name == target or name.endswith("." + target) for target in target_modules)
 
 

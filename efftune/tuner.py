@@ -64,6 +64,8 @@ def apply(model: nn.Module, recipe: str | Method | Iterable[Method], blocks: boo
 def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[list[Method], Plan]:
     """The methods of a recipe, and what they want of `model`, checked; the model is only read. See `apply`."""
     require_for(model)
+    if torch.is_inference_mode_enabled():
+        raise EfftuneError("Tensors that are made under torch.inference_mode() cannot train; apply the recipe outside.")
     methods = parse(recipe) if isinstance(recipe, str) else [recipe] if isinstance(recipe, Method) else list(recipe)
     rivals = {
         "backward": [m.name for m in methods if m.place == ESTIMATES],
@@ -298,7 +300,7 @@ class Tuner:
         self.run.optimizer = optimizer
         self._hooks = [
             optimizer.register_step_post_hook(self._end_step),
-            optimizer.register_state_dict_post_hook(lambda _, state: state | {CLOCK: self.state_dict()}),
+            optimizer.register_state_dict_post_hook(self._save_clock),
             optimizer.register_load_state_dict_pre_hook(self._load_clock),
         ]
         self.seek(self.step)
@@ -308,6 +310,17 @@ class Tuner:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _hooks=[])
+        if self.run.optimizer is not None:
+            self.attach(self.run.optimizer)
+
+    def _save_clock(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
+        return state | {CLOCK: self.state_dict()}
 
     def _load_clock(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

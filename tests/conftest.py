@@ -23,11 +23,18 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_layers_work_as_one():
-    """Layers that read one tensor work as one in tests' small models, too, where it pays for large ones only."""
+def many_small_models():
+    """Layers that read one tensor work as one in tests' small models, too, where it pays for large ones only; and
+    blocks of the same code are recognised once, which takes 50 ms of each `apply`."""
+    from efftune.interop.transformers import blocks
     from efftune.linear import group
 
-    group.SMALL = 0
+    group.SMALL, blocks.SHARED = 0, {}
+
+
+@pytest.fixture
+def recognised_anew(monkeypatch):
+    monkeypatch.setattr("efftune.interop.transformers.blocks.SHARED", None)
 
 
 # What starts processes of its own runs in one process of `pytest -n`, one after the other: no more run than there are

@@ -337,12 +337,12 @@ def methods(path: Path, model: nn.Module) -> list[Method]:
     wholly = _wrapped(model, _names(config, "modules_to_save", file))
     _refuse_others({key.rpartition(f".{kind.peft_type.lower()}_")[0] for key in keys}, model, path / WEIGHTS)
     _refuse_nested(wholly, file)
-    _refuse_untied(model, wholly, config, file)
+    _refuse_untied(model, wholly, config, file, keys)
     wrong, targets = found - plan.layers.keys() | found & _shared(model), config.get("target_modules")
     if not isinstance(targets, str) and (targets := _names(config, "target_modules", file)):
         meant = {layer.name for layer in plan.targets(kind.method(), targets)}
         meant -= {layer.name for module in wholly for layer in plan.inside(module)}
-        wrong |= found - meant if any(config.get(name) for name in FEWER) else found ^ meant
+        wrong |= found - meant if any(config.get(name) not in (None, [], "") for name in FEWER) else found ^ meant
     if wrong or not found:
         at = f" (first at {min(wrong)})" if wrong else ""
         raise EfftuneError(f"{path / WEIGHTS} does not fit {type(model).__name__}{at}: nothing was loaded.")
@@ -429,13 +429,14 @@ def _refuse_nested(wholly: set[str], file: Path) -> None:
             )
 
 
-def _refuse_untied(model: nn.Module, wholly: set[str], config: dict[str, Any], file: Path) -> None:
-    """PEFT trains a copy of a module that is tied to another, which keeps what it had."""
+def _refuse_untied(model: nn.Module, wholly: set[str], config: dict[str, Any], file: Path, keys: list[str]) -> None:
+    """PEFT trains a copy of a module that is tied to another, which keeps what it had, unless it tied them again: then
+    the file has all of their names. (`ensure_weight_tying` alone does not tell: it does nothing for many models.)"""
     names = _aliases(model)
     for module in sorted(wholly):
         for p in model.get_submodule(module).parameters():
             others = [name for name in names[id(p)] if not any((name + ".").startswith(m + ".") for m in wholly)]
-            if others and not config.get("ensure_weight_tying"):
+            if others and not (config.get("ensure_weight_tying") and all(name in keys for name in others)):
                 raise EfftuneError(
                     f"{file} saves {module} whole, a copy in PEFT of what {others[0]} is tied to in this model; load "
                     "it into a model that does not tie them, or merge it with PEFT."

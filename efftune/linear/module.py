@@ -114,6 +114,8 @@ class Linear(nn.Module):
             w = w._replace(tensors=base.store(to_store))
         new = cls(base, w, delta, keep, bias, p)
         new.conv1d = type(linear) if is_conv1d(linear) else getattr(linear, "conv1d", None)
+        if isinstance(linear, Linear) or isinstance(holder, Dense):
+            carry(linear, new)  # what another library hangs on its layers is how it stores them
         new.scores = getattr(linear, "scores", None)
         return new.train(linear.training)
 
@@ -135,6 +137,14 @@ class Linear(nn.Module):
         if name == "weight" and "base" in vars(self) and name not in self.base.names:
             return weight_of(self)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "base" in vars(self) and name not in self.base.names:
+            raise EfftuneError(
+                f"{self.base} stores codes, and a weight is none; give the plain layer another weight, before the "
+                "recipe is applied."
+            )
+        super().__setattr__(name, value)
 
     def take_back(self) -> Stored:
         """W as it is held, without what an in-place delta writes into it: until `stored` or the layer is called."""
@@ -275,6 +285,7 @@ class Linear(nn.Module):
                 weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False
             )
         linear.register_parameter("bias", self.bias)
+        carry(self, linear)
         return linear.train(self.training)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -309,6 +320,26 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.base}, {self.delta}, {self.keep}"
+
+
+def carry(old: nn.Module, new: nn.Module) -> None:
+    """Lets parameters, buffers, modules and attributes that somebody has hung on the layer `old` go with it."""
+    own = {"weight", "bias", *((*old.base.names, *old.delta.names) if isinstance(old, Linear) else ())}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        for name, value in vars(old)[kind].items():
+            if name not in own:
+                vars(new)[kind].setdefault(name, value)
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set & new._buffers.keys()
+    for name, value in vars(old).items():
+        if name not in ATTRIBUTES:
+            vars(new).setdefault(name, value)
+
+
+# Of an efftune.Linear, beside those of every module.
+ATTRIBUTES = {
+    "base", "delta", "keep", "w_trains", "scores", "group", "conv1d", "_shape", "_dtype", "_eval_delta", "_in_place",
+    "_delta_draws",
+}  # fmt: skip
 
 
 def refuse_alias(delta: Delta, w: Stored, p: Tensors) -> None:

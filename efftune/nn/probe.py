@@ -224,6 +224,18 @@ def undisturbed(given: Any) -> Iterator[Callable[[], bool]]:
         restore_generators(before)
 
 
+@contextmanager
+def at_home() -> Iterator[None]:
+    """Within it, what a caller has set for tensors that are made or saved for backward does not reach the trials."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def linear(n: int, k: int, seed: int) -> nn.Linear:
     """A linear layer for a stand-in; two of one seed would be the same function, and hide which of them is where."""
     made = nn.Linear(k, n, device="meta")

@@ -62,6 +62,7 @@ CONFIGS = [
     ),
     dict(r=4, target_modules=["q_proj", "up_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"]),
     dict(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2]),
+    dict(r=4, target_modules=["q_proj"], layers_to_transform=0),
     dict(r=4, target_modules="all-linear", init_lora_weights="orthogonal"),
 ]
 

@@ -100,6 +100,26 @@ def test_one_of_two_modules_that_share_a_weight(ensure, tmp_path):
             efftune.load(llama(tie=True), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:You requested|ignore:Model has `tie")
+def test_a_setting_that_ties_nothing_is_not_believed(tmp_path):
+    """PEFT does not tie GPT-2's head to the copy of its embedding, whatever the setting says."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=True,
+        fan_in_fan_out=True,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(gpt2(), config)
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(EfftuneError, match="a copy in PEFT of what lm_head.weight is tied to in this model"):
+        efftune.load(gpt2(), tmp_path)
+
+
 def test_running_statistics_of_a_module_that_is_saved_whole(tmp_path):
     def network():
         torch.manual_seed(0)

@@ -120,6 +120,45 @@ def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
             make(base, delta, keep)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("base, delta", [(b, d) for b, d, k in VALID if isinstance(k, Exact)], ids=str)
+def test_a_call_changes_nothing_that_it_is_given(base, delta, rows, dtype):
+    """Of one row, what is expanded to the shape of the output is a view of itself."""
+    layer, x = make(base, delta, dtype=dtype), torch.randn(rows, K, dtype=dtype, requires_grad=True)
+    tensors = [x, *layer.parameters(), *layer.buffers()]
+    before = [t.detach().clone() for t in tensors]
+    with torch.no_grad():
+        first = layer(x)
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    if not layer.delta.random:
+        assert torch.equal(first, y)
+    assert all(torch.equal(t, held) for t, held in zip(tensors, before, strict=True))
+
+
+def hung(layer):
+    """What users hang on a layer."""
+    layer.register_parameter("gain", nn.Parameter(torch.full((N,), 2.0)))
+    layer.register_buffer("steps", torch.zeros(1))
+    layer.register_buffer("seen", torch.ones(2), persistent=False)
+    layer.inner, layer.factor = nn.Linear(2, 2), 3
+    return layer
+
+
+@pytest.mark.parametrize("base, delta", [(b, d) for b, d, k in VALID if isinstance(k, Exact)], ids=str)
+def test_what_somebody_has_hung_on_a_layer_goes_with_it(base, delta):
+    plain = hung(nn.Linear(K, N).requires_grad_(False))
+    keys, gain, inner = plain.state_dict().keys() - {"weight", "bias"}, plain.gain, plain.inner
+    layer = Linear.from_linear(plain, base=base, delta=delta)
+    for module in (layer, Linear.from_linear(layer, keep=Nothing(), delta=NoDelta()), layer.merge(), layer.remove()):
+        assert keys <= module.state_dict().keys() and "seen" not in module.state_dict()
+        assert module.gain is gain and module.inner is inner and module.factor == 3 and len(module.seen) == 2
+    removed = layer.remove()
+    assert vars(removed).keys() == vars(plain).keys()
+    assert removed.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_a_weight_that_trains_is_not_stored_as_integers_unasked():
     with pytest.raises(EfftuneError, match="stores integers; add an adapter"):
         Linear.from_linear(nn.Linear(K, N), base=Int8())

@@ -64,6 +64,34 @@ def test_it_takes_no_memory_and_no_writes(monkeypatch):
     assert torch.equal(torch.zeros(16, 24).add_(layer.weight), layer.weight + 0)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.copy_(torch.zeros(16, 24)), lambda w: w.data.normal_(), lambda w: w.data.mul_(2),
+        lambda w: w.__setitem__(0, 1.0), lambda w: w.__setitem__((slice(None), 0), 1.0), lambda w: w.t().mul_(2),
+        lambda w: w.view(-1).zero_(), lambda w: w.detach().zero_(), lambda w: w[1:3][0].fill_(1),
+        lambda w: torch.add(torch.ones(16, 24), 1, out=w), lambda w: torch._foreach_mul_([w], 2.0),
+        lambda w: torch._foreach_copy_([w], [torch.zeros(16, 24)]), lambda w: w.unbind()[0].zero_(),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_is_refused(write):
+    layer = coded()
+    before = layer.weight + 0
+    with torch.no_grad(), pytest.raises(EfftuneError, match="stores codes, into which its weight cannot be written"):
+        write(layer.weight)
+    assert torch.equal(layer.weight + 0, before)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(16, 24), nn.Parameter(torch.zeros(16, 24))])
+def test_another_weight_is_refused(other):
+    layer = coded()
+    with pytest.raises(EfftuneError, match="give the plain layer another weight"):
+        layer.weight = other
+    with pytest.raises(EfftuneError, match="which do not train"):
+        layer.weight.requires_grad_()
+    layer.weight.requires_grad_(False)
+
+
 def test_a_conv1d_has_it_in_its_own_layout():
     layer = coded(plain=Conv1D(16, 24))
     assert layer.weight.shape == (24, 16)

@@ -1,6 +1,7 @@
 """What `apply` refuses, and what it does with ties, hooks, heads, and modules that are used in other ways."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -289,3 +290,19 @@ def test_running_statistics_are_saved_and_loaded(tmp_path):
     tuner.save(tmp_path)
     again = efftune.load(network(), tmp_path)
     assert torch.equal(again.model.eval()(x), tuner.model.eval()(x))
+
+
+@pytest.mark.parametrize("recipe", ["lora(r=4)", "full + lisa(layers=1, interval=1)"])
+def test_a_pickled_tuner_goes_on_where_it_was(recipe):
+    results = []
+    for pickled in (False, True):
+        tuner = efftune.apply(llama(), recipe)
+        optimizer = tuner.optimizer(lr=1e-3)
+        train(tuner, optimizer, 2, batch())
+        if pickled:
+            tuner = pickle.loads(pickle.dumps(tuner))
+            optimizer = tuner.run.optimizer
+        train(tuner, optimizer, 3, batch())
+        assert tuner.step == 5
+        results.append(tuner.named_trained())
+    assert all(torch.equal(p, results[1][name]) for name, p in results[0].items())

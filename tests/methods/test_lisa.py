@@ -1,4 +1,7 @@
+import pytest
+
 import efftune
+from efftune import EfftuneError
 from tests.methods.models import batch, llama, loss_fn
 from tests.methods.test_contract import train
 
@@ -67,3 +70,22 @@ def test_seek_repeats_the_draw():
         tuner.load_state_dict({"step": step})
         drawn.append(active(tuner.model))
     assert drawn[0] == drawn[4] and drawn[1] == drawn[3]
+
+
+def test_only_blocks_that_train_are_drawn():
+    tuner = efftune.apply(
+        llama(layers=4), "lora(r=4, target_modules='layers.[13].*q_proj') + lisa(layers=1, interval=1)"
+    )
+    optimizer = tuner.optimizer(lr=1e-3)
+    drawn = set()
+    for _ in range(20):
+        training = {n.split(".")[2] for n, p in tuner.model.named_parameters() if p.requires_grad}
+        assert len(training) == 1
+        drawn |= training
+        train(tuner, optimizer, 1, batch())
+    assert drawn == {"1", "3"}
+
+
+def test_more_blocks_than_train_are_refused():
+    with pytest.raises(EfftuneError, match="blocks of model.layers that train, which are 2; draw fewer"):
+        efftune.apply(llama(layers=4), "full(target_modules='layers.[13]') + lisa(layers=3)")

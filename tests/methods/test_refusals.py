@@ -273,3 +273,19 @@ def test_the_order_of_bases_changes_nothing(swap):
     with pytest.raises(EfftuneError, match=r"layers.0: stores wants Adopting\(group=\d\) and stores Adopting"):
         bases = [Stores(Adopting(4)), Stores(Adopting(8))]
         efftune.apply(foreign(RowWise), [*(bases[::-1] if swap else bases), *parse("lora(r=2)")])
+
+
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        (
+            "lora(target_modules='(')",
+            r"'\(' is no regular expression \(.*\); give one, or a list of names",
+        ),
+        ("full(target_modules='[')", "is no regular expression"),
+        ("lora(target_modules=['q_proj', 'q_prj'])", r"target_modules=\['q_prj'\] matches no linear layer of Llama"),
+    ],
+)
+def test_what_target_modules_cannot_mean(recipe, words):
+    with pytest.raises(EfftuneError, match=words):
+        efftune.apply(llama(), recipe)

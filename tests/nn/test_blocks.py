@@ -1,5 +1,6 @@
 """The block around the Linear: swapped on the instance, the same loss and gradients, fewer bytes, and back."""
 
+import contextlib
 import copy
 import sys
 
@@ -285,7 +286,7 @@ def test_a_model_that_looks_at_its_config_sees_sdpa():
 
 
 def test_a_class_that_computes_something_else_since_is_asked_again(monkeypatch):
-    """What was found in the modules of one model holds for those of the next as long as their code is the same."""
+    """Also what layers read one tensor, which is remembered for blocks of the same code."""
     from transformers.models.llama import modeling_llama as llama
 
     def gated(tuner):
@@ -317,8 +318,13 @@ def size(x):
     return x.pow(2).mean(-1, keepdim=True)
 
 
+SETTINGS = {"times": 1.0}
+
+
 class HelpedRMSNorm(nn.Module):
-    """Computes with a method, a static one and a function beside it."""
+    """Computes with a method, a static one, functions beside it, a constant of the class and one of the file."""
+
+    times = 1.0
 
     def __init__(self):
         super().__init__()
@@ -332,19 +338,87 @@ class HelpedRMSNorm(nn.Module):
         return x * weight
 
     def forward(self, x):
-        return self.scaled(x * self.root(size(x)), self.weight)
+        return self.scaled(x * self.root(deep(x)), self.weight) * self.times * SETTINGS["times"]
+
+
+def deep(x):
+    return size(x)
+
+
+def other_size(x):
+    return x.abs().mean(-1, keepdim=True)
 
 
 @pytest.mark.parametrize(
-    "of, name, other",
+    "change",
     [
-        (HelpedRMSNorm, "root", lambda self, x: torch.rsqrt(x + 1)),
-        (HelpedRMSNorm, "scaled", staticmethod(lambda x, weight: x * (2 + weight))),
-        (__name__, "size", lambda x: x.abs().mean(-1, keepdim=True)),
+        lambda patch: patch.setattr(HelpedRMSNorm, "root", lambda self, x: torch.rsqrt(x + 1)),
+        lambda patch: patch.setattr(HelpedRMSNorm, "scaled", staticmethod(lambda x, weight: x * (2 + weight))),
+        lambda patch: patch.setattr(sys.modules[__name__], "size", other_size),
+        lambda patch: patch.setattr(size, "__code__", other_size.__code__),
+        lambda patch: patch.setattr(HelpedRMSNorm, "times", 2.0),
+        lambda patch: patch.setitem(SETTINGS, "times", 2.0),
+        lambda patch: patch.setattr(torch, "rsqrt", torch.sqrt),
     ],
 )
-def test_a_helper_that_is_another_since_is_asked_again(of, name, other, monkeypatch):
+def test_what_a_module_computes_is_asked_of_each_model(change, monkeypatch, recognised_anew):
+    """Code, constants, settings and helpers may be others than at the last model's."""
     swaps = [len(install(nn.Sequential(HelpedRMSNorm())).swaps)]
-    monkeypatch.setattr(sys.modules[of] if of == __name__ else of, name, other)
+    change(monkeypatch)
     swaps.append(len(install(nn.Sequential(HelpedRMSNorm())).swaps))
+    monkeypatch.undo()
     assert swaps == [1, 0]
+
+
+class Settings:
+    """What a caller may have set when it applies a recipe."""
+
+    half = staticmethod(lambda: default_dtype(torch.float16))
+    double = staticmethod(lambda: default_dtype(torch.float64))
+    meta = staticmethod(lambda: torch.device("meta"))
+    narrow = staticmethod(lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t))
+    none = staticmethod(lambda: torch.no_grad())
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("around", [name for name in vars(Settings) if not name.startswith("_")])
+def test_blocks_are_recognised_whatever_the_caller_has_set(around, recognised_anew):
+    expected = str(efftune.apply(model("Llama"), "lora(r=4)").blocks)
+    plain = model("Llama")
+    with getattr(Settings, around)():
+        tuner = efftune.apply(plain, "lora(r=4)")
+    assert str(tuner.blocks) == expected
+    loss(tuner.model, batch()).backward()
+
+
+def test_inference_mode_is_refused_before_the_model_is_touched():
+    plain = model("Llama")
+    with torch.inference_mode(), pytest.raises(efftune.EfftuneError, match="apply the recipe outside"):
+        efftune.apply(plain, "lora(r=4)")
+    assert all(p.requires_grad for p in plain.parameters())
+    assert not any(isinstance(m, Linear) for m in plain.modules())
+
+
+def test_a_rotary_embedding_that_computes_something_else_since(monkeypatch):
+    from transformers.models.llama import modeling_llama as file
+
+    expected = str(efftune.apply(model("Llama"), "full").blocks)
+    assert "rotary" in expected
+    monkeypatch.setattr(file, "rotate_half", lambda x: x.flip(-1))
+    plain = model("Llama")
+    own = gradients(copy.deepcopy(plain), batch())[1]
+    tuner = efftune.apply(plain, "full")
+    assert "rotary" not in str(tuner.blocks)
+    found = gradients(tuner.model, batch())[1]
+    for name, gradient in own.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+    monkeypatch.undo()
+    assert str(efftune.apply(model("Llama"), "full").blocks) == expected

@@ -69,8 +69,9 @@ class Blocks:
         return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
 
 
-# Of the modules of all models whose stand-ins are made of code and settings alone: to ask takes 50 ms a model.
-KNOWN: Known = {}
+# Only for tests of what is not recognition, which apply to hundreds of models of the same code: what was found for
+# modules whose stand-ins are made of code and settings alone, for the life of the process. Code may change in it.
+SHARED: Known | None = None
 
 
 @torch.no_grad()
@@ -79,6 +80,14 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
     transformers model through `attention` (sdpa) or `eager_attention` and its rotary embedding through `rotary`.
     Parameters are shared and keep their names."""
     done = Blocks()
+    with probe.at_home():
+        _swap(model, keep, done)
+        _install_attention(model, keep, done)
+        _install_rotary(model, done)
+    return done
+
+
+def _swap(model: nn.Module, keep: Keep | None, done: Blocks) -> None:
     twins: dict[nn.Module, nn.Module | None] = {}  # a module that stands in two places stays one
     known: Known = {}
     for parent in list(model.modules()):
@@ -94,9 +103,6 @@ def install(model: nn.Module, keep: Keep | None = None) -> Blocks:
             if new is not None:
                 parent._modules[name] = new.train(child.training)
                 done.swaps.append((parent, name, child, new))
-    _install_attention(model, keep, done)
-    _install_rotary(model, done)
-    return done
 
 
 def twin(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
@@ -142,8 +148,8 @@ def _once(known: Known, question: Callable[[Any], Any], module: nn.Module, child
     key = probe.likeness(module, *children)
     if key is None:
         return None
-    if not any(isinstance(part, Tensor) for part in key[1]):
-        known = KNOWN
+    if SHARED is not None and not any(isinstance(part, Tensor | nn.Module) for part in key[1]):
+        known = SHARED
     if (question, key[0]) not in known:
         known[question, key[0]] = question(module), key[1]
     return known[question, key[0]][0]

@@ -114,7 +114,8 @@ class Siblings:
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         for names in () if is_compiling() else self.names or ():
             for name in names:
-                vars(module._modules[name]).pop("group", None)
+                if (layer := module._modules.get(name)) is not None:
+                    vars(layer).pop("group", None)
 
 
 def readers(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list[str]]:

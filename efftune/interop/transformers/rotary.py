@@ -34,8 +34,12 @@ def register(kinds: Iterable[type]) -> bool:
         function = file.get(FUNCTION)
         if not callable(function):
             continue
-        if not hasattr(function, MARK) and _computes(function):
+        original = getattr(function, "__wrapped__", function) if hasattr(function, MARK) else function
+        computes = _computes(original)  # asked each time: what it calls may have been exchanged
+        if computes and original is function:
             file[FUNCTION] = _switch(function)
+        elif not computes:
+            file[FUNCTION] = original
         found |= hasattr(file[FUNCTION], MARK)
     return found
 

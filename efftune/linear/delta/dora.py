@@ -30,6 +30,8 @@ class DoRA(LoRA):
     Numerics: as `LoRA` with dy·g, which is rounded to x.dtype, in the place of dy. The norm and g are in f32. The
         product is rounded to x.dtype before g scales it. dm sees y as it was rounded, the bias included, and products
         dy·y rounded to x.dtype; they are summed in f32. Under dropout dx is the sum of two rounded terms.
+        The norm is that of W corrected by thin products: where s·B·A takes away all but a share q of a row, it loses
+        the relative error 2⁻²⁴/q².
         A row whose W + s·B·A is zero gives y = bias there and zero gradients; where m is exactly 0 so is dm.
     Saved for backward: what `LoRA` saves, g, and the output y, which is the tensor that the next operation reads: where
         that one keeps it, it costs nothing, and a change of it in place is an error in backward. Under dropout it is

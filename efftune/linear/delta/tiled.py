@@ -104,7 +104,7 @@ class Tiled(Delta, ABC):
 
 def _bias(c: Call, x: Tensor) -> Tensor:
     shape = x.shape[0], c.w.shape[0]
-    return x.new_zeros(shape) if c.bias is None else c.bias.expand(shape).contiguous()
+    return x.new_zeros(shape) if c.bias is None else c.bias.repeat(shape[0], 1)
 
 
 def _tiles(c: Call) -> Iterator[tuple[int, int]]:

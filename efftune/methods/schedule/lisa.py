@@ -37,6 +37,13 @@ class Lisa(Method):
         name, stack = plan.blocks()
         if self.layers > len(stack):
             raise EfftuneError(f"lisa(layers={self.layers}) draws from {name}, which has only {len(stack)} layers.")
+        trained = [*plan.parameters, *(f"{layer.name}." for layer in plan.layers.values() if layer.trains)]
+        count = sum(any(other.startswith(f"{block}.") for other in trained) for block in stack)
+        if self.layers > count:
+            raise EfftuneError(
+                f"lisa(layers={self.layers}) draws from the blocks of {name} that train, which are {count}; draw fewer, "
+                "or let more of them train."
+            )
 
     def drawn(self, count: int, step: int) -> list[int]:
         """The layers of a stack of `count` that train at `step`."""
@@ -45,8 +52,9 @@ class Lisa(Method):
     def before_step(self, run):
         model, optimizer = run.model, run.optimizer
         name, stack = blocks(model)
-        drawn = {f"{name}.{i}." for i in self.drawn(len(stack), run.step)}
         registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = [i for i, block in enumerate(stack) if any(id(p) in registered for p in block.parameters())]
+        drawn = {f"{name}.{trained[i]}." for i in self.drawn(len(trained), run.step)}
         for full_name, parameter in model.named_parameters():
             if id(parameter) not in registered or not full_name.startswith(name + "."):
                 continue
