@@ -54,7 +54,7 @@ Method = Any  # of `efftune.methods`, which lies above: who writes into a plan, 
 
 @dataclass
 class Layer:
-    """One linear layer: as it stands, until methods wish otherwise."""
+    """A row of the plan: how one linear layer stores, trains and keeps, as it does now until methods wish otherwise."""
 
     name: str
     plain: bool  # nn.Linear, Conv1D or what a base of the recipe adopts, not efftune.Linear
@@ -83,7 +83,7 @@ class Layer:
 
 
 class Plan:
-    """The table: linear layers, parameters that train, and how the blocks keep and run.
+    """The table of what a recipe wants: linear layers, parameters that train, and how the blocks keep and run.
 
     Args:
         model: read, never written, until `build`.
@@ -228,8 +228,8 @@ class Plan:
                 layer.by[axis] = method.name
 
     def keep(self, method: Method, target_modules: str | Iterable[str], keep: Keep) -> list[Layer]:
-        """Lets the trained ones among the layers that `target_modules` means keep their input with `keep`, and returns
-        them. A layer that keeps some of its rows only goes on to do so where `keep` is another way to keep them all.
+        """Sets `keep` on the targeted layers that train and returns them. A layer that keeps a part of its rows goes on
+        to do so where `keep` is another way to keep all of them.
 
         Raises: EfftuneError if none of them keeps its input: a frozen layer does not, so there is nothing to save.
         """

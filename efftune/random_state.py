@@ -60,7 +60,7 @@ def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def moved(states: tuple[Tensor, ...], device: torch.device) -> bool:
+def has_drawn(states: tuple[Tensor, ...], device: torch.device) -> bool:
     """Whether something has been drawn on the CPU or on `device` since they were `states`."""
     return not all(torch.equal(a, b) for a, b in zip(states, generators(device), strict=True))
 

@@ -17,7 +17,7 @@ from efftune.structure import in_classifier, output_head, read_without_a_call
 def summary(
     plan: Plan, recipe: str, trained: set[str], lines: Iterable[str], loss: Callable[[], Any] | None = None
 ) -> str:
-    """See `Tuner.summary`.
+    """Writes what `Tuner.summary` returns.
 
     Args:
         trained: the names of the parameters that may ever train.   lines: what the methods say of themselves.

@@ -46,7 +46,7 @@ class Stored(NamedTuple):
 
 
 def brief(settings, name: str, show: Callable[[Any], str] = repr) -> str:
-    """name(field=value, ...) of a dataclass, with the fields that differ from their defaults."""
+    """Writes a dataclass as name(field=value, ...), with the fields that differ from their defaults."""
     fields = [(f.name, getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)]
     return f"{name}({', '.join(f'{field}={show(value)}' for field, value, default in fields if value != default)})"
 
@@ -75,35 +75,38 @@ class Base(Axis):
         self.store(weight)
 
     def adopt(self, module: nn.Module) -> Stored | None:
-        """What `module`, a linear layer of torch or of another library, stores already, in this base's layout: shared
-        where that is the same, and with no dense W in between. None where it is no layer whose storage this base has.
-        (The bias is `module.bias`, or None.)
+        """Returns what `module`, a linear layer of torch or of another library, stores already, in this base's layout:
+        shared where that is the same, and with no dense W in between. None where it is no layer whose storage this base
+        has. (The bias is `module.bias`, or None.)
         """
         return None
 
     def dtype(self, tensors: Tensors) -> torch.dtype | None:
-        """The dtype of W that the stored tensors tell: after `.to()` it is another one. None where they do not, and W
-        keeps the dtype it had when it was stored."""
+        """Returns the dtype of W that the stored tensors tell, another one after `.to()`. None where they do not tell
+        it, and W keeps the dtype that it had when it was stored."""
         return None
 
     def enter(self, w: Stored, x: Tensor) -> Tensor:
-        """z (M, K'), what the product is taken of: x itself, or x rotated or rounded (straight-through training)."""
+        """Returns z (M, K'), what the product is taken of: x itself, or x rotated or rounded (straight-through
+        training)."""
         return x
 
     def leave(self, w: Stored, dz: Tensor) -> Tensor:
-        """dL/dz (M, K'), which it may consume -> dL/dx (M, K)."""
+        """Returns dL/dx (M, K) for dL/dz (M, K'), which it may consume."""
         return dz
 
     def linear(self, w: Stored, z: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
-        """z·Wᵀ (+ h·Bᵀ, low_rank = (h (M, R), b (N, R))) (+ bias (N,)) (+ add (M, N), which it consumes) -> (M, N)."""
+        """Returns z·Wᵀ (+ h·Bᵀ) (+ bias) (+ add), (M, N), for low_rank = (h (M, R), b (N, R)), bias (N,) and add (M,
+        N), which it consumes."""
         raise NotImplementedError
 
     def linear_t(self, w: Stored, dy: Tensor, low_rank=None, add=None) -> Tensor:
-        """dy·W (+ dh·A, low_rank = (dh (M, R), a (R, K))) (+ add (M, K), which it consumes) -> a fresh (M, K)."""
+        """Returns dy·W (+ dh·A) (+ add), a fresh (M, K), for low_rank = (dh (M, R), a (R, K)) and add (M, K), which it
+        consumes."""
         raise NotImplementedError
 
     def rows(self, w: Stored, a: int, b: int, dtype: torch.dtype) -> Tensor:
-        """W[a:b] (b - a, K) in dtype: the matrix that a plain layer would have."""
+        """Returns W[a:b] (b - a, K) in dtype, of the matrix that a plain layer would have."""
         raise NotImplementedError
 
     def put(self, w: Stored, index: Tensor, values: Tensor) -> None:
@@ -121,8 +124,8 @@ class Base(Axis):
         return type(self).put is not Base.put
 
     def weight_vjp(self, w: Stored, dw_rows: Tensor, a: int, b: int) -> Gradients:
-        """dL/dW[a:b], W as the product with z has it -> the gradients of rows a..b of the stored tensors, or of a whole
-        tensor that has no rows of its own (then the parts are summed up). None where there is none."""
+        """Turns dL/dW[a:b], of W as the product with z has it, into the gradients of rows a..b of the stored tensors,
+        or of a whole tensor that has no rows of its own (then the parts are summed up). None where there is none."""
         raise NotImplementedError
 
 
@@ -134,8 +137,8 @@ class Keep(Axis):
     restores: ClassVar[bool] = False  # whether `hold` can answer: what norms, activations and attention keep with
 
     def save(self, z: Tensor, source: Source | None, seed: Tensor | None) -> Kept:
-        """z, or what stands for it. `source` is what is known about z: how backward can make it again, and what layers
-        that read the same tensor took of it already; None where nothing is, and under torch.compile."""
+        """Returns z, or what stands for it. `source` is what is known about z: how backward can make it again, and what
+        layers that read the same tensor took of it already; None where nothing is, and under torch.compile."""
         raise NotImplementedError
 
     def shared(self, rows: int, source: Source | None) -> bool:
@@ -144,22 +147,22 @@ class Keep(Axis):
         return not self.random
 
     def operands(self, g: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """g (M, S) -> g̃ (L, S) and z̃ (L, K), L ≤ M, with gᵀ·z = g̃ᵀ·z̃, exactly or in the mean over the seed. What a
-        delta contracts in tiles, factors or entries; a kept input is made again once for all of them."""
+        """Returns g̃ (L, S) and z̃ (L, K), L ≤ M, with gᵀ·z = g̃ᵀ·z̃ for g (M, S), exactly or in the mean over the
+        seed. A delta contracts them in tiles, factors or entries; a kept input is made again once for all of these."""
         raise NotImplementedError
 
     def weight_grad(self, g: Tensor, kept: Kept) -> Tensor:
-        """g (M, S) -> gᵀ·z̃ (S, K), exact or unbiased."""
+        """Returns gᵀ·z̃ (S, K) for g (M, S), exact or unbiased."""
         return product_t(*self.operands(g, kept))
 
     def hold(self, z: Tensor, seed: Tensor | None, stream: int = 0) -> Tensor | Handle:
-        """z (M, K) so that `handle.load` gives z̃: itself, or a handle to its codes. Several tensors that share a seed
-        take different streams."""
+        """Returns z (M, K) itself, or a handle to its codes: what `handle.load` turns into z̃. Several tensors that
+        share a seed take different streams."""
         raise NotImplementedError
 
 
 def product_t(g: Tensor, z: Tensor) -> Tensor:
-    """gᵀ·z."""
+    """Returns gᵀ·z (S, K) for g (M, S) and z (M, K)."""
     # For few columns (a LoRA rank) gᵀ is laid out first: on the CPU the product then runs at its full rate, and the
     # copy is small, M·S elements. A GPU reads either layout.
     g_t = g.t()
@@ -180,11 +183,11 @@ class Call(NamedTuple):
     source: Source | None  # of x, in forward
 
     def linear(self, x: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
-        """enter(x)·Wᵀ + bias with the optional terms of `Base.linear`."""
+        """Returns enter(x)·Wᵀ + bias with the optional terms of `Base.linear`."""
         return self.base.linear(self.w, self.base.enter(self.w, x), low_rank, self.bias, add)
 
     def linear_t(self, dy: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
-        """leave(dy·W) with the optional terms of `Base.linear_t`, which do not pass through `leave`."""
+        """Returns leave(dy·W) with the optional terms of `Base.linear_t`, which do not pass through `leave`."""
         base = self.base
         if type(base).leave is Base.leave:
             return base.linear_t(self.w, dy, low_rank, add)
@@ -225,12 +228,12 @@ class Delta(Axis):
                     setattr(cls, name, getattr(Delta, name))
 
     def init(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensors:
-        """Fresh p for a layer of (N, K), where W need not be read for it."""
+        """Returns fresh p for a layer of (N, K), where W need not be read for it."""
         return ()
 
     def begin(self, weight: Tensor) -> tuple[Tensor, Tensors]:
-        """The dense weight (N, K), before a base stores it -> what is to be stored in its place, and fresh p. For a
-        delta whose start depends on W; it does not write to `weight`."""
+        """Returns what is to be stored in the place of the dense weight (N, K), and fresh p. It is called before a base
+        stores, for a delta whose start depends on W, and does not write to `weight`."""
         return weight, self.init((weight.shape[0], weight.shape[1]), weight.dtype, weight.device)
 
     def stored_learns(self, base: Base) -> tuple[str, ...]:
@@ -250,28 +253,28 @@ class Delta(Axis):
         return None
 
     def forward(self, c: Call, x: Tensor) -> tuple[Tensor, Kept]:
-        """-> y (M, N), saved. Saves only what the gradients in `c.need` take."""
+        """Returns y (M, N) and what is saved for backward: only what the gradients in `c.need` take."""
         raise NotImplementedError
 
     def backward(
         self, c: Call, dy: Tensor, saved: Kept, add: Tensor | None = None
     ) -> tuple[Tensor | None, Gradients, Gradients]:
-        """-> dx (+ add (M, K), which it consumes) | None, gradients of the stored tensors, gradients of p (None where
-        not needed). The bias is the Function's business. `add` is given only where `c.need.x`."""
+        """Returns dx (+ add (M, K), which it consumes) or None, the gradients of the stored tensors, and those of p,
+        None where not needed. The bias is the Function's business. `add` is given only where `c.need.x`."""
         raise NotImplementedError
 
     def forward_all(self, calls: list[Call], x: Tensor) -> tuple[list[Tensor], list[Kept]]:
-        """`forward` of several layers that have this delta, one keep and one x -> what each of them gives, and any
-        number of tuples to be saved. A kind overrides it, and `backward_all`, where it can compute together what
-        `forward` computes for one layer."""
+        """Does `forward` for several layers that have this delta, one keep and one x. Returns what each of them gives,
+        and any number of tuples to be saved. A kind overrides it, and `backward_all`, where it can compute together
+        what `forward` computes for one layer."""
         ys, saved = zip(*[self.forward(c, x) for c in calls], strict=True)
         return list(ys), list(saved)
 
     def backward_all(
         self, calls: list[Call], dys: list[Tensor | None], saved: list[Kept], add: Tensor | None = None
     ) -> tuple[Tensor | None, list[tuple[Gradients, Gradients]]]:
-        """-> the sum of all dx (+ add, which it consumes) | None, and each layer's gradients of the stored tensors and
-        of p. A dy is None where nobody used what the layer gave; its gradients are None."""
+        """Returns the sum of all dx (+ add, which it consumes) or None, and each layer's gradients of the stored
+        tensors and of p. A dy is None where nobody used what the layer gave; its gradients are None."""
         dx, grads = add, []
         for c, dy, kept in zip(calls, dys, saved, strict=True):
             if dy is None:
@@ -282,7 +285,8 @@ class Delta(Axis):
         return dx, grads
 
     def weight(self, c: Call, a: int, b: int, dtype: torch.dtype) -> Tensor:
-        """Rows a..b of the W that a plain layer would have, in dtype: the stored ones, where the delta adds nothing."""
+        """Returns rows a..b of the W that a plain layer would have, in dtype: the stored ones if the delta adds
+        nothing."""
         return c.base.rows(c.w, a, b, dtype)
 
     def put(self, c: Call) -> None:

@@ -86,5 +86,5 @@ apply_linear = applied(LinearFunction)
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """(..., K) -> (M, K), a view where strides allow."""
+    """Returns x (..., K) as a matrix (M, K), a view where strides allow."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -54,7 +54,7 @@ class Group:
         self.results: dict[Linear, tuple[Tensor, State, bool]] | None = None  # None: nobody has been called
 
     def output(self, layer: Linear, x: Tensor) -> Tensor | None:
-        """What `layer` gives for x, or None: it computes alone."""
+        """Returns what `layer` gives for x, or None where the layer computes alone."""
         results = self.results
         if results is None:
             self.results = {}  # one attempt in each forward pass

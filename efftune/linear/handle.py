@@ -96,7 +96,7 @@ class Handle:
 
 
 def load(part: Tensor | Handle, index: Tensor | None = None) -> Tensor:
-    """A tensor that was saved as it is, or as a handle; or its rows `index`."""
+    """Returns a tensor that was saved as it is, or as a handle; or its rows `index`."""
     if isinstance(part, Handle):
         return part.load(index)
     return part if index is None else part.index_select(0, index)
@@ -130,7 +130,7 @@ def attach(x: Tensor, handle: Handle, width: int) -> Tensor:
 
 
 def source_of(x: Tensor, create: bool = False) -> Source | None:
-    """The source of x, or of the tensor that x is a reshaped view of; None where there is none."""
+    """Returns the source of x, or of the tensor that x is a reshaped view of; None where there is none."""
     source = getattr(x, _ATTRIBUTE, None)
     if source is None:
         base = x._base
@@ -151,7 +151,8 @@ def source_of(x: Tensor, create: bool = False) -> Source | None:
 
 
 def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A fresh y in another shape, as no view: autograd forbids changes in place of a view that a Function returns."""
+    """Returns a fresh y in another shape, not as a view: autograd forbids changes in place of a view that a Function
+    returns."""
     if is_compiling() or not y.is_contiguous():
         return torch.ops.aten._unsafe_view(y, shape)
     # Of as many elements: nothing moves, and it takes a tenth of the time. (A shape as one argument takes torch's
@@ -163,7 +164,7 @@ def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def flatten(saved: tuple) -> tuple[Sequence[Tensor], tuple | None]:
-    """A tuple of tensors and handles -> its tensors, and what `unflatten` needs; None if there are only tensors."""
+    """Splits a tuple of tensors and handles into its tensors and what `unflatten` needs, None for tensors alone."""
     if Handle not in map(type, saved):
         return saved, None
     tensors: list[Tensor] = []

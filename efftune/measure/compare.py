@@ -67,7 +67,7 @@ def _evaluations(after: dict[str, Any]) -> dict[str, float]:
 
 
 def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
-    """What one batch costs under `recipe`."""
+    """Measures what one batch costs under `recipe`."""
     config = runs.settings({**given, "recipe": recipe}, Path("."))
     set_seed(config.seed)
     prepared = runs.prepare(config)
@@ -86,7 +86,7 @@ def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Returns the rows as a table in Markdown."""
     own = {name: name.removeprefix("eval_") for row in rows for name in row if name.startswith("eval_")}
     columns = COLUMNS | {name: title for name, title in own.items() if name not in COLUMNS}
     titles = {name: title for name, title in columns.items() if any(name in row for row in rows)}

@@ -18,7 +18,7 @@ NEGLIGIBLE = 1e-3  # of the model's typical gradient entry
 
 @dataclass
 class Fidelity:
-    """Of one parameter's gradient, over the coordinates that were looked at."""
+    """How far one parameter's gradient is from the exact one g*, over a sample of its entries."""
 
     name: str
     z: float  # of the bias, one-sided: noise alone is standard normal
@@ -30,8 +30,8 @@ class Fidelity:
     by_design: bool = False  # whether a bias is the purpose, so that it passes
 
 
-def coordinates(tuner: Tuner) -> dict[str, Tensor]:
-    """Name of each parameter that trains -> which of its entries are looked at."""
+def sampled_entries(tuner: Tuner) -> dict[str, Tensor]:
+    """The name of each parameter that trains, and the indices of the entries that are looked at, the same each time."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randperm(p.numel(), generator=generator)[:COORDINATES].to(p.device)
@@ -41,7 +41,7 @@ def coordinates(tuner: Tuner) -> dict[str, Tensor]:
 
 
 def gradients(tuner: Tuner, task: Task, batch: Any) -> dict[str, Tensor]:
-    """Of the mean loss of a batch, for all that trains."""
+    """The gradients of the mean loss of a batch with respect to all that trains, by name; zeros where there is none."""
     parameters = {n: p for n, p in tuner.named_trained().items() if p.requires_grad}
     for p in parameters.values():
         p.grad = None

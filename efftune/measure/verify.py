@@ -18,9 +18,9 @@ import efftune
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.contracts import Keep
-from efftune.measure import directions
-from efftune.measure.directions import Directions
-from efftune.measure.fidelity import Fidelity, coordinates, fidelity, gradients, negligible
+from efftune.measure import estimates
+from efftune.measure.estimates import EstimateStatistics
+from efftune.measure.fidelity import Fidelity, fidelity, gradients, negligible, sampled_entries
 from efftune.memory import meter
 from efftune.methods._base import Method, drawing_keeps
 from efftune.nn.subbatch import Recompute
@@ -79,7 +79,7 @@ def verify(given: dict[str, Any], seeds: int = 32, batches: int = 8, max_bias: f
                 optimizer.step()
                 optimizer.zero_grad()
         if isinstance(optimizer, ZerothOrderSGD):
-            results, whole = directions.measure(tuner, optimizer, task, data, seeds)
+            results, whole = estimates.measure(tuner, optimizer, task, data, seeds)
         else:
             results = measure(tuner, task, data, seeds)
     results += [selected(tuner, method, task, data) for method in selecting]
@@ -107,7 +107,7 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
     """`data`: batches on the device; the first is the one that is drawn from, all give SGD's noise. A row for each
     parameter, and one for each kind of module that keeps codes for a derivative that is not linear in them: of all
     gradients, with everything else exact."""
-    where = coordinates(tuner)
+    where = sampled_entries(tuner)
 
     def chosen(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: g.flatten()[where[name]].double().cpu() for name, g in gradients.items()}
@@ -147,7 +147,7 @@ def measure(tuner: efftune.Tuner, task: Task, data: list[Any], seeds: int) -> li
 
 def selected(tuner: efftune.Tuner, method: Method, task: Task, data: list[Any]) -> Fidelity:
     """What `method` leaves out of the gradients of all batches, with everything else exact."""
-    where = coordinates(tuner)
+    where = sampled_entries(tuner)
 
     def gradient(batch: Any) -> Tensor:
         found = gradients(tuner, task, batch)
@@ -182,7 +182,7 @@ def nonlinear_keeps(model: nn.Module) -> dict[str, list[tuple[nn.Module, str, Ke
 
 
 def plain(value: Any) -> Any:
-    """With null for NaN and infinities, which JSON does not have."""
+    """Returns the value with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -190,7 +190,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def highest_score(results: list[Fidelity], whole: Directions | None) -> float:
+def highest_score(results: list[Fidelity], whole: EstimateStatistics | None) -> float:
     """What z may be for noise: beyond it in one of 20 measurements, of all rows that count together."""
     count = sum(not r.by_design for r in results) + (4 if whole else 0)  # these two have two sides
     return NormalDist().inv_cdf(1 - 0.05 / max(1, count))
@@ -200,7 +200,7 @@ def is_biased(r: Fidelity, limit: float, max_bias: float) -> bool:
     return not r.by_design and r.z > limit and r.bias > max_bias
 
 
-def judge(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> None:
+def judge(results: list[Fidelity], max_bias: float, whole: EstimateStatistics | None = None) -> None:
     """Raises: EfftuneError where a result is biased or not finite."""
     broken = [r.name for r in results if not math.isfinite(r.error)]
     if broken:
@@ -229,7 +229,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def table(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> str:
+def table(results: list[Fidelity], max_bias: float, whole: EstimateStatistics | None = None) -> str:
     width, limit = max(len(r.name) for r in results), highest_score(results, whole)
     lines = [f"{'':{width}}  {'bias':>7}  {'z':>6}  {'error':>7}  {'var/SGD':>8}  {'kept KiB':>9}  {'var/byte':>8}"]
     for r in results:
@@ -244,8 +244,8 @@ def table(results: list[Fidelity], max_bias: float, whole: Directions | None = N
     return "\n".join(lines)
 
 
-def legend(results: list[Fidelity], max_bias: float, whole: Directions | None = None) -> str:
-    """What the columns are, in which unit, and when a row passes."""
+def legend(results: list[Fidelity], max_bias: float, whole: EstimateStatistics | None = None) -> str:
+    """Says what the columns are, in which unit, and when a row passes."""
     limit = f"{highest_score(results, whole):.1f}"
     lines = [
         "bias      length of the draws' mean error, noise taken off, in percent of the exact gradient's length",

@@ -50,7 +50,7 @@ class Run:
     states: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def state(self, method: Method) -> Any:
-        """What the method has learnt, a `method.State`."""
+        """Returns what the method has learnt, a `method.State`."""
         return self.states[method.name]
 
 
@@ -106,10 +106,10 @@ class Method:
         """Takes out what `install` has put in."""
 
     def param_groups(self, run: Run) -> list[dict] | None:
-        """Optimizer groups with ("name", parameter) pairs, or None for one group of all that trains."""
+        """Returns optimizer groups with ("name", parameter) pairs, or None for one group of all that trains."""
 
     def optimizer(self, groups: list[dict], **defaults) -> torch.optim.Optimizer | None:
-        """The optimizer this method needs, or None for AdamW."""
+        """Returns the optimizer that this method needs, or None for AdamW."""
 
     def before_step(self, run: Run) -> None:
         """Called before the first micro-batch of step 0, 1, 2, ..."""
@@ -138,14 +138,17 @@ class Method:
         return None
 
     def arrives(self, name: str, change: torch.Tensor, turn: int) -> torch.Tensor:
-        """What becomes in round `turn` of a change of the parameter `name`, where the method approximates changes."""
+        """Returns what becomes in round `turn` of a change of the parameter `name`, where the method approximates
+        changes."""
         return change
 
     def report(self, run: Run) -> str | None:
-        """A line for `Tuner.summary` and the end of a run: what cannot be read off the settings."""
+        """Returns a line for `Tuner.summary` and the end of a run with what cannot be read off the settings, or
+        None."""
 
     def counts(self, run: Run) -> dict[str, int]:
-        """Name, with "_" for spaces, -> what it has counted since the run began, which lines of a run's log show."""
+        """Returns what it has counted since the run began, by name, with "_" for spaces; the lines of a run's log show
+        it."""
         return {}
 
     def overrides(self, hook: str) -> bool:
@@ -170,6 +173,6 @@ def exact_keeps(model: nn.Module) -> Iterator[None]:
 
 
 def drawing_keeps(model: nn.Module) -> list[tuple[nn.Module, str, Keep]]:
-    """Module, attribute and keep, of all in `model` that backward keeps by drawing."""
+    """Returns module, attribute and keep of everything in `model` that backward keeps by drawing."""
     keeps = ((m, name, getattr(m, name, None)) for m in model.modules() for name in (KEEP, ROWS))
     return [(module, name, keep) for module, name, keep in keeps if isinstance(keep, Keep) and keep.random]

@@ -1,4 +1,4 @@
-"""Looking at gradients without keeping them: what methods measure themselves by."""
+"""Samples of gradients, and gradients that are dropped again: what methods measure themselves by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-STRIDE, AT_LEAST = 97, 64  # every 97th coordinate of a weight's gradient is looked at, and of a small one about 64
+STRIDE, AT_LEAST = 97, 64  # every 97th entry of a weight's gradient is sampled, and of a small one about 64
 
 
 def _stride(parameter: Tensor) -> int:
@@ -16,18 +16,18 @@ def _stride(parameter: Tensor) -> int:
 
 
 def inverse_share(parameter: Tensor) -> float:
-    """The factor that makes a sum over the looked-at coordinates one over all coordinates."""
+    """Returns the factor that makes a sum over the sampled entries an estimate of the sum over all entries."""
     return parameter.numel() / len(range(0, parameter.numel(), _stride(parameter)))
 
 
 def distance(a: Tensor, b: Tensor, parameter: Tensor) -> Tensor:
-    """‖a − b‖² of two gradients of `parameter`, estimated from their looked-at coordinates."""
+    """Returns ‖a − b‖² of two gradients of `parameter`, estimated from their sampled entries."""
     return (a - b).square().sum(dtype=torch.float64) * inverse_share(parameter)
 
 
 @contextmanager
-def coordinates(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dict that each backward within fills: name -> the looked-at coordinates of its gradient, in f32."""
+def sampled_gradients(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Yields a dict that each backward pass within fills: name -> the sampled entries of its gradient, in float32."""
     seen: dict[str, Tensor] = {}
 
     def look(name: str, stride: int):

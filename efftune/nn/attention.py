@@ -272,7 +272,7 @@ def attention(
 
 
 def attend(q, k, v, mask, causal, scale, dropout, keep) -> Tensor:
-    """`attention` of arguments that `why_not` has nothing against."""
+    """Computes `attention` of arguments that `why_not` has nothing against."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     keep = Exact() if keep is None else keep
     packed = documents(mask) if mask is not None and _maybe_packed(q, k, mask) else None

@@ -18,7 +18,13 @@ TILE = 2**23  # logits at once of a head that is not a plain nn.Linear
 def head_cross_entropy(
     head: Any, hidden: Tensor, targets: Tensor, softcap: float | None = None, reduction: str = "sum"
 ) -> Tensor:
-    """`linear_cross_entropy` of any head: hidden (M, K), targets (M,) -> () for "sum", (M,) for "none"."""
+    """Computes `linear_cross_entropy` of any head.
+
+    Args:
+        head: an nn.Linear; any other module from (M, K) to logits runs on TILE logits at a time, again in backward.
+        hidden: (M, K).   targets: (M,) int64.   softcap, reduction: as `linear_cross_entropy` has them.
+    Returns: () for "sum", (M,) for "none"; float32, or float64 for float64 logits.
+    """
     if has_torch_function_variadic(hidden, targets):  # modes see the whole: when a tile runs again, they are off
         given = head, hidden, targets, softcap, reduction
         return handle_torch_function(head_cross_entropy, (hidden, targets), *given)
@@ -41,4 +47,5 @@ def _tile_loss(head: nn.Module, softcap: float | None, hidden: Tensor, targets: 
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Returns softcap · tanh(logits / softcap), or the logits themselves where softcap is None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

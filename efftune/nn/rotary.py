@@ -57,7 +57,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotary` of q and of k, outside torch.compile."""
+    """Computes `rotary` of q and of k in one autograd Function, outside torch.compile."""
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
         return rotate_pair(q, k, cos, sin)
     return _apply(cos, sin, q, k)
@@ -68,9 +68,11 @@ MARK = "_efftune_rotary"
 
 
 def set_marked(cos: Any) -> None:
+    """Marks cos, if it is a tensor."""
     if isinstance(cos, Tensor):
         setattr(cos, MARK, True)
 
 
 def is_marked(cos: Any) -> bool:
+    """Whether cos is a tensor with the mark."""
     return isinstance(cos, Tensor) and hasattr(cos, MARK)

@@ -30,9 +30,9 @@ from efftune.ops._op import forced_backend, use_backend
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.dropout import dropout
 from efftune.ops.sample_rows import select_rows
-from efftune.random_state import generators, moved, replaying, set_generators
+from efftune.random_state import generators, has_drawn, replaying, set_generators
 
-SELECT_STREAM, DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow each are the repeat and the call
+SELECT_STREAM, BLOCK_DROPOUT_STREAM = 0, 1 << 16  # of one seed; streams that follow each are the repeat and the call
 # How dropout inside the block is drawn: by torch, a seed per sample, or that with attention written out in full
 # (a fused attention kernel draws where nothing can be put in its place). A block goes to the first that replays.
 BY_TORCH, BY_ROW, BY_ROW_MATH = range(3)
@@ -215,12 +215,12 @@ class _Call:
         before = generators(self.device)
         if not self.by_row:
             out = self.run(tensors)
-            self.generators = before if moved(before, self.device) else None
+            self.generators = before if has_drawn(before, self.device) else None
             return out
         for how in range(self.owner.draws, BY_ROW_MATH + 1):
             self.draws = how
             out = self.run(tensors)
-            if not moved(before, self.device):
+            if not has_drawn(before, self.device):
                 self.owner.draws = how
                 return out
             set_generators(before, self.device)
@@ -342,7 +342,7 @@ class RowDropout(TorchDispatchMode):
 
     def __init__(self, seed: Tensor, batch: int, rows: Tensor | None):
         super().__init__()
-        self.seed, self.batch, self.rows, self.stream = seed, batch, rows, DROPOUT_STREAM
+        self.seed, self.batch, self.rows, self.stream = seed, batch, rows, BLOCK_DROPOUT_STREAM
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.bernoulli_.float:  # torch's dropout on the CPU

@@ -236,8 +236,8 @@ def perturb(
         dist: "normal" (z ~ N(0, 1)) or "rademacher" (z = ±1).
         rounding: "nearest" or "stochastic" (E[out] = w + Σ a z; nothing to do for f32 and f64), with random bits of the
             first seed.
-        threshold: None for all weights, or a number of at least 0, pinned to float32 as a is. It meets w before the
-            call, also in place. NaN is not below any.
+        threshold: None for all weights, or a number of at least 0, pinned to float32 as a is. It is compared with
+            w as it was before the call, also in place. NaN is not below any.
         out: like w; w itself for in place (`perturb_`). Other overlaps give undefined results.
     Returns: out, or a new tensor. No gradient: w, a and out are taken as they are.
     Numerics: z by Philox4x32-10 and Box–Muller, a function of (seed, stream, offset + i) alone: not of dtype, tiling,

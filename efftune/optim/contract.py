@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Optimizer(torch.optim.Optimizer):
-    """An optimizer with answers of its own."""
+    """An optimizer that answers otherwise than torch's do."""
 
     in_backward: bool = False  # takes each gradient as soon as backward has it: none is left when `step` is called
     clips: bool = False  # limits gradients itself, to `max_norm`
@@ -21,17 +21,18 @@ class Optimizer(torch.optim.Optimizer):
         other micro-batch of the step follows, so that the gradients it sees are the step's."""
 
     def move(self, p: nn.Parameter, index: Tensor) -> None:
-        """The entries of p are others now: entry i of its new order is the one that was at index[i], or one that
-        nothing is known of where index[i] < 0. State that has an entry for each of p's follows; its new entries are 0.
+        """Lets the state of p follow its entries, which are others now: entry i of the new order is the one that was at
+        index[i], or a new one where index[i] < 0. State that has an entry for each of p's follows; its new entries are
+        0.
 
         Args:
             p: (n,) as it is now.   index: (n,) int64.
         """
-        moved(self, p, index)
+        move_state(self, p, index)
 
 
-def moved(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> None:
-    """`Optimizer.move` of any optimizer whose state has an entry for each of p's, in 1-d tensors (torch's all have)."""
+def move_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> None:
+    """Moves the state of any optimizer that has an entry for each of p's in 1-d tensors, as all of torch's have."""
     known, before = index >= 0, index.clamp(min=0)
     for name, value in optimizer.state.get(p, {}).items():
         if isinstance(value, Tensor) and value.ndim == 1:
@@ -43,4 +44,4 @@ def move(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> No
     if isinstance(optimizer, Optimizer):
         optimizer.move(p, index)
     else:
-        moved(optimizer, p, index)
+        move_state(optimizer, p, index)

@@ -16,7 +16,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def stream_of(name: str) -> int:
-    """The random stream of a parameter: from its name, never from its position in a list."""
+    """Returns the random stream of a parameter, which follows from its name, never from its position in a list."""
     return zlib.crc32(name.encode())
 
 
@@ -37,8 +37,9 @@ class Directions:
         self.amounts: dict[tuple, Tensor] = {}  # of this step, what every layer's z is multiplied by
 
     def threshold(self, name: str, w: Tensor) -> float | None:
-        """The largest |w_i| that trains, of the tensor as it was when first asked for: of its entries that are not zero
-        if else it would be 0. None: all, as in a tensor of zeros (LoRA's B, biases), whose sizes say nothing yet."""
+        """Returns the largest |w_i| that trains, of the tensor as it was when first asked for; of its entries that are
+        not zero where it would be 0 otherwise. None means all entries, as in a tensor of zeros (LoRA's B, biases),
+        whose sizes say nothing yet."""
         if not self.sparsity:
             return None
         if name not in self.thresholds:
@@ -48,7 +49,7 @@ class Directions:
         return self.thresholds[name]
 
     def scale(self, name: str) -> float:
-        """s of a parameter, from all that the optimizer has, as they are when it is first asked for."""
+        """Returns s of the parameter `name`, from all parameters as they are when a scale is first asked for."""
         if self.per_layer == "none":
             return 1.0
         if not self.scales:
@@ -60,7 +61,7 @@ class Directions:
         return self.scales[name]
 
     def perturbed(self, names: Sequence[str], w: Sequence[Tensor], eps: float, seed: int) -> list[Tensor]:
-        """w + eps·s·z in new tensors, those that are alike by one call."""
+        """Returns w + eps·s·z(seed) in new tensors. Tensors of one scale, dtype and device are written by one call."""
         together: dict[tuple, list[int]] = defaultdict(list)
         for i, (name, t) in enumerate(zip(names, w, strict=True)):
             together[self.scale(name), t.dtype, t.device].append(i)
@@ -80,22 +81,23 @@ class Directions:
         return made
 
     def add(self, name: str, w: Tensor, a: Tensor, seeds: Sequence[int], rounding: str, out: Tensor | None = None):
-        """w + u · Σ a·z(seed) of the parameter `name`, rounded once, into `out`: arguments as of `perturb`."""
+        """Writes w + u · Σ a·z(seed) of the parameter `name`, rounded once, into `out`, with the arguments of
+        `perturb`."""
         a = a.to(w.device, torch.promote_types(w.dtype, torch.float32)) * self.inverse_scale(name)
         return perturb(w, a, seed=seeds, stream=stream_of(name), dist=self.dist, rounding=rounding, out=out)
 
     def estimate(self, name: str, w: Tensor, scalars: Mapping[int, float]) -> Tensor:
-        """u · Σ a·z over `scalars` (a by seed), in float32 (float64 for such weights), 0 for the entries that rest."""
+        """Returns u · Σ a·z over `scalars` (a by seed), in float32 or wider, and 0 at the entries that rest."""
         zero = torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
         made = self.add(name, zero, torch.tensor(list(scalars.values()), dtype=torch.float64), list(scalars), "nearest")
         threshold = self.threshold(name, w)
         return made if threshold is None else torch.where(w.abs() <= threshold, made, 0.0)
 
     def inverse_scale(self, name: str) -> float:
-        """u of a parameter."""
+        """Returns u of the parameter `name`: 1/s where per_layer is "variance", else 1."""
         return 1 / self.scale(name) if self.per_layer == "variance" else 1.0
 
 
 def smallest(sizes: Tensor, share: float) -> float | None:
-    """The largest of the `share` smallest of sizes (n,); None where there are none."""
+    """Returns the largest of the `share` smallest of sizes (n,), or None where there are none."""
     return float(sizes.kthvalue(max(1, round(share * len(sizes)))).values) if len(sizes) else None

@@ -35,25 +35,26 @@ class Scalars:
             a, used = a + self.pending[seed][0], set(self.pending[seed][1] | used)
         self.pending[seed] = a, frozenset(used)
 
-    def look(self, index: int, loss: Tensor) -> Tensor:
-        """What one point has for a difference, of a micro-batch's `loss` () along the step's direction `index`. Over
-        micro-batches it adds up to the step's loss minus the mean of the last step's, and to 0 while there is none.
-        Those do not depend on today's directions, so that whatever they are, the gradient has no bias."""
+    def one_point_difference(self, index: int, loss: Tensor) -> Tensor:
+        """The difference that an estimate with one point takes, of a micro-batch's `loss` () along the step's direction
+        `index`. Over micro-batches it adds up to the step's loss minus the mean of the last step's losses, and to 0
+        while there is none. The last losses do not depend on this step's directions, so the gradient has no bias."""
         first = index not in self.losses
         self.losses[index] = loss if first else self.losses[index] + loss
         if self.previous is None:
             return torch.zeros_like(loss)
         return loss - self.previous.to(loss.device) if first else loss
 
-    def remember(self) -> None:
-        """The step's losses are now the last step's."""
+    def end_losses(self) -> None:
+        """Makes the losses of this step those of the last step."""
         if self.losses:
             mean = torch.stack(list(self.losses.values())).mean()
             self.previous = mean if self.previous is None else torch.where(mean.isfinite(), mean, self.previous)
             self.losses.clear()
 
     def take(self) -> Tensor:
-        """(n,) float64: a / √v of the step's directions, averaged over processes, 0 where it is not finite."""
+        """Returns a / √v (n,) float64 of the step's directions, averaged over processes, and 0 where that is not
+        finite."""
         a = average(torch.stack([a for a, _ in self.pending.values()]))
         self.applied = dict(zip(self.pending, a.unbind(), strict=True))
         self.directions += len(a)
@@ -62,7 +63,7 @@ class Scalars:
                 setattr(self, key, value.to(a.device))
         if not self.losses or self.previous is not None:  # the first look of one point has nothing to differ from
             self.flat = self.flat + (a == 0).sum()
-        self.remember()
+        self.end_losses()
         finite = a.isfinite()
         self.skipped = self.skipped + (~finite).sum()
         a = torch.where(finite, a, 0.0)
@@ -76,7 +77,7 @@ class Scalars:
 
 
 def average(a: Tensor) -> Tensor:
-    """The mean over the processes of torch.distributed, if there are any: all that they exchange."""
+    """Returns the mean of a over the processes of torch.distributed, if there are any. They exchange nothing else."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return a
     a = a.clone()

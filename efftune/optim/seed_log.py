@@ -66,7 +66,8 @@ class SeedLog:
         decay: float,
         used: frozenset[int],
     ) -> None:
-        """What a step does to the parameters `named` of a group: those in `used` times `decay`, and the directions."""
+        """Appends what a step does to the parameters `named` of a group: those in `used` times `decay`, then
+        directions."""
         for seed, scalar, ids in (
             directions if decay == 1 else [(DECAY, directions[0][1].new_tensor(decay), used), *directions]
         ):
@@ -91,7 +92,7 @@ class SeedLog:
 
     @property
     def count(self) -> int:
-        """How many scalars it has."""
+        """The number of scalars in the log."""
         return sum(map(len, self.numbers)) if self.numbers else len(self.entries) + len(self.waiting)
 
     def rounds(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -101,7 +102,7 @@ class SeedLog:
             yield step, {self.parts[entry[0] >> SEED_BITS]["only"]: a for entry, a in mine}
 
     def fetch(self) -> np.ndarray:
-        """All entries, the waiting ones included. Waits for the device."""
+        """Returns all entries, after those that are still on the device have been fetched. Waits for the device."""
         if self.waiting:
             directions, scalars, steps = zip(*self.waiting, strict=True)
             new = np.empty(len(directions), ENTRY)
@@ -111,7 +112,7 @@ class SeedLog:
         return self.entries
 
     def by_step(self) -> Iterator[tuple[int, list[tuple[dict[str, Any], int, float]]]]:
-        """(step, its (part, seed, scalar) in order)."""
+        """Yields each step with its (part, seed, scalar) in order."""
         for step, rows in groupby(self.fetch().tolist(), key=lambda row: row[2]):
             yield step, [(self.parts[d >> SEED_BITS], d & DECAY, scalar) for d, scalar, _ in rows]
 
@@ -213,8 +214,9 @@ class SeedLog:
 def by_group(
     rows: list[tuple[dict[str, Any], int, float]], groups: list[list[tuple[str, nn.Parameter]]]
 ) -> dict[int, tuple[list[Direction], float, frozenset[int]]]:
-    """One step of a log, as `by_step` gives it, by the group of (name, parameter) pairs that it acts on: its
-    directions, the decay, and the ids of what that is for. Raises: EfftuneError for a log of other groups."""
+    """Sorts one step of a log, as `by_step` yields it, by the group of (name, parameter) pairs that it acts on. Returns
+    by group the directions, the decay, and the ids of the parameters that decay. Raises: EfftuneError for a log of
+    other groups."""
     found: dict[int, tuple[list[Direction], float, frozenset[int]]] = {}
     for part, seed, scalar in rows:
         index, unused = part["group"], set(part["unused"])

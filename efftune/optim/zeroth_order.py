@@ -204,7 +204,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             )  # fmt: skip
 
     def _write(self) -> None:
-        """What `_apply` left in `sums`, into the weights."""
+        """Writes what `_apply` left in `sums` into the weights."""
         for name, p in self.named_parameters():
             if name in self.unwritten:
                 seeds, sums = self.sums[name]
@@ -283,7 +283,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
                 self._recall(index, directions)
 
     def _recall(self, index: int, directions: list[Direction]) -> deque[list[Direction]]:
-        """The directions of the group's recent steps, with these in front."""
+        """Puts these directions in front of those of the group's recent steps, and returns all of them."""
         recent = self.recent[index]
         recent.appendleft(directions)
         while self.momentum ** (len(recent) - 1) < FORGOTTEN:
@@ -292,7 +292,7 @@ class ZerothOrderSGD(torch.optim.Optimizer):
 
 
 def plus(old: Sum | None, seeds: list[int], a: Tensor) -> Sum:
-    """The sum with a (n,) added, by seed."""
+    """Returns the sum with the scalars a (n,) of `seeds` added, by seed."""
     known, sums = ([], a.new_zeros(0, dtype=torch.float64)) if old is None else old
     place = {seed: i for i, seed in enumerate(known)}
     where = [place.setdefault(seed, len(place)) for seed in seeds]

@@ -56,7 +56,7 @@ def save(
             shutil.rmtree(leftover)
         temporary.mkdir()
         tensors: dict[str, torch.Tensor] = {}
-        tree = flatten(rest, tensors)
+        tree = to_tree(rest, tensors)
         save_file(_storable(trained), temporary / TRAINED, metadata={"format": "pt"})
         save_file(_storable(tensors), temporary / REST, metadata={"format": "pt"})
         files = {name: sha256(temporary / name) for name in (TRAINED, REST)}
@@ -128,7 +128,8 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor], Any]:
-    """(step, trained tensors, rest). Nothing is given out before the files and all of `identity` are proved right."""
+    """Returns (step, trained tensors, rest). Nothing is given out before the files and all of `identity` are proved
+    right."""
     state = verify(path)
     for key, now in identity.items():
         before = state["identity"].get(key)
@@ -140,39 +141,39 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[int, dict[str, torch.Ten
                 "or start a new run with another --out."
             )
     try:
-        rest = unflatten(state["tree"], load_file(path / REST))
+        rest = from_tree(state["tree"], load_file(path / REST))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({STATE} was altered); delete it to go on from an earlier one.") from error
     return state["step"], load_file(path / TRAINED), rest
 
 
-def flatten(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
+def to_tree(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
     """`value` as JSON, its tensors put aside and numbered. Keys that are no strings and tuples survive."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))  # not `at`: the keys 1 and "1" have the same path
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, flatten(v, tensors, f"{at}/{key}")] for key, v in value.items()]}
+        return {"dict": [[key, to_tree(v, tensors, f"{at}/{key}")] for key, v in value.items()]}
     if isinstance(value, (list, tuple)):
-        items = [flatten(v, tensors, f"{at}/{i}") for i, v in enumerate(value)]
+        items = [to_tree(v, tensors, f"{at}/{i}") for i, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise EfftuneError(f"'{at}' in the training state is a {type(value).__name__}, which a checkpoint cannot hold.")
 
 
-def unflatten(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def from_tree(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, list):
-        return [unflatten(v, tensors) for v in tree]
+        return [from_tree(v, tensors) for v in tree]
     if not isinstance(tree, dict):
         return tree
     ((kind, body),) = tree.items()
     if kind == "tensor":
         return tensors[body]
     if kind == "tuple":
-        return tuple(unflatten(v, tensors) for v in body)
-    return {key: unflatten(v, tensors) for key, v in body}
+        return tuple(from_tree(v, tensors) for v in body)
+    return {key: from_tree(v, tensors) for key, v in body}
 
 
 def _storable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ def tokens(batches: list[Any]) -> int:
 
 
 def summed(of_each: list[tuple[int, dict[str, int]]]) -> tuple[int, dict[str, int]]:
-    """The tokens and the methods' counts of all processes together."""
+    """Sums the tokens and the methods' counts over all processes."""
     names = {name for _, counts in of_each for name in counts}
     total = {name: sum(counts.get(name, 0) for _, counts in of_each) for name in sorted(names)}
     return sum(count for count, _ in of_each), total
@@ -127,11 +127,11 @@ def train_step(
     if not math.isfinite(loss) or not math.isfinite(norm or 0.0):
         what = "loss" if not math.isfinite(loss) else "gradient"
         restore_generators(generators)
-        found = processes.gather(locate(tuner.model, lambda: backward(processes.own(task.loss))))
+        found = processes.gather(locate(tuner.model, lambda: backward(processes.zero_without_batch(task.loss))))
         where = next((sentence for sentence in found if sentence != NOT_AGAIN), NOT_AGAIN)
         raise NonFinite(f"The {what} is NaN or Inf at step {step}: {where}")
     if isinstance(optimizer, ZerothOrderSGD):
-        processes.agree(optimizer)
+        processes.share_used(optimizer)
     lr = optimizer.param_groups[0]["lr"]
     optimizer.step()  # the tuner's hooks run inside it
     scheduler.step()
@@ -181,7 +181,7 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.step, self.epoch, self.row, self.seconds = 0, 0, 0, 0.0
         self.watch = state.Watch(self.model)
-        base = state.fingerprint(self.model, set(tuner.named_delta())) if run else ""
+        base = state.base_fingerprint(self.model, set(tuner.named_delta())) if run else ""
         self.identity = {"recipe": str(tuner.recipe), "base": base, "data": data.source, "seed": data.seed}
         self.identity |= {"processes": processes.world()}
         self.identity |= {"eval_data": eval_data.source if eval_data else ""}
@@ -254,7 +254,7 @@ class Trainer:
         return evaluate(self.model, data.batches(rows, self.config.batch_size), self.task, self.device)
 
     def assess(self) -> dict[str, Any]:
-        """Evaluation and sample, before and after training."""
+        """Evaluates and draws a sample of text, before or after training."""
         result: dict[str, Any] = dict(self.evaluate(self.eval_data)) if self.eval_data else {}
         if self.sample:
             result["sample"] = self.sample(self.model)

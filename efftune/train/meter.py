@@ -18,7 +18,8 @@ def reset_peak(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Bytes now and at the peak. GPU: of the allocator, peak of this step; else of the process, peak of its life."""
+    """Returns bytes now and at the peak. GPU: of the allocator, peak of this step; else of the process, peak of its
+    life."""
     if device.type == "cuda":
         return {"memory": torch.cuda.memory_allocated(device), "memory_peak": torch.cuda.max_memory_allocated(device)}
     unit = 1 if sys.platform == "darwin" else 1024

@@ -18,7 +18,8 @@ from efftune.versions import require
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and their notes on new heads; what matters there is checked by us."""
+    """Switches off the libraries' progress bars and their notes on new heads within the block; what matters in these is
+    checked by us."""
     require("torch", "transformers")
     from transformers.utils import logging
 
@@ -95,7 +96,7 @@ def longest_sequence(model: nn.Module) -> int | None:
 
 
 def sampler(tokenizer: Any, prompt_ids: list[int], tokens: int, seed: int) -> Callable[[nn.Module], str]:
-    """model -> the prompt and its continuation, drawn with a generator state of its own."""
+    """Returns a function from the model to the prompt and its continuation, drawn with a generator state of its own."""
 
     @torch.no_grad()
     def sample(model: Any) -> str:

@@ -62,7 +62,7 @@ def joined() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of each process, on all."""
+    """Returns the `value` of each process, in every process."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -71,7 +71,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def first(function: Callable[[], Any]) -> Any:
-    """What `function` gives in the first process, on all; its exception, too."""
+    """Calls `function` in the first process, and returns in every process what it gave, or raises what it raised."""
     result = error = None
     if rank() == 0:
         try:
@@ -84,8 +84,8 @@ def first(function: Callable[[], Any]) -> Any:
     return result
 
 
-def own(loss: LOSS) -> LOSS:
-    """`loss`, which is 0 for the batch None: what a process has where the others have one batch more."""
+def zero_without_batch(loss: LOSS) -> LOSS:
+    """Makes `loss` 0 for the batch None, which a process has where the others have one batch more."""
 
     def run(model: nn.Module, batch: Any) -> torch.Tensor:
         return loss(model, batch) if batch is not None else torch.zeros((), device=next(model.parameters()).device)
@@ -94,8 +94,8 @@ def own(loss: LOSS) -> LOSS:
 
 
 def everywhere(loss: LOSS) -> LOSS:
-    """`loss` summed over the batches of all processes, in float64, so that each goes on as one with all of them would.
-    Without a gradient."""
+    """Sums `loss` over the batches of all processes, in float64 and without a gradient, so that each goes on as one
+    process with all of the batches would."""
     if world() == 1:
         return loss
 
@@ -103,7 +103,7 @@ def everywhere(loss: LOSS) -> LOSS:
         if torch.is_grad_enabled():
             raise no_gradients("this recipe")
         device = next(model.parameters()).device
-        value = torch.as_tensor(own(loss)(model, batch), device=device).to(torch.float64, copy=True)
+        value = torch.as_tensor(zero_without_batch(loss)(model, batch), device=device).to(torch.float64, copy=True)
         distributed.all_reduce(value)
         return value
 
@@ -117,9 +117,9 @@ def no_gradients(recipe: str) -> EfftuneError:
     )
 
 
-def agree(optimizer: ZerothOrderSGD) -> None:
-    """A direction is for all parameters that a forward pass used in any of the processes: a router may send the rows of
-    one another way than those of the others."""
+def share_used(optimizer: ZerothOrderSGD) -> None:
+    """Makes each direction one for all parameters that a forward pass used in any of the processes: a router may send
+    the rows of one process another way than those of the others."""
     if world() == 1:
         return
     named = dict(optimizer.named_parameters())

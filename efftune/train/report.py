@@ -21,7 +21,7 @@ pre {{ background: #f5f5f5; padding: 1rem; white-space: pre-wrap; }}
 
 
 def write(run: RunDir, settings: dict[str, Any], summary: str) -> None:
-    """Draws what metrics.jsonl holds."""
+    """Draws what metrics.jsonl holds, and writes the pictures and the page."""
     records = run.records()
     steps = [r for r in records if "loss" in r]
     pictures = [
@@ -109,7 +109,7 @@ def _smooth(steps: list[dict[str, Any]]) -> list[float]:
 
 
 def _held_out(records: list[dict[str, Any]], objective: str) -> tuple[str, tuple[list[int], list[float]]]:
-    """What training minimises, and its held-out values by step."""
+    """Returns the name of what training minimises, and its held-out values by step."""
     name = objective.rpartition(":")[2]
     sign, label = (1, name) if name == "loss" else (-1, f"-{name}")
     held = [(r["step"], sign * r[f"eval_{name}"]) for r in records if f"eval_{name}" in r]
@@ -134,7 +134,7 @@ HELD = {
 
 
 def _memory(axes: Any, records: list[dict[str, Any]], _: Any, recipe: str) -> None:
-    """What the run's first step held, beside the same of plain full fine-tuning."""
+    """Draws what the run's first step held, beside the same of plain full fine-tuning."""
     found = {r["when"]: r for r in records if r.get("when") in ("memory", "plain")}
     titles = {"memory": recipe.replace(" + ", " +\n"), "plain": "plain model:\nall weights, AdamW"}
     if "unknown" in found.get("plain", {}):

@@ -55,7 +55,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     set_seed(config.seed)
 
     prepared = prepare(config)
-    plain = None if config.resume else held_by_plain(prepared, config)
+    plain = None if config.resume else memory_of_plain(prepared, config)
     set_seed(config.seed)
     tuner = efftune.apply(prepared.model, config.recipe, config.blocks)
     check_new_parts(tuner, prepared.new)
@@ -184,7 +184,7 @@ def first_batch(prepared: Prepared, config: TrainConfig) -> Any:
     return to_device(batch, next(prepared.model.parameters()).device)
 
 
-def held_by_plain(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
+def memory_of_plain(prepared: Prepared, config: TrainConfig) -> dict[str, Any]:
     """Fields of `memory.Held` for plain full fine-tuning of the model, by transformers' own loss with AdamW, with the
     run's first micro-batch; or why that cannot be known."""
     batch = first_batch(prepared, config)
@@ -283,7 +283,7 @@ def finished(run: str) -> tuple[Any, Any]:
     model, tokenizer, _ = load(config, labels)
     set_seed(config.seed)
     tuner = efftune.apply(model, config.recipe, config.blocks)
-    identity = {"recipe": tuner.recipe, "base": state.fingerprint(tuner.model, set(tuner.named_delta()))}
+    identity = {"recipe": tuner.recipe, "base": state.base_fingerprint(tuner.model, set(tuner.named_delta()))}
     _, trained, _ = checkpoint.load(newest, identity)
     state.restore_tensors(tuner, trained)
     return tuner, tokenizer

@@ -16,8 +16,8 @@ RESTORED = ("requires_grad", "optimizer", "scheduler", "generators")  # what `re
 BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
 
 
-def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
-    """sha256 over names, shapes and dtypes of all, and a sample of the bytes of what is frozen.
+def base_fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
+    """Returns a sha256 over names, shapes and dtypes of all, and a sample of the bytes of what is frozen.
 
     What is trained is in the checkpoint whole, so its values cannot be wrong.
     """
@@ -31,7 +31,7 @@ def fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
 
 
 def sample(tensor: torch.Tensor) -> bytes:
-    """The bytes of about SAMPLED elements, evenly spread; of all in a small tensor."""
+    """Returns the bytes of about SAMPLED elements, evenly spread, or of all elements of a small tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // SAMPLED)].contiguous().cpu().view(torch.uint8).numpy().tobytes()
 

@@ -12,7 +12,7 @@ from efftune import EfftuneError, Linear
 from efftune.methods import available
 from efftune.optim import seed_log
 from efftune.optim.contract import move
-from efftune.train.state import fingerprint, restore_tensors
+from efftune.train.state import base_fingerprint, restore_tensors
 from tests.linear.test_in_place import (
     K,
     N,
@@ -133,7 +133,7 @@ def test_a_run_whose_entries_move_goes_on_bit_for_bit(tmp_path):
     assert changed == {n.removesuffix("values") + "weight" for n in state if n.endswith(".values")}
 
 
-@pytest.mark.parametrize("of", [seed_log.fingerprint, lambda model: fingerprint(model, set())])
+@pytest.mark.parametrize("of", [seed_log.fingerprint, lambda model: base_fingerprint(model, set())])
 def test_the_base_of_a_run_is_the_stored_weight(of):
     """Whether or not the model has been called since what trains was loaded, or since it was stepped."""
     model = efftune.apply(network(), [Picks()]).model

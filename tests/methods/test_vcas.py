@@ -9,7 +9,7 @@ import torch
 import efftune
 from efftune.linear import Exact, Linear
 from efftune.methods._base import Micro, autograd
-from efftune.methods._gradients import coordinates, distance, inverse_share
+from efftune.methods._gradients import distance, inverse_share, sampled_gradients
 from efftune.methods.sampled import vcas
 from efftune.methods.sampled.vcas import (
     Sampled,
@@ -229,7 +229,7 @@ def test_the_measured_variance_of_drawn_samples_is_the_real_one():
 
     def drawn():
         tuner.model.zero_grad()
-        with coordinates(watched) as seen:
+        with sampled_gradients(watched) as seen:
             autograd(Micro(tuner.run, data, loss_fn))
         return seen
 

@@ -232,7 +232,7 @@ def outcome(t, run):
     metrics = [{key: r[key] for key in kept if key in r} for r in records]
     tensors, rest = state.capture(t.tuner, t.optimizer, t.scheduler, t.watch)
     flat = {}
-    tree = checkpoint.flatten(rest, flat)
+    tree = checkpoint.to_tree(rest, flat)
     return metrics, {n: x.clone() for n, x in tensors.items()}, {n: x.clone() for n, x in flat.items()}, tree
 
 
@@ -294,13 +294,13 @@ def test_buffers_that_change_are_part_of_the_state(tmp_path):
 def test_the_fingerprint_sees_frozen_weights_and_not_trained_ones():
     model = llama()
     names = {n for n, _ in model.named_parameters() if "q_proj" in n}
-    first = state.fingerprint(model, names)
+    first = state.base_fingerprint(model, names)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.add_(1)
-    assert state.fingerprint(model, names) == first
+    assert state.base_fingerprint(model, names) == first
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.add_(1e-3)
-    assert state.fingerprint(model, names) != first
+    assert state.base_fingerprint(model, names) != first
 
 
 def test_metrics_after_the_checkpoint_and_half_lines_are_cut(tmp_path):

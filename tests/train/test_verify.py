@@ -9,7 +9,7 @@ import torch
 import efftune
 from efftune import EfftuneError
 from efftune.measure.compare import compare
-from efftune.measure.directions import Directions, measure, score_of_squares
+from efftune.measure.estimates import EstimateStatistics, measure, score_of_squares
 from efftune.measure.fidelity import fidelity, gradients
 from efftune.measure.verify import judge, legend, table, verify
 from efftune.optim.zeroth_order import ZerothOrderSGD
@@ -128,7 +128,7 @@ def test_a_legend_for_each_kind_of_recipe():
     assert table([biased], 0.02).endswith("biased") and not table([biased], 0.6).endswith("biased")
     assert table([replace(biased, by_design=True)], 0.02).endswith("by design")
     assert "at most 0.5 %" in legend([row], 0.005) and "directions" not in legend([row], 0.02)
-    whole = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
+    whole = EstimateStatistics(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
     assert "pass where they are within 2 % of 1" in legend([row], 0.02, whole)
     judge([row, replace(biased, by_design=True)], 0.02)
     with pytest.raises(EfftuneError, match="1 of 2 gradients are biased"):
@@ -206,7 +206,7 @@ def test_directions_that_are_drawn_unfairly_fail(job, tmp_path):
     found = json.loads((tmp_path / "verify.json").read_text())["directions"]
     assert found["slope"] == pytest.approx(1, abs=0.05) and found["residual"] < 0.05
     assert abs(found["fairness"] - 1) > 0.5 and found["slope_z"] is None  # infinite, which JSON does not have
-    fair = Directions(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
+    fair = EstimateStatistics(100, 1.0, 0.0, 0.01, 1.0, 0.1, 0.0, 102.0, 102.0, {})
     judge([], 0.02, fair)
     with pytest.raises(EfftuneError, match="Along the gradient the estimates have 1.50 times its length"):
         judge([], 0.02, replace(fair, fairness=1.5, fairness_z=5.0))

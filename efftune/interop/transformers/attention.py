@@ -34,7 +34,8 @@ def _switch(module: Any, *args, **kwargs):
 
 
 def for_transformers(module: Any, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **rest):
-    """transformers' attention interface. What `attention` cannot do goes to transformers' own sdpa."""
+    """Computes attention with the arguments of transformers' attention interface. What `attention` cannot do goes to
+    transformers' own sdpa."""
     q, k, v = query, key, value
     device = "cpu" if q.is_cpu else q.device.type
     autocast = torch.is_autocast_enabled(device)

@@ -106,8 +106,8 @@ def _swap(model: nn.Module, keep: Keep | None, done: Blocks) -> None:
 
 
 def twin(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
-    """The module of efftune.nn that computes what `module` does, over the same parameters and with its attributes (an
-    epsilon under another name, sizes, act_fn), which other code may read; None if there is none."""
+    """Returns the module of efftune.nn that computes what `module` does, over the same parameters and with its
+    attributes (an epsilon under another name, sizes, act_fn), which other code may read; None if there is none."""
     new = _same(module, keep, known)
     if new is not None:
         children = {name: child for name, child in module._modules.items() if name not in new._modules}
@@ -144,7 +144,7 @@ def _same(module: nn.Module, keep: Keep, known: Known) -> nn.Module | None:
 
 
 def _once(known: Known, question: Callable[[Any], Any], module: nn.Module, children: tuple[str, ...] = ()) -> Any:
-    """question(module), asked once of modules that have the same stand-in."""
+    """Returns question(module), which is asked once of modules that have the same stand-in."""
     key = probe.likeness(module, *children)
     if key is None:
         return None
@@ -156,7 +156,8 @@ def _once(known: Known, question: Callable[[Any], Any], module: nn.Module, child
 
 
 def _offset(module: nn.Module) -> tuple[float, float, bool | None] | None:
-    """The eps and the offset with which the module is an RMSNorm, and whether it promotes; None if it is none."""
+    """Returns the eps and the offset with which the module is an RMSNorm, and whether it promotes; None if it is
+    none."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     alone = len(module._parameters) == 1 and not module._modules and not module._buffers and probe.takes_one(module)
@@ -172,7 +173,7 @@ def _offset(module: nn.Module) -> tuple[float, float, bool | None] | None:
 
 
 def _gated(module: nn.Module) -> str | None:
-    """The activation with which the module is a gated MLP; None if it is none."""
+    """Returns the activation with which the module is a gated MLP; None if it is none."""
     act = getattr(module, "act_fn", None)
     activation = recognise(cast(Callable[[Tensor], Tensor], act)) if callable(act) else None
     if activation is None or module._parameters or module._buffers or not probe.takes_one(module):
@@ -183,7 +184,7 @@ def _gated(module: nn.Module) -> str | None:
 
 
 def recognise(act: Callable[[Tensor], Tensor]) -> str | None:
-    """The name under which `glu` knows the element-wise function `act`, or None."""
+    """Returns the name under which `glu` knows the element-wise function `act`, or None."""
     if isinstance(act, nn.Module) and (
         act._modules or act._parameters or act._buffers or hooked(act) or not probe.takes_one(act)
     ):

@@ -22,8 +22,8 @@ _interface: Any = None
 
 
 def own_function(module: nn.Module) -> Callable | None:
-    """The eager function of an attention module of transformers, if it computes what `eager_attention` does; else None.
-    It is looked for where the module's forward does, and tried on a few numbers."""
+    """Returns the eager function of an attention module of transformers, if it computes what `eager_attention` does,
+    else None. It is looked for where the module's forward looks, and tried on a few numbers."""
     if module not in _known:
         forward = inspect.unwrap(type(module).forward)
         names, values = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
@@ -36,8 +36,9 @@ def own_function(module: nn.Module) -> Callable | None:
 
 @torch.no_grad()
 def _same(function: Any, module: nn.Module) -> bool:
-    """Whether it is, for weights of the module's own that are random, in training and evaluation mode, for scores so
-    large that a cap shows, in float32 and bfloat16, with dropout in training and without."""
+    """Whether `function` computes what `eager_attention` does, for weights of the module's own that are random, in
+    training and evaluation mode, for scores so large that a cap shows, in float32 and bfloat16, with dropout in
+    training and without."""
     groups = getattr(module, "num_key_value_groups", 1)
     # No copy of the projections' weights: a function that asks for a child with parameters is something else.
     heavy = {name: None for name, m in module._modules.items() if m is not None and any(True for _ in m.parameters())}
@@ -83,7 +84,8 @@ def _same(function: Any, module: nn.Module) -> bool:
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules of a transformers model that run with eager attention and can be routed through ours."""
+    """Returns the attention modules of a transformers model that run with eager attention and can be routed through
+    ours."""
     eager = [m for m in model.modules() if getattr(getattr(m, "config", None), "_attn_implementation", None) == "eager"]
     return [m for m in eager if own_function(m) is not None]
 
@@ -115,8 +117,8 @@ def _switch(original: Callable, module: Any, *args, **kwargs):
 def for_transformers(
     original: Callable, module: Any, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **rest
 ):
-    """transformers' attention interface. What `eager_attention` cannot do goes to the model's own function: a softcap,
-    a position bias, and whatever else that function takes and is given."""
+    """Computes attention with the arguments of transformers' attention interface. What `eager_attention` cannot do goes
+    to the model's own function: a softcap, a position bias, and whatever else that function takes and is given."""
     q, k, v, device = query, key, value, query.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))

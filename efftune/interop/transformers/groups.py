@@ -56,8 +56,8 @@ FOUND: dict[tuple, list[list[str]]] = {}
 
 
 def outward(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """What a block and its call have in common with those of the next block: the code, the settings and the kinds of
-    parts, without numbers and without the place in the model."""
+    """Returns a key of what a block and its call have in common with those of the next block: the code, the settings
+    and the kinds of parts, without numbers and without the place in the model."""
     parts = [
         (name, vars(m).get("forward"), *probe.code(m), *_settings(m), *_kinds(m._parameters.values()))
         for name, m in module.named_modules()
@@ -119,8 +119,8 @@ class Siblings:
 
 
 def readers(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[list[str]]:
-    """The names of linear layers in the module that read one tensor when it is called so, a list for each tensor: those
-    that are called once, with the very same tensor, unchanged between."""
+    """Returns the names of linear layers in the module that read one tensor when it is called so, a list for each
+    tensor: those that are called once, with the very same tensor, unchanged between."""
     calls: list[tuple[nn.Module, Tensor, int]] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # functions may hold tensors, too
     with mode:

@@ -27,8 +27,8 @@ _COMPARED: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str | None]] = weak
 
 
 def lm_head_loss(model: Any, inputs: dict[str, Any], counted: Tensor, targets: Tensor) -> Tensor | None:
-    """Σ over counted positions of the cross-entropy of the model's next-token logits, or None: then the caller takes
-    the model's own logits, for the reason that `lm_head_why_not(model)` gives afterwards.
+    """Returns the sum over the counted positions of the cross-entropy of the model's next-token logits, or None: then
+    the caller takes the model's own logits, for the reason that `lm_head_why_not(model)` gives afterwards.
 
     Args:
         inputs: what model(**inputs) would get, without labels.   counted: (C,) int64, positions in the flattened
@@ -100,7 +100,8 @@ def _key(model: Any) -> tuple:
 
 
 def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
-    """Hidden states (B, T, K) that the head would get, and the model's own logits of the last position (B, 1, V)."""
+    """Returns the hidden states (B, T, K) that the head would get, and the model's own logits of the last position
+    (B, 1, V)."""
     taken = []
 
     def take(module: nn.Module, args: tuple, output: Any) -> None:
@@ -116,7 +117,8 @@ def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]
 
 @torch.no_grad()
 def _compare(head: nn.Module, softcap: float | None, hidden: Tensor | None, own: Tensor) -> str | None:
-    """Both sides do the same product, so they differ by roundings of the cap at most."""
+    """Says how the model's logits of the last position differ from those of its head, or None. Both sides do the same
+    product, so that they differ by roundings of the cap at most."""
     if hidden is None:
         return "its base model does not run once, as a module, in its forward"
     logits = capped(head(hidden[:, -1:]), softcap)

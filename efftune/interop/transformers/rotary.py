@@ -78,8 +78,8 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, narrow: bool) -> bool:
 
 @torch.no_grad()
 def _computes(function: Callable, *dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
-    """Whether it is the formula, in the dtype of q, for k with other heads than q and for halves of cos that differ.
-    `dtypes` are pairs of q's and cos's, by default the same."""
+    """Whether the function is the formula of `rotary`, in the dtype of q, for k with other heads than q and for halves
+    of cos that differ. `dtypes` are pairs of q's and cos's, by default the same."""
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (torch.randn(s, generator=generator) for s in ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8)))
     for dtype, table in dtypes or ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):

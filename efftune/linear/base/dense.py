@@ -20,7 +20,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether `Dense` has a place for it."""
+    """Whether `Dense` can store the weight: two dimensions, strided, of a dtype in FLOATS."""
     return weight.dtype in FLOATS and weight.layout == torch.strided and weight.ndim == 2
 
 

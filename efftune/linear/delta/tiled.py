@@ -36,7 +36,7 @@ class Tiled(Delta, ABC):
 
     @property
     def drop(self) -> float:
-        """The probability with which what ΔW is multiplied by is dropped."""
+        """The probability of dropout for the input that ΔW is multiplied by."""
         return 0.0
 
     @property

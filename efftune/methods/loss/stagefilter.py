@@ -157,7 +157,7 @@ class StageFilter(Method):
 
 
 def features(batch: Any) -> list[Tensor]:
-    """Of each row the buckets of its tokens, each once."""
+    """Returns for each row the buckets of its tokens, each once."""
     ids = batch.get("input_ids") if isinstance(batch, dict) else batch
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         raise EfftuneError("stagefilter takes token ids (B, T), or batches that are dicts with such `input_ids`.")
@@ -165,7 +165,8 @@ def features(batch: Any) -> list[Tensor]:
 
 
 def take(batch: Any, rows: list[int]) -> Any:
-    """These rows of a batch, of every tensor that has as many as input_ids; samples of packed rows go with them."""
+    """Takes these rows of a batch, from every tensor that has as many rows as input_ids; samples of packed rows go with
+    them."""
     index = torch.tensor(rows)
     if isinstance(batch, Tensor):
         return batch.index_select(0, index.to(batch.device))
@@ -210,7 +211,8 @@ def mean(numbers: list[float]) -> float:
 
 
 def probability(seen: Seen, tokens: Tensor) -> float:
-    """That a row with these tokens is hard: naive Bayes over which tokens it has, counts with one added."""
+    """Returns the probability that a row with these tokens is hard, by naive Bayes over which tokens it has, with one
+    added to each count."""
     if seen.tokens is None or not all(seen.rows):
         return 0.5
     easy, hard = (((seen.tokens[c, tokens] + 1) / (seen.rows[c] + 2)).log().sum() for c in (EASY, HARD))

@@ -19,7 +19,7 @@ from efftune.linear import Exact
 from efftune.linear.contracts import Keep
 from efftune.linear.keep.quantized import Quantized
 from efftune.methods._base import KEEPS, Method, Micro, Run, State, drawing_keeps, exact_keeps
-from efftune.methods._gradients import coordinates, discarding, distance
+from efftune.methods._gradients import discarding, distance, sampled_gradients
 from efftune.nn.subbatch import statistics_kept
 from efftune.plan import ALL_LINEAR
 from efftune.random_state import generators, replaying
@@ -276,7 +276,7 @@ class Counting(Quantized):
 
 
 @dataclass
-class Probe:
+class GradientProbe:
     """Gradients of one micro-batch with different keeps and the same random numbers, which leave no trace."""
 
     model: nn.Module
@@ -288,7 +288,7 @@ class Probe:
     def gradient(self, loss: Callable[[], Tensor], keeps: dict[str, Any]) -> dict[str, Tensor]:
         _set(self.places, keeps)
         watched = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with replaying(self.before, self.device), discarding(self.model), coordinates(watched) as seen:
+        with replaying(self.before, self.device), discarding(self.model), sampled_gradients(watched) as seen:
             loss().backward()
             self.after = generators(self.device)
         return seen
@@ -309,7 +309,7 @@ class Probe:
 
 
 @contextmanager
-def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
+def probing(model: nn.Module, places: Places) -> Iterator[GradientProbe]:
     """Within it, everything that draws for backward beside `places` (sampled rows) is kept exactly. Afterwards all
     keeps are those of before."""
     drawing = drawing_keeps(model)
@@ -318,7 +318,7 @@ def probing(model: nn.Module, places: Places) -> Iterator[Probe]:
     try:
         device = next(model.parameters()).device
         with statistics_kept(model):
-            yield Probe(model, places, device, generators(device))
+            yield GradientProbe(model, places, device, generators(device))
     finally:
         for module, name, keep in drawing:
             setattr(module, name, keep)

@@ -21,7 +21,7 @@ from efftune.linear.contracts import Keep, product_t
 from efftune.linear.handle import load
 from efftune.linear.keep.sampled import Sampled
 from efftune.methods._base import ESTIMATES, Method, Run, State
-from efftune.methods._gradients import coordinates, discarding, distance, inverse_share
+from efftune.methods._gradients import discarding, distance, inverse_share, sampled_gradients
 from efftune.nn.subbatch import Recompute, probabilities, statistics_kept
 from efftune.random_state import generators, set_generators
 from efftune.structure import blocks
@@ -179,15 +179,15 @@ class Vcas(Method):
         watched = {name: p for name, p in stack.named_parameters() if p.requires_grad}
         before = generators(device)
         with measuring(recomputes, repeat=0, ratio=1.0), keeping(layers, {n: Exact() for n in layers}):
-            with coordinates(watched) as exact:
+            with sampled_gradients(watched) as exact:
                 loss = backward()
             norms = [r.norms for r in recomputes]
         after = generators(device)
-        probes = {n: Probe(_rows(layer), []) for n, layer in layers.items()}
+        probes = {n: VarianceProbe(_rows(layer), []) for n, layer in layers.items()}
         for repeat in range(1, self.batches + 1):
             set_generators(before, device)  # the same dropout
             with measuring(recomputes, repeat), keeping(layers, probes), discarding(model):
-                with coordinates(watched) as drawn, statistics_kept(model):
+                with sampled_gradients(watched) as drawn, statistics_kept(model):
                     backward()
             window.act += sum(distance(drawn[n], exact[n], p) for n, p in watched.items() if n in exact and n in drawn)
         set_generators(after, device)
@@ -237,7 +237,7 @@ class Vcas(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class Probe(Exact):
+class VarianceProbe(Exact):
     """Keeps exactly, and notes V_w = Σ_i (1/q_i − 1)‖g_i‖²‖z_i‖², which drawing `ratio` of the rows would add."""
 
     ratio: float

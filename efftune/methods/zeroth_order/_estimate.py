@@ -128,12 +128,12 @@ class ZerothOrder(Method):
                     a = (plus - minus) * micro.scale / (2 * self.eps)
                     loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
                 else:
-                    a, loss = optimizer.scalars.look(index, plus * micro.scale) / self.eps, plus
+                    a, loss = optimizer.scalars.one_point_difference(index, plus * micro.scale) / self.eps, plus
                 optimizer.scalars.accumulate(seed, a * (weight / self.samples), mine)
                 shown.append(loss)
                 used |= mine
         if step == 0:
-            look(self, optimizer, used)
+            warn_of_lost(self, optimizer, used)
         return torch.stack(shown).mean()
 
     def report(self, run):
@@ -150,7 +150,7 @@ class ZerothOrder(Method):
 
 
 def loss_at(model, batch, loss_fn, perturbation: Perturbation, eps: float, seed: int) -> tuple[Tensor, frozenset[int]]:
-    """L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
+    """Returns L(θ + eps·z) in float64, and the ids of the parameters that were used so."""
     with perturbation.by(eps, seed) as used:
         loss = loss_fn(model, batch)
         if not isinstance(loss, Tensor):
@@ -160,7 +160,7 @@ def loss_at(model, batch, loss_fn, perturbation: Perturbation, eps: float, seed:
     return loss.detach().double().reshape(()), frozenset(used)
 
 
-def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: Set[int]) -> None:
+def warn_of_lost(method: ZerothOrder, optimizer: ZerothOrderSGD, used: Set[int]) -> None:
     """Warns of weights that no forward pass used, and of weights that are too large for ε."""
     training = {name: p for name, p in optimizer.named_parameters() if p.requires_grad}
     unused = [name for name, p in training.items() if id(p) not in used]
@@ -182,6 +182,6 @@ def look(method: ZerothOrder, optimizer: ZerothOrderSGD, used: Set[int]) -> None
 
 
 def half_place(w: Tensor) -> float:
-    """Half a unit in the last place of a number as large as w's entries are (their root mean square)."""
+    """Returns half a unit in the last place of a number as large as the root mean square of w's entries."""
     size = float(w.detach().float().square().mean().sqrt())
     return torch.finfo(w.dtype).eps / 2 * 2.0 ** math.floor(math.log2(size)) if 0 < size < math.inf else 0.0

@@ -100,7 +100,7 @@ class Perturbation:
 def parts(
     block: nn.Module, own: dict[nn.Module, list[nn.Parameter]], most: int
 ) -> Iterator[tuple[nn.Module, dict[int, nn.Parameter]]]:
-    """The block, or the largest of its parts that are small enough, each with the parameters inside it."""
+    """Yields the block, or the largest of its parts that are small enough, each with the parameters inside it."""
     inside = {id(p): p for m in block.modules() for p in own.get(m, ())}
     if isinstance(block, nn.ModuleList | nn.ModuleDict) or sum(p.nbytes for p in inside.values()) > most:
         for child in block.children():  # a list is not called

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
-from efftune.measure.fidelity import Fidelity, coordinates, fidelity, gradients, negligible, normal_score
+from efftune.measure.fidelity import Fidelity, fidelity, gradients, negligible, normal_score, sampled_entries
 from efftune.methods.zeroth_order._estimate import ZerothOrder
 from efftune.optim.zeroth_order import ZerothOrderSGD
 from efftune.train.task import Task
@@ -23,8 +23,8 @@ FEW = 8
 
 
 @dataclass
-class Directions:
-    """Of the estimates a·z of the gradient g, over all that trains. With per_layer, g stands for s·g."""
+class EstimateStatistics:
+    """Statistics of a zeroth-order recipe's gradient estimates a·z against the exact gradient g, s·g with per_layer."""
 
     entries: int  # that train
     slope: float  # Σ a·<g, z> / Σ <g, z>², with the exact derivative <g, z>: 1, but for O(ε²)
@@ -49,7 +49,7 @@ class Directions:
 
 @dataclass
 class Draw:
-    """One direction of a step."""
+    """One direction of a step, its estimate and the exact derivative along it."""
 
     weight: float  # of its estimate in the step's mean
     a: float  # weighted
@@ -59,15 +59,15 @@ class Draw:
 @torch.no_grad()
 def measure(
     tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, data: list[Any], steps: int
-) -> tuple[list[Fidelity], Directions]:
-    """Of the first batch's estimates in `steps` steps that the recipe would take from where it is. None is taken, but
-    what the recipe learns from losses it has then learnt.
+) -> tuple[list[Fidelity], EstimateStatistics]:
+    """Measures the first batch's estimates in `steps` steps that the recipe would take from where it is. None is
+    taken, but what the recipe learns from losses it has then learnt.
 
     What an estimate misses of the gradient is nearly all due to the draw, z·zᵀ for the identity, in which a bias would
     drown. So `bias` and `z` are of the estimates minus what the same draws make of exact derivatives, which has none.
     Raises: EfftuneError where the gradient of the first batch is zero.
     """
-    where, parameters = coordinates(tuner), tuner.named_trained()
+    where, parameters = sampled_entries(tuner), tuner.named_trained()
 
     def chosen(name: str, t: Tensor) -> Tensor:
         return t.flatten()[where[name]].double().cpu()
@@ -75,7 +75,7 @@ def measure(
     exact, target = [], {}
     with tuner.exactly():
         for batch in reversed(data):
-            target = meant(tuner, optimizer, task, batch)
+            target = expected_estimate(tuner, optimizer, task, batch)
             exact.insert(0, {name: chosen(name, t) for name, t in target.items()})
     if not any(t.any() for t in target.values()):
         raise EfftuneError("The gradient of the first batch is zero, so there is nothing to hold estimates against.")
@@ -98,27 +98,27 @@ def measure(
     results, least = [], negligible(exact[0])
     for name in where:
         batches = torch.stack([t[name] for t in exact])
-        total, own_ = (
+        total, beyond_draws = (
             fidelity(name, torch.stack(of[name]), batches[0], batches, 0, least * len(where[name]))
             for of in (errors, against)
         )
-        results.append(replace(total, bias=own_.bias, z=own_.z))
+        results.append(replace(total, bias=beyond_draws.bias, z=beyond_draws.z))
     residuals = {}
     for factor in FACTORS:
         with scaled(tuner, factor) as eps:
             few = draws(tuner, optimizer, task, data[0], target, min(steps, FEW))
             residuals[eps] = residual([draw for drawn, _ in few for draw in drawn.values()])
-    return results, summary(own(tuner), optimizer, parameters, target, every, lengths, residuals)
+    return results, statistics(zeroth_order_method(tuner), optimizer, parameters, target, every, lengths, residuals)
 
 
-def own(tuner: Tuner) -> ZerothOrder:
+def zeroth_order_method(tuner: Tuner) -> ZerothOrder:
     return next(m for m in tuner.methods if isinstance(m, ZerothOrder))
 
 
 @contextmanager
 def scaled(tuner: Tuner, factor: float) -> Iterator[float]:
     """Within it the recipe takes `factor` times its ε, which it yields."""
-    methods, eps = tuner.methods, factor * own(tuner).eps
+    methods, eps = tuner.methods, factor * zeroth_order_method(tuner).eps
     tuner.methods = [replace(m, eps=eps) if isinstance(m, ZerothOrder) else m for m in methods]
     try:
         yield eps
@@ -132,20 +132,20 @@ def residual(draws: list[Draw]) -> float:
     return math.sqrt(missed / squares) if squares else math.nan  # nothing is perturbed
 
 
-def meant(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> dict[str, Tensor]:
-    """What the mean of the estimates is to be. Within `tuner.exactly()`."""
+def expected_estimate(tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any) -> dict[str, Tensor]:
+    """The exact gradient, scaled and masked as the estimator's expectation is. Called within `tuner.exactly()`."""
     parameters = tuner.named_trained()
     with torch.enable_grad():
         found = gradients(tuner, task, batch)
     for name, g in found.items():
         factor = optimizer.directions.scale(name) * optimizer.directions.inverse_scale(name)
         t = g.to(torch.promote_types(g.dtype, torch.float32)) * factor
-        found[name] = torch.where(small(optimizer, name, parameters[name]), t, 0.0)
+        found[name] = torch.where(trained_entries(optimizer, name, parameters[name]), t, 0.0)
     return found
 
 
-def small(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
-    """Which entries train: all, but for sparsity."""
+def trained_entries(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
+    """A mask of the entries of w that train: all of them without sparsity."""
     threshold = optimizer.directions.threshold(name, w)
     return torch.ones_like(w, dtype=torch.bool) if threshold is None else w.abs() <= threshold
 
@@ -153,13 +153,13 @@ def small(optimizer: ZerothOrderSGD, name: str, w: Tensor) -> Tensor:
 def draws(
     tuner: Tuner, optimizer: ZerothOrderSGD, task: Task, batch: Any, target: dict[str, Tensor], steps: int
 ) -> Iterator[tuple[dict[int, Draw], set[int]]]:
-    """Step by step: seed -> its draw, and the ids of what is perturbed."""
-    method, parameters, start = own(tuner), tuner.named_trained(), tuner.step
+    """Yields for each step its draws by seed, and the ids of the parameters that are perturbed."""
+    method, parameters, start = zeroth_order_method(tuner), tuner.named_trained(), tuner.step
     looks = 1 if method.points == 1 else 0  # before the first difference
     for tuner.step in range(start - looks, start + steps):
         optimizer.zero_grad()
         tuner.backward(batch, task.loss, 1.0 / max(1, task.terms(batch)))
-        optimizer.scalars.remember()
+        optimizer.scalars.end_losses()
         if tuner.step < start:
             continue
         weights, pending = method.weights(tuner.run), optimizer.scalars.pending
@@ -174,7 +174,7 @@ def draws(
     optimizer.zero_grad()
 
 
-def summary(
+def statistics(
     method: ZerothOrder,
     optimizer: ZerothOrderSGD,
     parameters: dict[str, nn.Parameter],
@@ -182,18 +182,18 @@ def summary(
     draws: list[Draw],
     lengths: list[float],
     residuals: dict[float, float],
-) -> Directions:
-    """lengths: ‖estimate‖² of each step."""
+) -> EstimateStatistics:
+    """Returns the statistics of all draws; `lengths` has ‖estimate‖² of each step."""
     weight, a, exact = torch.tensor([(d.weight, d.a, d.exact) for d in draws], dtype=torch.float64).unbind(1)
     ideal = weight * exact
     u = {name: optimizer.directions.inverse_scale(name) for name in target}
-    entries = {name: int(small(optimizer, name, parameters[name]).sum()) for name in target}
+    entries = {name: int(trained_entries(optimizer, name, parameters[name]).sum()) for name in target}
     # t = u∘v. One direction: E‖u∘z·<v, z>‖² is Σ u²·‖v‖² for ±1 draws, and 2‖t‖² more for normal ones.
     size, v = (sum(dot(t, t) / u[name] ** power for name, t in target.items()) for power in (0, 2))
     one = v / size * sum(entries[name] * u[name] ** 2 for name in target) + 2 * (optimizer.directions.dist == "normal")
     fairness = float((ideal * exact).sum()) / len(lengths) / v
     freedom = float(weight.sum() ** 2 / weight.square().sum())
-    return Directions(
+    return EstimateStatistics(
         entries=sum(entries.values()),
         slope=float((a * ideal).sum() / ideal.square().sum()),
         slope_z=normal_score((a - ideal) * ideal),
