@@ -41,8 +41,8 @@ class Lisa(Method):
         count = sum(any(other.startswith(f"{block}.") for other in trained) for block in stack)
         if self.layers > count:
             raise EfftuneError(
-                f"lisa(layers={self.layers}) draws from the blocks of {name} that train, which are {count}; draw fewer, "
-                "or let more of them train."
+                f"lisa(layers={self.layers}) draws from the blocks of {name} that train, which are {count}; draw "
+                "fewer, or let more of them train."
             )
 
     def drawn(self, count: int, step: int) -> list[int]:
