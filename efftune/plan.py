@@ -291,14 +291,14 @@ class Plan:
                     )
                 if self._unfit(layer) is None:  # else what of it is floating-point is named below
                     self.wish(method, [layer], delta=Trained())
-            own = {n: p for n, p in self.model.get_submodule(root).named_parameters(root) if p.is_floating_point()}
-            for name, p in own.items():
+            floating = {n: p for n, p in self.model.get_submodule(root).named_parameters(root) if p.is_floating_point()}
+            for name, p in floating.items():
                 if p.dtype not in FLOATS or p.layout != torch.strided:
                     raise EfftuneError(
                         f"{name}: {method.name} cannot train {_kind(p)}; give it target_modules without, or make it a "
                         f"dense one in {_floats()}."
                     )
-            self.train(method, own)
+            self.train(method, floating)
 
     def run_again(self, method: Method, names: Iterable[str], ratio: float | None = None) -> None:
         """Says that these blocks keep their inputs only and run again in backward, on a share of the samples if

@@ -190,8 +190,8 @@ def documents(mask: Tensor) -> tuple[Tensor, int] | None:
         token = torch.arange(t).repeat(b)
         begins = first == token
         # A token sees all from its first to itself, and its first is where the last document began.
-        own = torch.where(begins, token, 0).view(b, t).cummax(-1).values.flatten()
-        if not ((last == token) & (count == token - first + 1) & (first == own)).all():
+        document = torch.where(begins, token, 0).view(b, t).cummax(-1).values.flatten()
+        if not ((last == token) & (count == token - first + 1) & (first == document)).all():
             return None
         starts = torch.cat([begins.nonzero().flatten(), torch.tensor([b * t])]).to(torch.int32)
         return starts.to(mask.device), int(starts.diff().max())
