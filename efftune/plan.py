@@ -27,6 +27,7 @@ from efftune.nn.blocks import install as install_blocks
 from efftune.nn.subbatch import generators, replaying
 from efftune.nn.subbatch import install as run_again
 from efftune.structure import (
+    CLASSIFIERS,
     blocks,
     in_classifier,
     is_linear,
@@ -220,6 +221,27 @@ class Plan:
                     )
                 setattr(layer, axis, kind)
                 layer.by[axis] = method.name
+
+    def adapt(
+        self, method: Method, delta: Delta, target_modules: str | Iterable[str], modules_to_save: Iterable[str] | None
+    ) -> list[Layer]:
+        """Wishes `delta` for the layers that `target_modules` means, and returns them. The modules whose paths end as
+        `modules_to_save` says train whole; None means a classification head.
+
+        Raises: EfftuneError where either means nothing.
+        """
+        wholly = CLASSIFIERS if modules_to_save is None else modules_to_save
+        saved = [name for name, _ in self.model.named_modules() if wholly and matches(name, wholly)]
+        for missing in modules_to_save or ():
+            if not any(matches(name, (missing,)) for name in saved):
+                raise EfftuneError(
+                    f"modules_to_save names {missing!r}, which is no module of {type(self.model).__name__}."
+                )
+        inside = {layer.name for name in saved for layer in self.inside(name)}
+        targets = [layer for layer in self.targets(method, target_modules) if layer.name not in inside]
+        self.wish(method, targets, delta=delta)
+        self.train_modules(method, saved)
+        return targets
 
     def keep(self, method: Method, target_modules: str | Iterable[str], keep: Keep) -> list[Layer]:
         """Lets the trained ones among the layers that `target_modules` means keep their input with `keep`, and returns
