@@ -11,6 +11,7 @@ import efftune.ops.linear_cross_entropy as cross_entropy
 from efftune.ops._available import extension
 from efftune.ops._op import use_backend
 from efftune.ops.dropout import dropout
+from efftune.ops.entries_grad import entries_grad
 from efftune.ops.glu import glu, glu_backward
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.pack_act import pack_act, unpack_act
@@ -82,6 +83,11 @@ def quantised(dtype):
     yield int8_dequantize(codes, scales, 32, dtype)
 
 
+def picked(dtype):
+    g, z = normal(1100, 37, dtype=dtype), normal(1100, 53, dtype=dtype, seed=1)
+    yield entries_grad(g, z, torch.arange(0, 37 * 53, 3, dtype=torch.int32))
+
+
 def losses(dtype):
     for smoothing, softcap in ((0.0, None), (0.1, 3.0)):
         settings = (-100, smoothing, softcap)
@@ -102,6 +108,7 @@ KERNELS = {
     "relu": clipped,
     "rotary": rotated,
     "row_norms select_rows gather_rows scale_rows": rows,
+    "entries_grad": picked,
     "linear_cross_entropy": losses,
 }
 # draw: numbers that perturb adds. bf16_product has units, not levels: tests/ops/test_bf16_product.py.

@@ -1,0 +1,47 @@
+"""The gradient of a few entries of a weight against the dense one, for each density.
+
+python -m bench.entries [--tokens M] [--threads 1]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from bench.harness import Job, measure, on_backends, parsed, parser, run
+from efftune.ops._available import dtype_name
+from efftune.ops.entries_grad import entries_grad, entries_grad_op
+
+
+def picks(count: int, of: int, device: str) -> torch.Tensor:
+    return torch.randperm(of, device=device)[:count].sort().values.int()
+
+
+def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, density: float) -> list[dict]:
+    g, z = (torch.randn(m, n, device=device).to(dtype) for _ in range(2))
+    indices = picks(round(density * n * n), n * n, device)
+    variants = {"dense": lambda: g.t() @ z, "efftune": lambda: entries_grad(g, z, indices)}
+    variants |= on_backends(entries_grad_op, device, lambda: entries_grad(g, z, indices))
+    name = f"entries_grad {dtype_name(dtype)} M {m} N {n} K {n} density {density} {device}"
+    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=7)
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--tokens", type=int, default=2048)
+    made.add_argument("--threads", type=int, help="of torch and of the kernels")
+    args = parsed(made, argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    jobs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (1024, 2048) if args.device == "cpu" else (2048, 4096):
+            for density in (0.001, 0.01, 0.05):
+                name = f"gradient {dtype_name(dtype)} {args.tokens} {n} {density}"
+                jobs.append(Job(name, partial(gradient_rows, args.device, dtype, args.tokens, n, density)))
+    measure(args, "entries", jobs)
+
+
+if __name__ == "__main__":
+    main()
