@@ -1,4 +1,5 @@
-"""The gradient of a few entries of a weight against the dense one, for each density.
+"""The gradient of a few entries of a weight against the dense one, and the choice of the largest scores against
+torch.topk, for each density.
 
 python -m bench.entries [--tokens M] [--threads 1]
 """
@@ -12,6 +13,7 @@ import torch
 from bench.harness import Job, measure, on_backends, parsed, parser, run
 from efftune.ops._available import dtype_name
 from efftune.ops.entries_grad import entries_grad, entries_grad_op
+from efftune.ops.topk_entries import topk_entries
 
 
 def picks(count: int, of: int, device: str) -> torch.Tensor:
@@ -27,6 +29,19 @@ def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, density: floa
     return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=7)
 
 
+def choice_rows(device: str, n: int, density: float) -> list[dict]:
+    scores = torch.randn(n, n, device=device).abs()
+    k = round(density * n * n)
+    variants = {
+        "torch.topk": lambda: torch.topk(scores.view(-1), k),
+        "torch.topk, unsorted": lambda: torch.topk(scores.view(-1), k, sorted=False),
+        "efftune": lambda: topk_entries(lambda: scores.split(n // 4), k),
+    }
+    return run(
+        f"topk_entries {n} x {n} density {density} {device}", variants, device=device, bytes=8 * n * n, repeats=7
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--tokens", type=int, default=2048)
@@ -40,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             for density in (0.001, 0.01, 0.05):
                 name = f"gradient {dtype_name(dtype)} {args.tokens} {n} {density}"
                 jobs.append(Job(name, partial(gradient_rows, args.device, dtype, args.tokens, n, density)))
+    for density in (0.01, 0.05):
+        jobs.append(Job(f"choice {density}", partial(choice_rows, args.device, 4096, density)))
     measure(args, "entries", jobs)
 
 

@@ -21,6 +21,7 @@ from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
 from efftune.ops.rotary import rotary
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
+from efftune.ops.topk_entries import topk_entries
 
 SEED = torch.tensor(7)
 
@@ -88,6 +89,12 @@ def picked(dtype):
     yield entries_grad(g, z, torch.arange(0, 37 * 53, 3, dtype=torch.int32))
 
 
+def largest(dtype):
+    scores = normal(300, 1001, dtype=dtype)
+    for k in (1, 5000, 200000):
+        yield topk_entries(lambda: scores.split(170), k)
+
+
 def losses(dtype):
     for smoothing, softcap in ((0.0, None), (0.1, 3.0)):
         settings = (-100, smoothing, softcap)
@@ -109,6 +116,7 @@ KERNELS = {
     "rotary": rotated,
     "row_norms select_rows gather_rows scale_rows": rows,
     "entries_grad": picked,
+    "topk_count topk_collect topk_merge": largest,
     "linear_cross_entropy": losses,
 }
 # draw: numbers that perturb adds. bf16_product has units, not levels: tests/ops/test_bf16_product.py.
