@@ -1,5 +1,5 @@
-"""The gradient of a few entries of a weight against the dense one, and the choice of the largest scores against
-torch.topk, for each density.
+"""Single entries of a weight: their gradient against the dense one, their added product against that of a dense
+layer, writing them into the weight, and the choice of the largest scores against torch.topk, for each density.
 
 python -m bench.entries [--tokens M] [--threads 1]
 """
@@ -10,9 +10,10 @@ from functools import partial
 
 import torch
 
-from bench.harness import Job, measure, on_backends, parsed, parser, run
+from bench.harness import Job, measure, on_backend, parsed, parser, run
 from efftune.ops._available import dtype_name
-from efftune.ops.entries_grad import entries_grad, entries_grad_op
+from efftune.ops.entries_grad import entries_grad
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.topk_entries import topk_entries
 
 
@@ -24,9 +25,23 @@ def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, density: floa
     g, z = (torch.randn(m, n, device=device).to(dtype) for _ in range(2))
     indices = picks(round(density * n * n), n * n, device)
     variants = {"dense": lambda: g.t() @ z, "efftune": lambda: entries_grad(g, z, indices)}
-    variants |= on_backends(entries_grad_op, device, lambda: entries_grad(g, z, indices))
+    variants["tiles"] = on_backend("torch", lambda: entries_grad(g, z, indices))
     name = f"entries_grad {dtype_name(dtype)} M {m} N {n} K {n} density {density} {device}"
-    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=7)
+    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=5)
+
+
+def linear_rows(device: str, dtype: torch.dtype, m: int, n: int, density: float) -> list[dict]:
+    x, y, w = (torch.randn(rows, n, device=device).to(dtype) for rows in (m, m, n))
+    indices = picks(round(density * n * n), n * n, device)
+    values = torch.randn(len(indices), device=device)
+    variants = {
+        "dense": lambda: x @ w.t(),
+        "entries_linear": lambda: entries_linear(y, x, indices, values),
+        "entries_linear_t": lambda: entries_linear_t(y, x, indices, values),
+        "put into w": lambda: w.put_(indices.long(), values.to(dtype)),
+    }
+    name = f"entries_linear {dtype_name(dtype)} M {m} N {n} K {n} density {density} {device}"
+    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=5)
 
 
 def choice_rows(device: str, n: int, density: float) -> list[dict]:
@@ -53,8 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for n in (1024, 2048) if args.device == "cpu" else (2048, 4096):
             for density in (0.001, 0.01, 0.05):
-                name = f"gradient {dtype_name(dtype)} {args.tokens} {n} {density}"
-                jobs.append(Job(name, partial(gradient_rows, args.device, dtype, args.tokens, n, density)))
+                parts = {"gradient": gradient_rows, "linear": linear_rows}
+                for part, rows in parts.items():
+                    name = f"{part} {dtype_name(dtype)} {args.tokens} {n} {density}"
+                    jobs.append(Job(name, partial(rows, args.device, dtype, args.tokens, n, density)))
     for density in (0.01, 0.05):
         jobs.append(Job(f"choice {density}", partial(choice_rows, args.device, 4096, density)))
     measure(args, "entries", jobs)

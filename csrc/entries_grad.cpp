@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "register.h"
+#include "entries.h"
 
 namespace efftune {
 
@@ -50,13 +50,6 @@ static void entries_grad(const EntriesArgs& args, int threads) {
     }
 }
 
-// Whether they rise, from 0 on, and end below n·k.
-static bool sorted(const EntriesArgs& a) {
-    bool rise = a.count == 0 || (a.indices[0] >= 0 && a.indices[a.count - 1] < a.n * a.k);
-    for (int64_t s = 1; s < a.count; ++s) rise &= a.indices[s - 1] < a.indices[s];
-    return rise;
-}
-
 static const Register registered_entries_grad("entries_grad", [](Call& call) {
     EntriesArgs a{};
     std::array<int64_t, 3> shape;
@@ -67,7 +60,7 @@ static const Register registered_entries_grad("entries_grad", [](Call& call) {
     call.check(a.m >= 0 && a.n >= 0 && a.k >= 0 && a.count >= 0, "entries_grad takes sizes of at least 0.");
     const int64_t words = a.dtype == Dtype::kBFloat16 ? words_of<BFloat16>(a.tokens) : words_of<Float32>(a.tokens);
     call.check(a.tokens > 0 && words <= a.pitch, "entries_grad takes blocks of at least one token, and their pitch.");
-    call.check(sorted(a), "entries_grad takes indices that rise, from 0 on, and end below N·K.");
+    check_entries(call, a.indices, a.count, a.n * a.k);
     call.run([&] { entries_grad(a, threads); });
 });
 

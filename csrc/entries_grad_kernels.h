@@ -3,37 +3,10 @@
 //
 // A block has a row of words for each column of g, then of z. A word is one token in float32, or two in bfloat16.
 
-#ifdef EFFTUNE_LANES
-constexpr int kWidth = 2 * EFFTUNE_LANES;  // words in a register
-#else
-constexpr int kWidth = 4;
-#endif
-typedef uint16_t HalfRow __attribute__((vector_size(2 * kWidth)));
-typedef uint32_t WordRow __attribute__((vector_size(4 * kWidth)));
-typedef float FloatRow __attribute__((vector_size(4 * kWidth)));
+#include "word_rows.h"
+
 typedef uint32_t FourWords __attribute__((vector_size(16)));
 typedef float FourFloats __attribute__((vector_size(16)));
-
-#include "transpose_tile.h"
-
-template <class Row>
-static inline Row loaded(const void* at) {
-    Row row;
-    memcpy(&row, at, sizeof row);
-    return row;
-}
-
-// kWidth columns of one token, as words.
-static inline WordRow widened(const float* x, Float32) { return loaded<WordRow>(x); }
-static inline WordRow widened(const uint16_t* x, BFloat16) {
-    return __builtin_convertvector(loaded<HalfRow>(x), WordRow);
-}
-static inline WordRow widened(const uint16_t* x, Float16) {
-    float values[kWidth];
-#pragma omp simd
-    for (int i = 0; i < kWidth; ++i) values[i] = Float16::load(x[i]);
-    return loaded<WordRow>(values);
-}
 
 // Word w of `cols` columns; what is beyond them, or beyond the tokens, is 0.
 template <class T>
@@ -42,14 +15,7 @@ static inline WordRow words_at(const typename T::Storage* x, int64_t stride, int
 #pragma GCC unroll 2
     for (int t = 0; t < kTokens<T>; ++t) {
         if (w * kTokens<T> + t >= tokens) break;
-        const auto* row = x + (w * kTokens<T> + t) * stride;
-        if (cols == kWidth) {
-            words |= widened(row, T{}) << (16 * t);
-        } else {
-            typename T::Storage values[kWidth] = {};
-            memcpy(values, row, static_cast<size_t>(cols) * sizeof *row);
-            words |= widened(values, T{}) << (16 * t);
-        }
+        words |= widened(x + (w * kTokens<T> + t) * stride, cols, T{}) << (16 * t);
     }
     return words;
 }

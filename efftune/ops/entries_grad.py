@@ -11,6 +11,7 @@ from efftune.ops._available import ROWS, dtype_name, extension, kernels
 from efftune.ops._op import Op, forced_backend
 
 BLOCK = 512  # tokens that are transposed at once; the memory of a call is (N + K)·BLOCK elements at most
+CHUNK = 2**20  # products of an entry and a token that the reference holds
 TILE = {"cpu": 2**20, "cuda": 2**23}  # entries of the product at once, where it is computed by tiles
 
 
@@ -49,7 +50,8 @@ def _fake(g, z, indices):
 def _reference(g, z, indices):
     out = _fake(g, z, indices)
     check_indices(indices, (g.shape[1], z.shape[1]))
-    for at, made in zip(indices.split(256), out.split(256)):
+    count = max(1, CHUNK // max(len(g), 1))
+    for at, made in zip(indices.split(count), out.split(count)):
         columns = g[:, at // z.shape[1]].to(out.dtype) * z[:, at % z.shape[1]].to(out.dtype)
         made.copy_(columns.sum(0))
     return out

@@ -12,6 +12,7 @@ from efftune.ops._available import extension
 from efftune.ops._op import use_backend
 from efftune.ops.dropout import dropout
 from efftune.ops.entries_grad import entries_grad
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.glu import glu, glu_backward
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.pack_act import pack_act, unpack_act
@@ -89,6 +90,13 @@ def picked(dtype):
     yield entries_grad(g, z, torch.arange(0, 37 * 53, 3, dtype=torch.int32))
 
 
+def added(dtype):
+    x, y = normal(37, 53, dtype=dtype), normal(37, 41, dtype=dtype, seed=1)
+    indices = torch.arange(0, 41 * 53, 3, dtype=torch.int32)
+    yield entries_linear(y.clone(), x, indices, normal(len(indices)))
+    yield entries_linear_t(x.clone(), y, indices, normal(len(indices)))
+
+
 def largest(dtype):
     scores = normal(300, 1001, dtype=dtype)
     for k in (1, 5000, 200000):
@@ -116,6 +124,7 @@ KERNELS = {
     "rotary": rotated,
     "row_norms select_rows gather_rows scale_rows": rows,
     "entries_grad": picked,
+    "entries_linear": added,
     "topk_count topk_collect topk_merge": largest,
     "linear_cross_entropy": losses,
 }
