@@ -27,7 +27,7 @@ def gradient_rows(device: str, dtype: torch.dtype, m: int, n: int, density: floa
     variants = {"dense": lambda: g.t() @ z, "efftune": lambda: entries_grad(g, z, indices)}
     variants["tiles"] = on_backend("torch", lambda: entries_grad(g, z, indices))
     name = f"entries_grad {dtype_name(dtype)} M {m} N {n} K {n} density {density} {device}"
-    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=5)
+    return run(name, variants, device=device, repeats=5)
 
 
 def linear_rows(device: str, dtype: torch.dtype, m: int, n: int, density: float) -> list[dict]:
@@ -41,7 +41,7 @@ def linear_rows(device: str, dtype: torch.dtype, m: int, n: int, density: float)
         "put into w": lambda: w.put_(indices.long(), values.to(dtype)),
     }
     name = f"entries_linear {dtype_name(dtype)} M {m} N {n} K {n} density {density} {device}"
-    return run(name, variants, device=device, flops=2 * len(indices) * m, dtype=dtype, repeats=5)
+    return run(name, variants, device=device, repeats=5)
 
 
 def choice_rows(device: str, n: int, density: float) -> list[dict]:
