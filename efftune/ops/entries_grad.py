@@ -136,8 +136,9 @@ def _tiles(g, z, indices):
     for i, a in enumerate(range(0, n, step)):
         of_tile = slice(cuts[i], cuts[i + 1])
         if cuts[i] < cuts[i + 1]:
-            tile = g[:, a : a + step].t() @ z
-            out[of_tile] = tile.reshape(-1).index_select(0, indices[of_tile] - a * k)
+            # Without a name, so that a tile is gone before the next one is made.
+            picked = (g[:, a : a + step].t() @ z).reshape(-1).index_select(0, indices[of_tile] - a * k)
+            out[of_tile] = picked
     return out
 
 
