@@ -128,9 +128,8 @@ def _tiles(g, z, indices):
     out = _fake(g, z, indices)
     n, k = g.shape[1], z.shape[1]
     check_indices(indices, (n, k))
-    step = max(
-        1, min(TILE.get(g.device.type, TILE["cuda"]) // max(k, 1), -(-n // 4))
-    )  # a quarter of the product at most
+    tile = TILE.get(g.device.type, TILE["cuda"])
+    step = max(1, min(tile // max(k, 1), -(-n // 4)))  # a quarter of the product at most
     starts = torch.arange(0, n + step, step).clamp(max=n) * k
     cuts = torch.searchsorted(indices, starts.to(indices)).tolist()
     for i, a in enumerate(range(0, n, step)):
