@@ -27,6 +27,8 @@ from bench.harness import Job, kind, measure, parsed, parser
 from efftune import perturb_, use_backend
 from efftune.ops import _op
 from efftune.ops.dropout import dropout
+from efftune.ops.entries_grad import entries_grad
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.glu import glu, glu_backward
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.linear_cross_entropy import linear_cross_entropy
@@ -62,6 +64,8 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
     # made without the operators, whose kernels come one at a time
     idx = torch.arange(taken, device=device)
     wide = torch.ones(taken, device=device)
+    entries = torch.arange(0, n * k, 101, dtype=torch.int32, device=device)
+    values, outputs = torch.zeros(len(entries), device=device), made(m, n)
     mean, rstd = torch.zeros(m, device=device), torch.ones(m, device=device)
     groups = -(-k // 64)
     bits = torch.zeros((m * k + 7) // 8, dtype=torch.uint8, device=device)
@@ -116,6 +120,9 @@ def calls(device: str, size: tuple[int, int, int, int] = SMALL) -> dict[str, Cal
         "select_rows": lambda: [select_rows(scores, taken, seed, s) for s in samplers()],
         "sample_rows": lambda: sample_rows(x, scores, taken, seed),
         "rows_grad": lambda: rows_grad(dy, idx, wide, x[:taken]),
+        "entries_grad": lambda: entries_grad(outputs, x, entries),
+        "entries_linear": lambda: [entries_linear(outputs, x, entries, values),
+                                   entries_linear_t(x, outputs, entries, values)],
         "linear_cross_entropy": lambda: loss(False),
         "linear_cross_entropy_dw": lambda: loss(True),
     }  # fmt: skip

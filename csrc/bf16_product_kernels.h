@@ -8,24 +8,7 @@
 typedef uint32_t WordRow __attribute__((vector_size(64)));  // a row of a tile
 typedef float FloatRow __attribute__((vector_size(64)));
 
-// Four steps of exchange: of rows i and i + step, the second half of every 2 * step goes against the first.
-template <class Row>
-static inline void transpose_tile(Row* r) {
-#pragma GCC unroll 4
-    for (uint32_t step = 1; step < kSide; step *= 2) {
-        WordRow low, high;
-        for (uint32_t l = 0; l < kSide; ++l) {
-            low[l] = l & step ? kSide + l - step : l;
-            high[l] = l & step ? kSide + l : l + step;
-        }
-        for (uint32_t i = 0; i < kSide; ++i) {
-            if (i & step) continue;
-            const Row a = r[i], b = r[i + step];
-            r[i] = __builtin_shuffle(a, b, low);
-            r[i + step] = __builtin_shuffle(a, b, high);
-        }
-    }
-}
+#include "transpose_tile.h"
 
 // 16 rows by 16 words of the matrix of `rows` rows from `from` on, columns k.. of cols; beyond it are zeros.
 static inline void load_tile(WordRow* tile, const uint16_t* x, int64_t from, int64_t rows, int64_t stride, int64_t k,
@@ -49,7 +32,7 @@ __attribute__((noinline)) static void pack_a(const ProductArgs& p, int64_t pair,
     for (int64_t s = 0; s < steps; ++s) {
         for (int half = 0; half < 2; ++half) {
             load_tile(tile, p.a, (2 * pair + half) * kSide, p.m, p.a_stride, s * 2 * kSide, p.k);
-            transpose_tile(tile);
+            transpose_tile<WordRow, kSide>(tile);
             memcpy(packed + ((pair * steps + s) * 2 + half) * kTileWords, tile, sizeof tile);
         }
     }
@@ -93,7 +76,7 @@ __attribute__((noinline)) static void product_block(const ProductArgs& p, const 
         const int64_t m = (pair0 * 2 + tile / 4 * 2 + tile % 2) * kSide, n = n0 + tile % 4 / 2 * kSide;
         FloatRow r[kSide];
         memcpy(r, sums[tile / 4][tile % 4], sizeof r);
-        transpose_tile(r);
+        transpose_tile<WordRow, kSide>(r);
         for (int64_t i = 0; i < kSide && m + i < p.m && n < p.n; ++i) {
             const int64_t count = p.n - n < kSide ? p.n - n : kSide;
             float* at = p.out + (m + i) * p.out_stride + n;

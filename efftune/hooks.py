@@ -34,8 +34,8 @@ def watched(module: nn.Module) -> bool:
 def hooked(module: nn.Module, by: type[nn.Module] = nn.Module) -> bool:
     """Whether a module of class `by` that took its place would lack something: what watches it, or what it does to its
     state dict."""
-    own = any(getattr(type(module), name) is not getattr(by, name) for name in STATE_METHODS)
-    return own or watched(module) or any(getattr(module, kind) for kind in STATE_HOOKS)
+    has_state_methods = any(getattr(type(module), name) is not getattr(by, name) for name in STATE_METHODS)
+    return has_state_methods or watched(module) or any(getattr(module, kind) for kind in STATE_HOOKS)
 
 
 def called(module: nn.Module, compute: Callable[[], Any]) -> Any:

@@ -37,9 +37,9 @@ def report() -> str:
     width = max(18, *(len(name) + 1 for name in OPS))
     lines += ["", f"{'operator':<{width}}" + "".join(f"{name:<11}" for name in columns) + "default here"]
     for name, op in sorted(OPS.items()):
-        own = [b.name for b in op.backends]
+        backends = [b.name for b in op.backends]
         cells = [
-            "yes" if c == "reference" or c in own and not questions.get(c) else "no" if c in own else "-"
+            "yes" if c == "reference" or c in backends and not questions.get(c) else "no" if c in backends else "-"
             for c in columns
         ]
         default = next(

@@ -25,6 +25,7 @@ from efftune.nn.attention import KEEP
 from efftune.nn.subbatch import install as run_again
 from efftune.random_state import generators, replaying
 from efftune.structure import (
+    CLASSIFIERS,
     blocks,
     in_classifier,
     is_linear,
@@ -227,6 +228,32 @@ class Plan:
                 setattr(layer, axis, kind)
                 layer.by[axis] = method.name
 
+    def adapt(
+        self,
+        method: Method,
+        delta: Delta | Callable[[Layer], Delta],
+        target_modules: str | Iterable[str],
+        modules_to_save: Iterable[str] | None,
+    ) -> list[Layer]:
+        """Wishes `delta`, or what it gives for each, for the layers that `target_modules` means, and returns them. The
+        modules whose paths end as `modules_to_save` says train whole; None means a classification head.
+
+        Raises: EfftuneError where either means nothing.
+        """
+        wholly = CLASSIFIERS if modules_to_save is None else modules_to_save
+        saved = [name for name, _ in self.model.named_modules() if wholly and matches(name, wholly)]
+        for missing in modules_to_save or ():
+            if not any(matches(name, (missing,)) for name in saved):
+                raise EfftuneError(
+                    f"modules_to_save names {missing!r}, which is no module of {type(self.model).__name__}."
+                )
+        inside = {layer.name for name in saved for layer in self.inside(name)}
+        targets = [layer for layer in self.targets(method, target_modules) if layer.name not in inside]
+        for layer in targets:
+            self.wish(method, [layer], delta=delta if isinstance(delta, Delta) else delta(layer))
+        self.train_modules(method, saved)
+        return targets
+
     def keep(self, method: Method, target_modules: str | Iterable[str], keep: Keep) -> list[Layer]:
         """Sets `keep` on the targeted layers that train and returns them. A layer that keeps a part of its rows goes on
         to do so where `keep` is another way to keep all of them.
@@ -291,14 +318,14 @@ class Plan:
                     )
                 if self._unfit(layer) is None:  # else what of it is floating-point is named below
                     self.wish(method, [layer], delta=Trained())
-            own = {n: p for n, p in self.model.get_submodule(root).named_parameters(root) if p.is_floating_point()}
-            for name, p in own.items():
+            floating = {n: p for n, p in self.model.get_submodule(root).named_parameters(root) if p.is_floating_point()}
+            for name, p in floating.items():
                 if p.dtype not in FLOATS or p.layout != torch.strided:
                     raise EfftuneError(
                         f"{name}: {method.name} cannot train {_kind(p)}; give it target_modules without, or make it a "
                         f"dense one in {_floats()}."
                     )
-            self.train(method, own)
+            self.train(method, floating)
 
     def run_again(self, method: Method, names: Iterable[str], ratio: float | None = None) -> None:
         """Says that these blocks keep their inputs only and run again in backward, on a share of the samples if

@@ -49,8 +49,8 @@ def restore_generators(states: dict[str, Any]) -> None:
 
 def generators(device: torch.device) -> tuple[Tensor, ...]:
     """States of torch's generators of the CPU and of `device`."""
-    own = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
-    return torch.get_rng_state(), *own
+    device_state = (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    return torch.get_rng_state(), *device_state
 
 
 def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:

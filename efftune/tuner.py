@@ -24,7 +24,7 @@ from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Ru
 from efftune.methods.full import FullFineTuning
 from efftune.nn.subbatch import Recompute, uninstall
 from efftune.ops.draw_seed import capturing
-from efftune.optim.contract import Optimizer
+from efftune.optim.contract import Optimizer, begin_new_entries
 from efftune.plan import Plan
 from efftune.recipe import format_recipe, parse, terms, unnamed
 from efftune.structure import parameter_names, places
@@ -303,6 +303,7 @@ class Tuner:
             optimizer.register_state_dict_post_hook(self._save_clock),
             optimizer.register_load_state_dict_pre_hook(self._load_clock),
         ]
+        begin_new_entries(optimizer)
         self.seek(self.step)
         return optimizer
 
@@ -378,8 +379,7 @@ class Tuner:
         Raises: EfftuneError while a CUDA graph is being captured, if the recipe draws or has work for the CPU in every
             step: replays would repeat that of one step.
         """
-        if not self.methods:
-            raise EfftuneError("The recipe has been taken out of this model (merge or remove); apply one again.")
+        self._refuse_plain()
         if capturing():
             self._refuse_capture()
         if isinstance(self.run.optimizer, Optimizer) and self.run.optimizer.in_backward:
@@ -450,14 +450,16 @@ class Tuner:
         return self.model
 
     def save(self, path: str | Path, format: str | None = None) -> None:
-        """Writes `named_saved` to the folder `path`: a PEFT adapter where the recipe has layers that PEFT knows, what
-        is left in `trained.safetensors`, and beside either the recipe in `efftune_config.json`. A warning names what
-        trains and PEFT has no place for, and another one methods that their text in the recipe does not bring back.
+        """Writes `named_saved` to the folder `path`: a PEFT adapter where the recipe has layers that PEFT knows,
+        entries and columns of weights in `sparse.safetensors`, what is left in `trained.safetensors`, and beside them
+        the recipe in `efftune_config.json`. A warning names what trains and PEFT has no place for, and another one
+        methods that their text in the recipe does not bring back.
 
         Args:
-            format: the only one to write, "peft" or "safetensors".
+            format: the only one to write, "peft", "sparse" or "safetensors".
         Raises: EfftuneError, before anything is written, naming what no format, or not this one, can carry.
         """
+        self._refuse_plain()
         written = formats.save(self, Path(path), format)
         config: dict[str, Any] = {"format": 1, "formats": written, "recipe": self.recipe}
         if unknown := unnamed(self.methods):
@@ -470,6 +472,10 @@ class Tuner:
                 "point of the group efftune.methods) and give it settings that are literals.",
                 stacklevel=2,
             )
+
+    def _refuse_plain(self) -> None:
+        if not self.methods:
+            raise EfftuneError("The recipe was taken out (merge, remove): save the model itself, or apply one again.")
 
     def reports(self) -> list[str]:
         """A line of each method that has something to tell: what cannot be read off the settings."""
@@ -486,6 +492,7 @@ class Tuner:
         With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
         module, from one forward pass whose result is dropped.
         """
+        self._refuse_plain()
         loss = None if batch is None or loss_fn is None else partial(loss_fn, self.model, batch)
         lines = [f"blocks     {self.blocks}", *self.reports()]
         return summary(self.plan, self.recipe, set(self.named_trained()), lines, loss)

@@ -73,7 +73,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raises: EfftuneError, naming the module, where a recipe could not change `model` in place: wrappers for several
-    devices hold on to the parameters that they began with, a torch.jit module has its code fixed, weights that
+    devices hold on to the parameters that they began with, PEFT's layers have an adapter, a torch.jit module has its
+    code fixed, weights that
     accelerate has offloaded are somewhere else, and hooks on torch.compile's wrapper would go with it."""
     for name, module in model.named_modules():
         what = f"{name} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
@@ -81,6 +82,11 @@ def refuse_wrapped(model: nn.Module) -> None:
             raise EfftuneError(
                 f"{what} is wrapped for several devices and would not see new parameters; apply the recipe to the "
                 "module inside, and wrap it afterwards."
+            )
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            raise EfftuneError(
+                f"{what} is a layer of PEFT's with an adapter; load the adapter by efftune.load onto the plain model, "
+                "or merge it first (merge_and_unload)."
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise EfftuneError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_tensors
 from efftune.interop.peft import Adapter
+from efftune.interop.sparse import Sparse
 from efftune.linear.module import room_for
 
 TRAINED = "trained.safetensors"
@@ -69,7 +70,7 @@ class Safetensors:
         return read_tensors(path / TRAINED)
 
 
-FORMATS: list[Format] = [Adapter(), Safetensors()]  # `save` gives each what those before it did not carry
+FORMATS: list[Format] = [Adapter(), Sparse(), Safetensors()]  # `save` gives each what those before it did not carry
 
 
 def save(tuned: Tuned, path: Path, only: str | None = None) -> list[str]:

@@ -239,10 +239,10 @@ def _of_the_copy(name: str, plain: Iterable[str]) -> str:
     return next((n for n in names if n in plain), name)
 
 
-def _refuse_another(tensor: Tensor, own: Tensor, name: str, file: Path, model: nn.Module) -> None:
+def _refuse_another(tensor: Tensor, weight: Tensor, name: str, file: Path, model: nn.Module) -> None:
     """Raises: EfftuneError where a weight of the base model is not `own`, in the dtype of fewer bits of the two."""
-    narrow = min(tensor.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
-    if tensor.shape != own.shape or not tensor.to(own.device, narrow).equal(own.to(narrow)):
+    narrow = min(tensor.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    if tensor.shape != weight.shape or not tensor.to(weight.device, narrow).equal(weight.to(narrow)):
         raise EfftuneError(
             f"{file} does not fit {type(model).__name__} (first at {name}): nothing was loaded, since it holds this "
             "weight of the base model and the model has another; load it into the model that it was trained on, or "

@@ -12,7 +12,7 @@ Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flatt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -251,6 +251,10 @@ class Delta(Axis):
     def why_not(self, base: Base, keep: Keep, shape: tuple[int, int]) -> str | None:
         """Why this delta cannot work over base and keep on a layer of (N, K): a sentence with the remedy, or None."""
         return None
+
+    def refuse(self, p: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Raises ValueError where the tensors in `p`, by their names in the delta, cannot be those of a layer of
+        (N, K): asked before values from outside, of a file, a checkpoint or a user, are copied over its own."""
 
     def forward(self, c: Call, x: Tensor) -> tuple[Tensor, Kept]:
         """Returns y (M, N) and what is saved for backward: only what the gradients in `c.need` take."""

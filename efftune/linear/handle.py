@@ -63,6 +63,7 @@ class Handle:
         rowwise: row i of the result depends on row i of `rows` only, so that a few rows can be made alone.
         held: whether backward holds the tensors of `rows` for somebody else in any case, so that keeping the handle
             costs nothing.
+        elementwise: entry (i, k) depends on the entries (i, k) of `rows` only, so that a few columns can be made alone.
     """
 
     make: Callable[..., Tensor]
@@ -70,6 +71,7 @@ class Handle:
     shared: tuple[Tensor, ...] = ()
     rowwise: bool = True
     held: bool = True
+    elementwise: bool = False
     once: _Shared = field(default_factory=_Shared)
     flat: tuple[list[Tensor], tuple] | None = None  # of `_strip`: all layers that read one tensor save the same handle
 
@@ -82,6 +84,13 @@ class Handle:
         self.once.users += 1
         return self
 
+    def columns(self, index: Tensor) -> Handle:
+        """How to make some of the tensor's columns (M, S): from columns, where that is all it takes."""
+        if not self.elementwise:
+            return Handle(_columns, (self,), (index,), self.rowwise, self.held)
+        parts = [p.columns(index) if isinstance(p, Handle) else Handle(_columns, (p,), (index,)) for p in self.rows]
+        return Handle(self.make, tuple(parts), self.shared, self.rowwise, self.held, elementwise=True)
+
     def load(self, index: Tensor | None = None) -> Tensor:
         """The tensor, or its rows `index`."""
         if index is not None and self.rowwise:
@@ -93,6 +102,10 @@ class Handle:
 
     def _make(self, index: Tensor | None) -> Tensor:
         return self.make(*[load(part, index) for part in self.rows], *self.shared)
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    return x.index_select(1, index)
 
 
 def load(part: Tensor | Handle, index: Tensor | None = None) -> Tensor:

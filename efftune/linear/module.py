@@ -179,7 +179,11 @@ class Linear(nn.Module):
     def make_room(self, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """To be called before values are copied over the tensors of an in-place delta: takes the old ones back out of
         W, and gives those that `delta.resizes` names the length of the given ones. Returns the resized tensors, each
-        with the `.data` that it had."""
+        with the `.data` that it had.
+
+        Raises: ValueError, before anything is changed, for tensors that the delta refuses.
+        """
+        self.delta.refuse(given, self._shape)
         before = []
         self.take_back()  # first: it reads what is resized below
         for name in self.delta.resizes:
@@ -436,11 +440,14 @@ def room_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, `tensors` (by their names in the model) can be copied over those of its layers, whatever length they
     have, and no W is to be asked for. Everything has its own length and values again if that raises."""
     before = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.delta.in_place:
-            names = {name: f"{path}.{name}" for name in layer.delta.names}
-            before += layer.make_room({name: tensors[full] for name, full in names.items() if full in tensors})
     try:
+        for path, layer in model.named_modules():
+            if isinstance(layer, Linear) and layer.delta.in_place:
+                names = {name: f"{path}.{name}" for name in layer.delta.names}
+                try:
+                    before += layer.make_room({name: tensors[full] for name, full in names.items() if full in tensors})
+                except ValueError as error:
+                    raise EfftuneError(f"{path}: {error}") from None
         yield
     except BaseException:
         for tensor, data in before:

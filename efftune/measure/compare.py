@@ -87,8 +87,8 @@ def memory(recipe: str, given: dict[str, Any]) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a table in Markdown."""
-    own = {name: name.removeprefix("eval_") for row in rows for name in row if name.startswith("eval_")}
-    columns = COLUMNS | {name: title for name, title in own.items() if name not in COLUMNS}
+    metrics = {name: name.removeprefix("eval_") for row in rows for name in row if name.startswith("eval_")}
+    columns = COLUMNS | {name: title for name, title in metrics.items() if name not in COLUMNS}
     titles = {name: title for name, title in columns.items() if any(name in row for row in rows)}
     lines = ["| " + " | ".join(titles.values()) + " |", "|" + " --- |" * len(titles)]
     for row in rows:

@@ -43,7 +43,7 @@ class _Attention(torch.autograd.Function):
                 if isinstance(part, Handle):
                     part.keep()
             shapes = [t.shape for t in (q, k, v)]
-        handle = held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],))
+        handle = held[3] if isinstance(held[3], Handle) else Handle(_same, (held[3],), elementwise=True)
         made.append(handle)
         # The weights exp(s - lse) of codes with the lse of the exact scores need not sum to 1, and grow without bound
         # where scores are large: 4-bit keeps had training end in infinities. So backward takes lse and output anew,
@@ -190,8 +190,8 @@ def documents(mask: Tensor) -> tuple[Tensor, int] | None:
         token = torch.arange(t).repeat(b)
         begins = first == token
         # A token sees all from its first to itself, and its first is where the last document began.
-        own = torch.where(begins, token, 0).view(b, t).cummax(-1).values.flatten()
-        if not ((last == token) & (count == token - first + 1) & (first == own)).all():
+        document = torch.where(begins, token, 0).view(b, t).cummax(-1).values.flatten()
+        if not ((last == token) & (count == token - first + 1) & (first == document)).all():
             return None
         starts = torch.cat([begins.nonzero().flatten(), torch.tensor([b * t])]).to(torch.int32)
         return starts.to(mask.device), int(starts.diff().max())

@@ -36,7 +36,7 @@ class _Glu(torch.autograd.Function):
         for part in held:
             if isinstance(part, Handle):
                 part.keep()
-        handle = Handle(partial(_again, activation), held)
+        handle = Handle(partial(_again, activation), held, elementwise=True)
         made.append(handle)
         saved, structure = flatten((*held, *bits))
         ctx.save_for_backward(*saved)

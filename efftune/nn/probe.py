@@ -102,9 +102,9 @@ def code(module: nn.Module) -> tuple:
     """The functions that the module's classes have, and those of their Python modules that they call by name: what
     somebody may exchange for others."""
     kinds = type(module).__mro__
-    own = [f for kind in kinds[: kinds.index(nn.Module)] for f in vars(kind).values() if isinstance(f, CODE)]
-    called = [f.__globals__.get(name) for f in own if isinstance(f, FunctionType) for name in f.__code__.co_names]
-    return *own, *[f for f in called if isinstance(f, FunctionType)]
+    functions = [f for kind in kinds[: kinds.index(nn.Module)] for f in vars(kind).values() if isinstance(f, CODE)]
+    called = [f.__globals__.get(name) for f in functions if isinstance(f, FunctionType) for name in f.__code__.co_names]
+    return *functions, *[f for f in called if isinstance(f, FunctionType)]
 
 
 def state(given: Any) -> tuple[Any, Any]:

@@ -47,11 +47,11 @@ def project(change: Tensor, seeds: Sequence[int], *, stream: int, block: int, di
     """
     flat, found = change.detach().reshape(-1), []
     for start, end, width in stretches(flat.numel(), block):
-        piece, mine = flat[start:end], seeds[:width]
-        products = piece.new_empty((end - start) // width, len(mine))
-        for i, z in enumerate(directions(piece, mine, stream, start, dist)):
+        piece, block_seeds = flat[start:end], seeds[:width]
+        products = piece.new_empty((end - start) // width, len(block_seeds))
+        for i, z in enumerate(directions(piece, block_seeds, stream, start, dist)):
             products[:, i] = z.mul_(piece).view(-1, width).sum(1)
-        found.append(products.mul_(scale / len(mine)).flatten().float())
+        found.append(products.mul_(scale / len(block_seeds)).flatten().float())
     return torch.cat(found) if found else flat.float()
 
 
@@ -71,10 +71,10 @@ def reconstruct(
     source, a = w.detach().reshape(-1), a.to(w.device)
     made = out.detach().view(-1) if out.is_contiguous() else torch.empty_like(source)
     for start, end, width in stretches(len(source), block):
-        y, mine = source[start:end].to(torch.promote_types(w.dtype, torch.float32), copy=True), seeds[:width]
-        count = (end - start) // width * len(mine)
-        numbers, a = a[:count].view(-1, len(mine)).to(y.dtype), a[count:]
-        for i, z in enumerate(directions(y, mine, stream, start, dist)):
+        y, block_seeds = source[start:end].to(torch.promote_types(w.dtype, torch.float32), copy=True), seeds[:width]
+        count = (end - start) // width * len(block_seeds)
+        numbers, a = a[:count].view(-1, len(block_seeds)).to(y.dtype), a[count:]
+        for i, z in enumerate(directions(y, block_seeds, stream, start, dist)):
             z.view(-1, width).mul_(numbers[:, i : i + 1])
             y.add_(z)  # addcmul_ would round once, on some devices
         if w.dtype.itemsize == 2:

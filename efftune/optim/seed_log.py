@@ -98,8 +98,8 @@ class SeedLog:
     def rounds(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, parameter -> its numbers), as `append_round` was given them."""
         rows = zip(self.entries.tolist(), self.numbers, strict=True)
-        for step, mine in groupby(rows, key=lambda row: row[0][2]):
-            yield step, {self.parts[entry[0] >> SEED_BITS]["only"]: a for entry, a in mine}
+        for step, entries in groupby(rows, key=lambda row: row[0][2]):
+            yield step, {self.parts[entry[0] >> SEED_BITS]["only"]: a for entry, a in entries}
 
     def fetch(self) -> np.ndarray:
         """Returns all entries, after those that are still on the device have been fetched. Waits for the device."""
@@ -124,9 +124,9 @@ class SeedLog:
             raise EfftuneError("The log has weight decay, so that its steps do not commute; replay it step by step.")
         found = []
         for index, part in enumerate(self.parts):
-            mine = entries[entries["direction"] >> np.uint64(SEED_BITS) == index]
-            seeds, where = np.unique(mine["direction"] & np.uint64(DECAY), return_inverse=True)
-            totals = np.bincount(where, weights=mine["scalar"].astype(np.float64), minlength=len(seeds))
+            of_part = entries[entries["direction"] >> np.uint64(SEED_BITS) == index]
+            seeds, where = np.unique(of_part["direction"] & np.uint64(DECAY), return_inverse=True)
+            totals = np.bincount(where, weights=of_part["scalar"].astype(np.float64), minlength=len(seeds))
             found.append((part, seeds.tolist(), totals.astype(np.float32)))
         return found
 

@@ -171,23 +171,23 @@ class ZerothOrderSGD(torch.optim.Optimizer):
             if member not in chosen:
                 yes = {ids for ids, is_in in zip(sets, member, strict=True) if is_in}
                 chosen[member] = tuple(i for i, (*_, ids) in enumerate(every) if ids in yes)
-            mine = chosen[member]
+            indices = chosen[member]
             decays = decay != 1 and id(p) in used
-            if not mine and not decays:
+            if not indices and not decays:
                 continue
             threshold = self.directions.threshold(name, p)  # of the weights before their first change
             if decays:
                 p.mul_(decay)
-            if not mine:
+            if not indices:
                 continue
-            key = mine, p.device, p.dtype == torch.float64
+            key = indices, p.device, p.dtype == torch.float64
             if key not in made:
-                there = every[mine[0]][1].device  # directions from a log are on the host
-                scalars = torch.stack([(every[i][1] * every[i][2]).to(there) for i in mine])
+                there = every[indices[0]][1].device  # directions from a log are on the host
+                scalars = torch.stack([(every[i][1] * every[i][2]).to(there) for i in indices])
                 scalars = scalars.to(p.device, non_blocking=p.device.type != "cpu")
                 made[key] = scalars.double() if p.dtype == torch.float64 else scalars
             if self.update == "log":
-                seeds = [every[i][0] for i in mine]
+                seeds = [every[i][0] for i in indices]
                 old = self.sums.get(name)
                 if (id(old), key) not in sums:
                     sums[id(old), key] = plus(old, seeds, made[key])
@@ -252,24 +252,24 @@ class ZerothOrderSGD(torch.optim.Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict["zeroth_order"]
-        if own["start"] != {name: checksum(tensor) for name, tensor in self.start.items()}:
+        saved = state_dict["zeroth_order"]
+        if saved["start"] != {name: checksum(tensor) for name, tensor in self.start.items()}:
             raise EfftuneError(
                 "update='log' adds to the weights that the run began with, and these are others; make the optimizer "
                 "before the trained weights are loaded."
             )
-        if own["log"] is None and (self.momentum or self.update == "log"):
+        if saved["log"] is None and (self.momentum or self.update == "log"):
             raise EfftuneError(
                 "Momentum and update='log' go on from the seed log, and the run's had come to its end; resume without."
             )
         super().load_state_dict(state_dict)
-        self.log.ended = own["log"] is None
-        if own["log"] is not None:
-            self.log.load_state_dict(own["log"])
-        self.directions.scales, self.directions.thresholds = dict(own["scales"]), dict(own["thresholds"])
-        self.steps, self.base = own["steps"], own["base"]
+        self.log.ended = saved["log"] is None
+        if saved["log"] is not None:
+            self.log.load_state_dict(saved["log"])
+        self.directions.scales, self.directions.thresholds = dict(saved["scales"]), dict(saved["thresholds"])
+        self.steps, self.base = saved["steps"], saved["base"]
         for name in Scalars.KEPT:
-            setattr(self.scalars, name, own[name])
+            setattr(self.scalars, name, saved[name])
         self.zero_grad()
         self.recent.clear()
         if self.update == "log":

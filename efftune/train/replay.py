@@ -32,23 +32,23 @@ def export_log(source: str, out: Path) -> tuple[int, int]:
     optimizer = rest["optimizer"]
     states = [optimizer.get("zeroth_order", {}), *optimizer.get(CLOCK, {}).get("methods", {}).values()]
     states += rest.get("tuner", {}).get("methods", [])  # of a version whose optimizers did not carry it
-    own = next((state for state in states if "log" in state), None)
-    if own is None:
+    logged = next((state for state in states if "log" in state), None)
+    if logged is None:
         raise EfftuneError(
             f"{source} was trained with '{config.recipe}', which leaves no seeds; export it without --seed-log."
         )
-    if own["log"] is None:
+    if logged["log"] is None:
         raise EfftuneError(
             f"The seed log of {source} ended before the run: it would be longer than the weights, or a router sent "
             "steps too many different ways; export it without --seed-log."
         )
     log = SeedLog()
-    log.load_state_dict(own["log"])
+    log.load_state_dict(logged["log"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": config.recipe, "base": own["base"], "labels": labels}
+    about = {"recipe": config.recipe, "base": logged["base"], "labels": labels}
     log.save(out, about | {name: getattr(config, name) for name in KEPT})
     last = int(log.entries["step"][-1]) + 1 if len(log.entries) else 0
-    return log.count, step - last if own.get("moved") else 0
+    return log.count, step - last if logged.get("moved") else 0
 
 
 def replay(base: str, log_file: str, out: Path) -> dict[str, Any]:

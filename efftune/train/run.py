@@ -95,9 +95,9 @@ def settings(given: dict[str, Any], out: Path) -> TrainConfig:
     else:
         job = default_job.SETTINGS if not given.get("data") else {}
         recipe = {"recipe": TrainConfig.recipe, **job, **given}["recipe"]
-        own = next((rate for m in parse(recipe) if (rate := m.learning_rate) is not None), None)
-        if own is not None:
-            job = job | {"lr": default_job.ZEROTH_ORDER_RATE if job else own}
+        suggested = next((rate for m in parse(recipe) if (rate := m.learning_rate) is not None), None)
+        if suggested is not None:
+            job = job | {"lr": default_job.ZEROTH_ORDER_RATE if job else suggested}
         given = {**job, **given}
     config = TrainConfig(**{**given, "out": str(out)})
     if config.model and not config.data:

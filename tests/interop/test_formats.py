@@ -87,7 +87,7 @@ def test_a_format_that_cannot_carry_the_plan_names_what_it_would_lose(recipe, lo
     with pytest.raises(EfftuneError, match=f"^The format 'peft' would lose {lost}; save without format="):
         tuner.save(tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(EfftuneError, match="no format 'gguf'; the formats are: peft, safetensors"):
+    with pytest.raises(EfftuneError, match="no format 'gguf'; the formats are: peft, sparse, safetensors"):
         tuner.save(tmp_path / "out", format="gguf")
 
 

@@ -100,7 +100,6 @@ def test_one_of_two_modules_that_share_a_weight(ensure, tmp_path):
             efftune.load(llama(tie=True), tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:You requested|ignore:Model has `tie")
 def test_a_setting_that_ties_nothing_is_not_believed(tmp_path):
     """PEFT does not tie GPT-2's head to the copy of its embedding, whatever the setting says."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -13,7 +13,9 @@ from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
 from efftune.linear.contracts import Call, Need
 from efftune.linear.delta import dora, tiled, trained
+from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.entries import Entries
 from efftune.linear.delta.factored import Factored
 from efftune.linear.delta.hira import HiRA
 from efftune.linear.delta.tiled import Tiled
@@ -21,12 +23,13 @@ from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from tests.linear import toys
 from tests.linear.test_keeps import bias_z
-from tests.linear.toys import Codebook, Entries, FourBits, Kasa, Kronecker, LoHa, Masked, Pissa, Rest, Rotated, Vera
+from tests.linear.toys import Codebook, FourBits, Kasa, Kronecker, LoHa, Masked, Pissa, Rest, Rotated, Vera
 
 M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [
     Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None), HiRA(r=4, dtype=None),
+    Entries(0.08), Columns(5),
     *toys.DELTAS,
 ]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
@@ -82,6 +85,8 @@ def formula(layer, x, w, p):
         return F.linear(x, w * straight)
     if isinstance(delta, Entries):
         return F.linear(x, w.detach().flatten().index_put((p[0].long(),), p[1] + p[2]).view(N, K))
+    if isinstance(delta, Columns):
+        return F.linear(x, w.detach().index_copy(1, p[0].long(), p[1] + p[2]))
     return F.linear(x, w)
 
 

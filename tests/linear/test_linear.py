@@ -11,7 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Nothing, Trained
+from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.entries import Entries
 from efftune.linear.delta.hira import HiRA
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
@@ -26,7 +28,7 @@ DELTAS = [
     Trained(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
     DoRA(r=4), DoRA(r=3, lora_alpha=5, lora_dropout=0.3, dtype=None),
-    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None),
+    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None), Entries(0.05), Columns(6),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
 DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
@@ -43,6 +45,8 @@ def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(
 
 
 def combines(base, delta, keep):
+    if delta.in_place and not base.puts:
+        return False
     keeps_nothing = isinstance(delta, NoDelta) or getattr(delta, "freeze_a", False)
     return not isinstance(keep, Nothing) or keeps_nothing
 
@@ -89,6 +93,10 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
         a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
         h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
         y, dx, grads = y + h @ b.t(), dx + dh @ a, [dh.t() @ x2, dy.t() @ h]
+    elif isinstance(layer.delta, Entries):
+        grads = [(dy.t() @ x2).flatten()[layer.indices]]
+    elif isinstance(layer.delta, Columns):
+        grads = [rounded((dy.t() @ x2)[:, layer.columns])]
     return [y.reshape(*x.shape[:-1], n), dx.reshape(x.shape), *grads]
 
 
@@ -101,7 +109,7 @@ def actual_through(call, layer, x):
     y = call(x)
     y.backward(dy_for(y))
     trained = [getattr(layer, name) for name in layer.delta.stored_learns(layer.base)]
-    parameters = trained or layer.added()
+    parameters = trained or [p for p in layer.added() if p.requires_grad or not layer.delta.in_place]
     return [y.detach(), x.grad, *(t.grad for t in parameters)]
 
 
@@ -116,7 +124,8 @@ def test_what_cannot_be_combined_refuses_in_words(base, delta, keep):
         y, *gradients = actual(make(base, delta, keep), torch.randn(2, K))
         assert y.shape == (2, N) and all(g.isfinite().all() for g in gradients if g is not None)
     else:
-        with pytest.raises(EfftuneError, match="needs the layer's input"):
+        why = "needs the layer's input" if isinstance(keep, Nothing) else "writes entries of the stored weight"
+        with pytest.raises(EfftuneError, match=why):
             make(base, delta, keep)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from efftune.linear import Dense, Int8, Linear, LoRA
+from efftune.linear import Dense, Int8, LoRA
 from efftune.linear.contracts import Base, Delta, Stored, product_t
 from efftune.linear.delta.factored import Factored
 from efftune.linear.delta.tiled import Tiled
@@ -318,69 +318,8 @@ class Masked(Delta):
         return dx, c.no_dw(), (torch.cat(ds),)
 
 
-@dataclass(frozen=True)
-class Entries(Delta):
-    """As SpIEL or LIFT: a few entries of W train, in place: W holds original + values at `picks`, so that the products
-    are plain. What leaves the picks stays in W as it was trained (`left_values`), and what it was before is known."""
-
-    count: int = 40
-    tile: int = 16  # entries whose gradients are computed at once
-
-    names = ("picks", "original", "values", "left", "left_original", "left_values")
-    learns = ("values",)
-    resizes = ("left", "left_original", "left_values")
-
-    def begin(self, weight):
-        picks = weight.abs().flatten().topk(self.count).indices.sort().values.int()
-        original, none = weight.flatten()[picks], weight.new_empty(0)
-        values = torch.zeros_like(original, dtype=torch.promote_types(weight.dtype, torch.float32))
-        return weight, (picks, original, values, picks[:0].clone(), none, none.clone())
-
-    def put(self, c):
-        picks, original, values, left, _, left_values = c.p
-        c.base.put(c.w, left, left_values)
-        c.base.put(c.w, picks, original + values)
-
-    def take_back(self, c):
-        picks, original, _, left, left_original, _ = c.p
-        c.base.put(c.w, left, left_original)
-        c.base.put(c.w, picks, original)
-
-    def forward(self, c, x):
-        return c.linear(x), c.save(x, c.source) if c.need.p[2] else ()
-
-    def backward(self, c, dy, saved, add=None):
-        dx, dvalues = c.linear_t(dy, add=add) if c.need.x else add, None
-        if c.need.p[2]:
-            (g, z), k = c.operands(dy, saved), c.w.shape[1]
-            parts = [(g[:, i // k] * z[:, i % k]).sum(0) for i in c.p[0].split(self.tile)]
-            dvalues = torch.cat(parts).to(c.p[2].dtype)
-        return dx, c.no_dw(), (None, None, dvalues, None, None, None)
-
-
-@torch.no_grad()
-def repick(layer: Linear, picks: Tensor) -> Tensor:
-    """Lets other entries of the layer train, sorted and as many. Returns for each the place that it had among the old
-    ones, or -1: where the optimizer's state of it is."""
-    picks = picks.int()
-    old, original, values, left, left_original, left_values = layer.added()
-    place = torch.searchsorted(old, picks).clamp(max=len(old) - 1)
-    place = torch.where(old[place] == picks, place, -1)
-    # All that ever trained, by how much it has changed, and what it is in W.
-    known, order = torch.cat([old, left]).sort()
-    change = torch.cat([values, left_values.to(values.dtype) - left_original])[order]
-    last = torch.cat([(original + values).to(original.dtype), left_values])[order]
-    at = torch.searchsorted(known, picks).clamp(max=len(known) - 1)
-    gone = ~torch.isin(known, picks)
-    w = layer.take_back()
-    plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
-    change = torch.where(known[at] == picks, change[at], 0)
-    layer.replace((picks, plain[picks], change, known[gone], plain[known[gone]], last[gone]))
-    return place
-
-
 BASES = [Dense(), FourBits(), Codebook(), Rotated(), Rotated(None)]
 DELTAS = [
     Rest(r=4, dtype=None), Pissa(r=4, lora_alpha=6, dtype=None), Kasa(r=4, lora_alpha=6, dtype=None),
-    Vera(r=4, dtype=None), LoHa(), Kronecker(), Masked(), Entries(),
+    Vera(r=4, dtype=None), LoHa(), Kronecker(), Masked(),
 ]  # fmt: skip

@@ -35,6 +35,12 @@ RECIPES = {
     "int8(group=16) + dora(r=4, lora_dropout=0.1, dtype=None) + mesa(bits=8)": (1e-2, 12, 0.95),
     "hira(r=4)": (1e-1, 12, 0.95),
     "hira(r=4, dtype=None) + wtacrs(ratio=0.5, min_rows=4)": (1e-1, 12, 0.97),
+    "shira(density=0.05)": (3e-2, 12, 0.97),
+    "shira(r=2, scorer='small')": (1e-2, 12, 0.97),
+    "lift(rank=4, every=4)": (3e-2, 12, 0.97),
+    "spiel(density=0.05, every=4, accumulate=2)": (3e-2, 12, 0.97),
+    "saft(density=0.02)": (3e-2, 12, 0.97),
+    "s2ft(ratio=0.3)": (1e-1, 12, 0.97),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4) + int8": (1e-2, 12, 0.95),
     "int8(group=16) + peqa": (1e-3, 12, 0.97),
@@ -69,6 +75,11 @@ SETTINGS = {
     "lora": "r=4",
     "dora": "r=4",
     "hira": "r=4",
+    "shira": "density=0.05",
+    "lift": "rank=4, every=5",
+    "spiel": "density=0.05, every=5, accumulate=2",
+    "saft": "density=0.05",
+    "s2ft": "ratio=0.3",
     "wtacrs": "ratio=0.5, min_rows=4",
     "vcas": "interval=3",
     "lisa": "layers=2, interval=3",
@@ -76,7 +87,17 @@ SETTINGS = {
     "fedkseed": "k=64",
     "stagefilter": "window=40",  # steps, in which all rows train: the loss of those that are hard later does not fall
 }
-LEARNING_RATES = {"lora": 1e-2, "dora": 1e-2, "hira": 1e-1, "peqa": 1e-3}  # else 3e-3
+LEARNING_RATES = {
+    "lora": 1e-2,
+    "dora": 1e-2,
+    "hira": 1e-1,
+    "peqa": 1e-3,
+    "shira": 1e-2,
+    "lift": 1e-2,
+    "spiel": 1e-2,
+    "saft": 1e-2,
+    "s2ft": 1e-1,
+}  # else 3e-3
 NONE = ""
 AXES = "base", "delta", "keep", "estimator", "schedule"
 UPDATES = "optimizer", "arrives"  # hooks of a method with an update of its own

@@ -306,3 +306,22 @@ def test_a_pickled_tuner_goes_on_where_it_was(recipe):
         assert tuner.step == 5
         results.append(tuner.named_trained())
     assert all(torch.equal(p, results[1][name]) for name, p in results[0].items())
+
+
+def test_a_plain_model_is_not_saved_or_described_as_a_tuned_one(tmp_path):
+    for end in ("merge", "remove"):
+        tuner = efftune.apply(llama(), "lora(r=4)")
+        getattr(tuner, end)()
+        for call, given in ((tuner.save, [tmp_path / "adapter"]), (tuner.summary, [])):
+            with pytest.raises(EfftuneError, match="taken out .*: save the model itself"):
+                call(*given)
+        assert not (tmp_path / "adapter").exists()
+
+
+def test_a_model_with_adapters_of_pefts_is_refused():
+    import peft
+
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(EfftuneError, match="q_proj .* is a layer of PEFT's with an adapter; load the adapter by"):
+        efftune.apply(model, "lora(r=4)")
+    efftune.apply(model.merge_and_unload(), "lora(r=4)")

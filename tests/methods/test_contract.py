@@ -110,8 +110,13 @@ def run(case, tmp_path_factory) -> Run:
     applied, summary = logits(tuner.model), tuner.summary()
     optimizer, trained = tuner.optimizer(lr=lr), tuner.named_trained()
     registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    in_place = {n: m for n, m in tuner.model.named_modules() if isinstance(m, Linear) and m.delta.in_place}
+    beside = {f"{n}.{name}" for n, m in in_place.items() for name in m.delta.names}
 
     def tensors():
+        """W as it was stored, where a delta writes into it."""
+        for layer in in_place.values():
+            layer.take_back()
         return {n: t for n, t in (*tuner.model.named_parameters(), *tuner.model.named_buffers())}
 
     before = {name: tensor.detach().clone() for name, tensor in tensors().items()}
@@ -121,7 +126,7 @@ def run(case, tmp_path_factory) -> Run:
     losses += train(tuner, optimizer, steps - FIRST, batch(device=device))
     moved = [name for name, tensor in tensors().items() if not torch.equal(tensor, before[name])]
     grads = [name for name, tensor in tensors().items() if tensor.grad is not None]
-    free = {*trained, *statistics(tuner.model)}
+    free = {*trained, *statistics(tuner.model), *beside}
     facts = dict(
         trained=list(trained), in_optimizer=registered == {id(p) for p in trained.values()}, summary=summary,
         count=sum(p.numel() for p in trained.values()), moved=[n for n in moved if n in trained],
@@ -199,6 +204,8 @@ def test_four_micro_batches_equal_one(case):
     """Losses as means over equal micro-batches, scaled by 1/4: the same gradient up to float32 sums. Of zeroth order,
     whose scalar is a difference of losses over 2ε, in float64: rounding in float32 may be a large part of the step."""
     recipe, device = case
+    if any(getattr(method, "scorer", None) == "gradient" for method in parse(recipe)):
+        pytest.skip("what trains follows from the first micro-batch")
     results = []
     for parts in (1, 4):
         model = contract_model().double() if zeroth_order(recipe) else contract_model()

@@ -11,6 +11,8 @@ import efftune.ops.linear_cross_entropy as cross_entropy
 from efftune.ops._available import extension
 from efftune.ops._op import use_backend
 from efftune.ops.dropout import dropout
+from efftune.ops.entries_grad import entries_grad
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.glu import glu, glu_backward
 from efftune.ops.int8 import int8_dequantize, int8_quantize
 from efftune.ops.pack_act import pack_act, unpack_act
@@ -20,6 +22,7 @@ from efftune.ops.rms_norm import rms_norm, rms_norm_apply, rms_norm_backward
 from efftune.ops.rotary import rotary
 from efftune.ops.rows_grad import rows_grad
 from efftune.ops.sample_rows import row_norms, sample_rows, select_rows
+from efftune.ops.topk_entries import topk_entries
 
 SEED = torch.tensor(7)
 
@@ -82,6 +85,24 @@ def quantised(dtype):
     yield int8_dequantize(codes, scales, 32, dtype)
 
 
+def picked(dtype):
+    g, z = normal(1100, 37, dtype=dtype), normal(1100, 53, dtype=dtype, seed=1)
+    yield entries_grad(g, z, torch.arange(0, 37 * 53, 3, dtype=torch.int32))
+
+
+def added(dtype):
+    x, y = normal(37, 53, dtype=dtype), normal(37, 41, dtype=dtype, seed=1)
+    indices = torch.arange(0, 41 * 53, 3, dtype=torch.int32)
+    yield entries_linear(y.clone(), x, indices, normal(len(indices)))
+    yield entries_linear_t(x.clone(), y, indices, normal(len(indices)))
+
+
+def largest(dtype):
+    scores = normal(300, 1001, dtype=dtype)
+    for k in (1, 5000, 200000):
+        yield topk_entries(lambda: scores.split(170), k)
+
+
 def losses(dtype):
     for smoothing, softcap in ((0.0, None), (0.1, 3.0)):
         settings = (-100, smoothing, softcap)
@@ -102,6 +123,9 @@ KERNELS = {
     "relu": clipped,
     "rotary": rotated,
     "row_norms select_rows gather_rows scale_rows": rows,
+    "entries_grad": picked,
+    "entries_linear": added,
+    "topk_count topk_collect topk_merge": largest,
     "linear_cross_entropy": losses,
 }
 # draw: numbers that perturb adds. bf16_product has units, not levels: tests/ops/test_bf16_product.py.

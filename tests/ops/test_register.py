@@ -17,6 +17,8 @@ SIZES = {
     "pack_act": [3, 4, 6, 7], "unpack_act": [3, 4, 5, 6], "norm": [6, 7], "norm_backward": [8, 9], "glu": [6, 7],
     "rotary": [4, 5, 6], "row_norms": [3, 4], "select_rows": [1, 2, 5], "gather_rows": [3, 4, 6, 7],
     "scale_rows": [4, 5, 7], "linear_cross_entropy": [6, 7, 8, 9], "draw": [0],
+    "entries_grad": [7, 8, 9], "entries_linear": [7], "topk_count": [1], "topk_collect": [1, 5, 7],
+    "topk_merge": [1, 3],
 }  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def test_ranges_of_arguments(name):
         for size in SIZES.get(name, ()):
             with pytest.raises(ValueError, match=" takes? "):
                 function(*args[:size], -1, *args[size + 1 :])
-        if name not in ("select_rows", "limit_isa", "bf16_unit"):
+        if name not in ("select_rows", "topk_merge", "limit_isa", "bf16_unit"):
             for count in (0, -1):
                 refused(function, (*args[:-1], count), ValueError, "The kernels take at least one thread.")
 

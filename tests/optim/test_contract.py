@@ -101,14 +101,47 @@ def test_state_follows_the_entries(make):
     with torch.no_grad():
         q.copy_(moved)
     move(other, q, index)
-    for name, value in other.state[q].items():
+    for name, value in optimizer.state[p].items():
         if isinstance(value, torch.Tensor) and value.ndim:
-            assert torch.equal(value[[0, 2, 3]], optimizer.state[p][name][[4, 0, 2]]) and value[1] == 0
+            assert torch.equal(other.state[q][name][[0, 2, 3]], value[[4, 0, 2]]) and other.state[q][name][1] == 0
+    alone = nn.Parameter(q.detach()[1:2].clone())
+    first = make([alone], **settings)
     p.grad = torch.randn(6)
     q.grad = p.grad[index.clamp(min=0)].clone()
+    alone.grad = q.grad[1:2].clone()
     optimizer.step()
     other.step()
+    first.step()
     torch.testing.assert_close(q[[0, 2, 3]], p[[4, 0, 2]])
+    torch.testing.assert_close(q[1:2], alone)
+    assert other.state[q].keys() == optimizer.state[p].keys()
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(maximize=True), dict(fused=True), dict(amsgrad=True)], ids=str)
+def test_new_entries_begin_with_a_first_step_of_adams(settings):
+    """However old the others are; where two moves come before a gradient; not where a GradScaler skips the step."""
+    p = nn.Parameter(torch.randn(5))
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.0, **settings)
+    for _ in range(20):
+        p.grad = torch.randn(5)
+        optimizer.step()
+    move(optimizer, p, torch.tensor([0, -1, 2, 3, -1]))
+    move(optimizer, p, torch.tensor([1, 0, -1, 3, 2]))  # the new ones: 0, at which one came before, and 2
+    before = p.detach().clone()
+    if "fused" in settings:
+        p.grad = torch.full((5,), torch.inf)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+        optimizer.step()
+        assert torch.equal(p, before)
+        optimizer.found_inf = torch.tensor(0.0)
+        p.grad = torch.tensor([2.0, 1.0, -4.0, 1.0, 1.0])
+    else:
+        p.grad = torch.tensor([1.0, 1.0, -2.0, 1.0, 1.0])
+    optimizer.step()
+    sign = -1 if "maximize" in settings else 1
+    expected = torch.tensor([-0.1, 0.1]) * sign
+    torch.testing.assert_close((p - before).detach()[[0, 2]], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose((p - before).detach()[[1, 3]].abs(), torch.tensor(0.1), rtol=1e-2)
 
 
 def test_an_optimizer_that_moves_its_own_way_is_asked():

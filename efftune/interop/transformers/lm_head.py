@@ -116,17 +116,17 @@ def _forward(model: Any, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]
 
 
 @torch.no_grad()
-def _compare(head: nn.Module, softcap: float | None, hidden: Tensor | None, own: Tensor) -> str | None:
+def _compare(head: nn.Module, softcap: float | None, hidden: Tensor | None, model_logits: Tensor) -> str | None:
     """Says how the model's logits of the last position differ from those of its head, or None. Both sides do the same
     product, so that they differ by roundings of the cap at most."""
     if hidden is None:
         return "its base model does not run once, as a module, in its forward"
     logits = capped(head(hidden[:, -1:]), softcap)
-    if own.shape != logits.shape:
+    if model_logits.shape != logits.shape:
         return "its logits are not those of its head"
-    largest = own.abs().max()
+    largest = model_logits.abs().max()
     if largest == 0:
         return ALL_ZERO
-    if not (own - logits).abs().max() <= 8 * torch.finfo(own.dtype).eps * largest:
+    if not (model_logits - logits).abs().max() <= 8 * torch.finfo(model_logits.dtype).eps * largest:
         return "its logits are not those of its head (some models scale them)"
     return None

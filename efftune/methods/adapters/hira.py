@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from efftune.linear.delta.hira import HiRA
 from efftune.methods._base import TRAINS, Method
-from efftune.methods.adapters._adapter import adapt
 from efftune.plan import ALL_LINEAR
 
 
@@ -38,4 +37,4 @@ class HiraMethod(Method):
         return HiRA(self.r, self.hira_dropout, self.dtype)
 
     def plan(self, plan):
-        adapt(self, plan, self.delta(), self.target_modules, self.modules_to_save)
+        plan.adapt(self, self.delta(), self.target_modules, self.modules_to_save)

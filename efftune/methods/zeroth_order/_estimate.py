@@ -121,17 +121,17 @@ class ZerothOrder(Method):
         shown, used = [], set[int]()
         with evaluation_mode(model), Perturbation(model, optimizer) as perturbation:
             for index, (seed, weight) in enumerate(self.directions(run)):
-                plus, mine = loss_at(model, batch, loss_fn, perturbation, self.eps, seed)
+                plus, used_here = loss_at(model, batch, loss_fn, perturbation, self.eps, seed)
                 if self.points == 2:
                     minus, also = loss_at(model, batch, loss_fn, perturbation, -self.eps, seed)
-                    mine |= also  # a router may send the two signs different ways
+                    used_here |= also  # a router may send the two signs different ways
                     a = (plus - minus) * micro.scale / (2 * self.eps)
                     loss = torch.where(a.isfinite(), (plus + minus) / 2, plus.fmin(minus))
                 else:
                     a, loss = optimizer.scalars.one_point_difference(index, plus * micro.scale) / self.eps, plus
-                optimizer.scalars.accumulate(seed, a * (weight / self.samples), mine)
+                optimizer.scalars.accumulate(seed, a * (weight / self.samples), used_here)
                 shown.append(loss)
-                used |= mine
+                used |= used_here
         if step == 0:
             warn_of_lost(self, optimizer, used)
         return torch.stack(shown).mean()

@@ -34,12 +34,12 @@ class Perturbation:
 
     def __enter__(self) -> Perturbation:
         modules = list(self.model.modules())
-        own = {m: found for m in modules if (found := self._trained(m))}
-        most = max([SMALL, *(sum(p.nbytes for p in found) for found in own.values())])
+        trained = {m: found for m in modules if (found := self._trained(m))}
+        most = max([SMALL, *(sum(p.nbytes for p in found) for found in trained.values())])
         inside: dict[nn.Module, dict[int, nn.Parameter]] = {m: {} for m in modules if m._parameters}
         for module in modules:
             for block in module if isinstance(module, nn.ModuleList) else ():
-                inside.update(parts(block, own, most) if block is not None else ())
+                inside.update(parts(block, trained, most) if block is not None else ())
         for module, parameters in inside.items():
             self._watch(module, parameters)
         return self
@@ -58,9 +58,9 @@ class Perturbation:
         @on_parameters
         def enter(module: nn.Module, args) -> None:
             nonlocal restores
-            own = {id(p): p for p in self._trained(module)}  # a forward may have put another there since
-            used.update(own)
-            clean = {key: (p, p.data) for key, p in (inside | own).items() if key not in dirty}
+            parameters = {id(p): p for p in self._trained(module)}  # a forward may have put another there since
+            used.update(parameters)
+            clean = {key: (p, p.data) for key, p in (inside | parameters).items() if key not in dirty}
             if clean and not restores:
                 self.handles.append(module.register_forward_hook(leave, always_call=True))
                 restores = True
@@ -98,12 +98,12 @@ class Perturbation:
 
 
 def parts(
-    block: nn.Module, own: dict[nn.Module, list[nn.Parameter]], most: int
+    block: nn.Module, trained: dict[nn.Module, list[nn.Parameter]], most: int
 ) -> Iterator[tuple[nn.Module, dict[int, nn.Parameter]]]:
     """Yields the block, or the largest of its parts that are small enough, each with the parameters inside it."""
-    inside = {id(p): p for m in block.modules() for p in own.get(m, ())}
+    inside = {id(p): p for m in block.modules() for p in trained.get(m, ())}
     if isinstance(block, nn.ModuleList | nn.ModuleDict) or sum(p.nbytes for p in inside.values()) > most:
         for child in block.children():  # a list is not called
-            yield from parts(child, own, most)
+            yield from parts(child, trained, most)
     elif len(inside) > 1:
         yield block, inside

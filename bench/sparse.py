@@ -1,0 +1,91 @@
+"""A layer of which a few entries or columns train, forward + backward, against the frozen linear, the whole weight,
+a LoRA of rank 16, and PEFT's SHiRA of as many entries: time and peak memory; then with a step of AdamW.
+
+python -m bench.sparse [--device cpu|cuda]
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.harness import Job, measure, parsed, parser, print_table, run
+from efftune import Linear
+from efftune.linear import LoRA, Trained
+from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.entries import Entries
+from efftune.linear.picks import choose, repick
+from efftune.ops._available import dtype_name
+
+RANKS = {"0.1 %": 1, "1 %": 10, "5 %": 51}  # r·(N + K) entries, of 2048 x 2048
+
+
+def with_peft(linear: nn.Linear, r: int) -> nn.Module:
+    from peft import ShiraConfig, get_peft_model
+
+    model = nn.Sequential(copy.deepcopy(linear))
+    return get_peft_model(model, ShiraConfig(r=r, target_modules=["0"], random_seed=0)).base_model.model[0]
+
+
+def layers(linear: nn.Linear) -> dict[str, nn.Module]:
+    n, k = linear.weight.shape
+    draw = torch.Generator().manual_seed(0)
+    made: dict[str, nn.Module] = {
+        "frozen linear": linear,
+        "full": Linear.from_linear(copy.deepcopy(linear).requires_grad_(True), delta=Trained()),
+        "LoRA r 16": Linear.from_linear(linear, delta=LoRA(r=16)),
+    }
+    for share, r in RANKS.items():
+        layer = made[f"{share} of entries"] = Linear.from_linear(copy.deepcopy(linear), delta=Entries(r=r))
+        repick(layer, torch.randperm(n * k, generator=draw)[: len(layer.indices)].sort().values)
+        made[f"PEFT's SHiRA, {share}"] = with_peft(linear, r)
+    for share, count in {"1 %": round(0.01 * k), "5 %": round(0.05 * k)}.items():
+        layer = made[f"{share} of columns"] = Linear.from_linear(copy.deepcopy(linear), delta=Columns(count))
+        choose(layer, torch.randperm(k, generator=draw)[:count].sort().values)
+    return made
+
+
+def rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int, adamw: bool) -> list[dict]:
+    linear = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(m, n, device=device, dtype=dtype)
+
+    def step(layer):
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if adamw and trained else None
+
+        def call():
+            layer(x).backward(dy)
+            if optimizer is not None:
+                optimizer.step()
+            for leaf in (x, *trained):
+                leaf.grad = None
+
+        return call
+
+    name = f"{dtype_name(dtype)} {m}x{n}x{k}{', with AdamW' * adamw}"
+    return run(
+        name, {label: step(layer) for label, layer in layers(linear).items()}, device=device, dtype=dtype,
+        repeats=repeats,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parsed(parser(__doc__), argv)
+    if args.device == "cpu":
+        shapes = [(torch.float32, 2048, 2048, 2048, 7), (torch.bfloat16, 256, 512, 512, 7)]
+    else:
+        shapes = [(torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096))]
+    jobs = [
+        Job(f"{dtype_name(dtype)} {rest} {adamw}", partial(rows, args.device, dtype, *rest, adamw))
+        for dtype, *rest in shapes
+        for adamw in (False, True)
+    ]
+    measure(args, "sparse", jobs, print_table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Looking at the gradients of whole weights, of which a few entries train: a product at a time, and none is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from efftune.linear import Linear
+from efftune.linear.contracts import Call, Keep, product_t
+from efftune.linear.delta.entries import Entries
+from efftune.methods._base import Micro, autograd, exact_keeps
+from efftune.methods._gradients import discarding
+from efftune.methods.sparse._scores import Rows
+from efftune.nn.subbatch import statistics_kept
+
+See = Callable[[str, Tensor, Tensor], None]  # name of the layer, g̃ (L, N) and z̃ (L, K): dW = g̃ᵀ·z̃
+
+
+@dataclass(frozen=True)
+class Peek(Keep):
+    """What another keep gives for a weight gradient is shown to somebody first."""
+
+    keep: Keep
+    see: Callable[[Tensor, Tensor], None]
+
+    def operands(self, g, kept):
+        found = self.keep.operands(g, kept)
+        self.see(*found)
+        return found
+
+
+@dataclass(frozen=True)
+class Watched(Entries):
+    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
+    called: Callable[[], None] = lambda: None
+
+    def forward(self, c, x):
+        if torch._C._current_graph_task_id() < 0:  # else backward runs a part of the model again
+            self.called()
+        return super().forward(c, x)
+
+    def backward(self, c: Call, dy, saved, add=None):
+        return super().backward(c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
+
+
+@contextmanager
+def watching(layers: dict[str, Linear], see: See, called: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Within it, `see` is called in backward for each call of these layers, of which entries train, and `called` in
+    forward."""
+    kept = {name: (layer.delta, layer._eval_delta) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        delta = cast(Entries, layer.delta)
+        layer.delta = layer._eval_delta = Watched(delta.density, delta.r, partial(see, name), partial(called, name))
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.delta, layer._eval_delta = kept[name]
+
+
+@contextmanager
+def training(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within it these train, also those that a schedule has frozen for this step."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def gradients(micro: Micro, layers: dict[str, Linear], see: See) -> None:
+    """Goes through the micro-batch once, and calls `see` once for each of the layers that has a gradient: g and z of a
+    layer that is called several times lie one below the other. Inputs are kept exactly, and no gradient is left behind.
+    """
+    calls, parts = Counter[str](), dict[str, list[tuple[Tensor, Tensor]]]()
+
+    def show(name: str) -> None:
+        g, z = [list(part) for part in zip(*parts.pop(name), strict=True)]
+        see(name, torch.cat(g) if len(g) > 1 else g[0], torch.cat(z) if len(z) > 1 else z[0])
+
+    def gather(name: str, g: Tensor, z: Tensor) -> None:
+        calls[name] -= 1
+        parts.setdefault(name, []).append((g, z))
+        if calls[name] == 0:
+            show(name)
+
+    with (
+        training(layer.values for layer in layers.values()),
+        watching(layers, gather, lambda name: calls.update([name])),
+        exact_keeps(micro.model),
+        discarding(micro.model),
+        statistics_kept(micro.model),
+    ):
+        autograd(micro)
+    for name in list(parts):  # of a layer that had fewer backward passes than calls
+        show(name)
+
+
+def gradient(g: Tensor, z: Tensor) -> Rows:
+    """|gᵀ·z|, by rows."""
+    return lambda a, b: product_t(g[:, a:b], z).float().abs_()
