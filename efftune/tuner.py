@@ -492,7 +492,6 @@ class Tuner:
         With a batch and the loss that `backward` takes: also the bytes that backward keeps of this batch, by kind of
         module, from one forward pass whose result is dropped.
         """
-        self._refuse_plain()
         loss = None if batch is None or loss_fn is None else partial(loss_fn, self.model, batch)
         lines = [f"blocks     {self.blocks}", *self.reports()]
         return summary(self.plan, self.recipe, set(self.named_trained()), lines, loss)

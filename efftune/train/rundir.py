@@ -111,9 +111,7 @@ def choose(out: str | None, resume: bool, kind: str = "train") -> Path:
     if resume and not path.is_dir():
         raise EfftuneError(f"--resume finds no run at {out}; check --out, or start the run without --resume.")
     if not resume and path.is_dir() and any(path.iterdir()):
-        raise EfftuneError(
-            f"{out} is not empty; give another --out (a run in it is continued by efftune train --resume)."
-        )
+        raise EfftuneError(f"{out} is not empty; add --resume to continue the run in it, or give another --out.")
     return path
 
 

@@ -308,13 +308,12 @@ def test_a_pickled_tuner_goes_on_where_it_was(recipe):
     assert all(torch.equal(p, results[1][name]) for name, p in results[0].items())
 
 
-def test_a_plain_model_is_not_saved_or_described_as_a_tuned_one(tmp_path):
+def test_a_plain_model_is_not_saved_as_a_tuned_one(tmp_path):
     for end in ("merge", "remove"):
         tuner = efftune.apply(llama(), "lora(r=4)")
         getattr(tuner, end)()
-        for call, given in ((tuner.save, [tmp_path / "adapter"]), (tuner.summary, [])):
-            with pytest.raises(EfftuneError, match="taken out .*: save the model itself"):
-                call(*given)
+        with pytest.raises(EfftuneError, match="taken out .*: save the model itself"):
+            tuner.save(tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()
 
 

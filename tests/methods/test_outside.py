@@ -156,7 +156,7 @@ def test_one_method_by_hand_and_what_is_implied(tmp_path):
 def test_another_recipe_than_was_saved_is_refused(tmp_path):
     efftune.apply(llama(), [Norms(scale=2.0)]).save(tmp_path)
     before = llama()
-    for recipe in ([Norms()], [Norms(scale=2.0), *parse("lisa(layers=1)")], "lora(r=2)"):
+    for recipe in ([Norms()], [Norms(scale=2.0), *parse("recompute")], "lora(r=2)"):
         with pytest.raises(EfftuneError, match="the recipe 'outside_norm.scale=2.0.', and recipe= is"):
             efftune.load(before, tmp_path, recipe=recipe)
     assert all(p.requires_grad for p in before.parameters())
