@@ -161,7 +161,7 @@ class Plan:
         return [self.layers[name] for name in chosen]
 
     def _meets(self, target: str) -> bool:
-        """Whether the ending of a path is that of a linear layer, or of one of another library."""
+        """Whether any module's path ends so: a name that none has is a slip."""
         return any(matches(name, (target,)) for name, _ in self.model.named_modules())
 
     def _means(self, target_modules: str | Iterable[str], name: str) -> bool:
