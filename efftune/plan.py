@@ -190,6 +190,14 @@ class Plan:
         parameter = self.model.get_parameter(name)
         return [other for other in self._names[id(parameter)] if other != name]
 
+    def shared(self, layer: Layer) -> list[str]:
+        """The other names of the parameters that the layer's weight is stored in."""
+        return [o for part in layer.base.names if (name := layer.parameters.get(part)) for o in self.tied(name)]
+
+    def writable(self, layer: Layer) -> bool:
+        """Whether a delta can write into the layer's weight: any number can stand there, and nobody else reads it."""
+        return layer.base.puts and not self.shared(layer)
+
     def blocks(self) -> tuple[str, list[str]]:
         """The name of the stack of alike blocks, and of each block. Raises: EfftuneError if the model has none."""
         name, stack = blocks(self.model)
@@ -393,7 +401,7 @@ class Plan:
         for name, layer in self.layers.items():
             if layer.plain and not layer.is_replaced:
                 continue
-            shared = [o for part in layer.base.names if (n := layer.parameters.get(part)) for o in self.tied(n)]
+            shared = self.shared(layer)
             if shared and layer.delta.in_place:
                 raise EfftuneError(
                     f"{name} would write {layer.delta} into a weight that others read ({', '.join(shared)}); choose "

@@ -12,17 +12,19 @@ Dims: M tokens, N out, K in, R rank. x is (M, K) and dy (M, N): the module flatt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from efftune.linear.handle import Handle, Source
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 
 Tensors = tuple[Tensor, ...]
 Kept = tuple[Tensor | Handle, ...]
 Gradients = tuple[Tensor | None, ...]
+SparseMatrix = Sequence[tuple[Tensor, Tensor]]  # a sum of (indices (S,) int32, n·K + k, sorted; values (S,) float32)
 
 
 class Need(NamedTuple):
@@ -95,14 +97,14 @@ class Base(Axis):
         """Returns dL/dx (M, K) for dL/dz (M, K'), which it may consume."""
         return dz
 
-    def linear(self, w: Stored, z: Tensor, low_rank=None, bias=None, add=None) -> Tensor:
-        """Returns z·Wᵀ (+ h·Bᵀ) (+ bias) (+ add), (M, N), for low_rank = (h (M, R), b (N, R)), bias (N,) and add (M,
-        N), which it consumes."""
+    def linear(self, w: Stored, z: Tensor, low_rank=None, bias=None, add=None, entries: SparseMatrix = ()) -> Tensor:
+        """Returns z·Wᵀ (+ h·Bᵀ) (+ bias) (+ add) (+ z·Sᵀ), (M, N), for low_rank = (h (M, R), b (N, R)), bias (N,), add
+        (M, N), which it consumes, and S the sum of matrices that are 0 but for some entries."""
         raise NotImplementedError
 
-    def linear_t(self, w: Stored, dy: Tensor, low_rank=None, add=None) -> Tensor:
-        """Returns dy·W (+ dh·A) (+ add), a fresh (M, K), for low_rank = (dh (M, R), a (R, K)) and add (M, K), which it
-        consumes."""
+    def linear_t(self, w: Stored, dy: Tensor, low_rank=None, add=None, entries: SparseMatrix = ()) -> Tensor:
+        """Returns dy·W (+ dh·A) (+ add) (+ dy·S), a fresh (M, K), for low_rank = (dh (M, R), a (R, K)), add (M, K),
+        which it consumes, and S as in `linear`."""
         raise NotImplementedError
 
     def rows(self, w: Stored, a: int, b: int, dtype: torch.dtype) -> Tensor:
@@ -169,6 +171,28 @@ def product_t(g: Tensor, z: Tensor) -> Tensor:
     return torch.mm(g_t.contiguous() if g.is_cpu and 8 * g.shape[1] <= z.shape[1] else g_t, z)
 
 
+def plus_entries(y: Tensor, x: Tensor, entries: SparseMatrix) -> Tensor:
+    """Returns y (M, N), which it writes to, + x·Sᵀ."""
+    for indices, values in entries:
+        entries_linear(y, x, indices, values)
+    return y
+
+
+def plus_entries_t(dx: Tensor, dy: Tensor, entries: SparseMatrix) -> Tensor:
+    """Returns dx (M, K), which it writes to, + dy·S."""
+    for indices, values in entries:
+        entries_linear_t(dx, dy, indices, values)
+    return dx
+
+
+def add_entries(w: Tensor, entries: SparseMatrix) -> Tensor:
+    """Returns w, contiguous, after w += S, each entry rounded once to w's dtype."""
+    for indices, values in entries:
+        flat, indices = w.view(-1), indices.long()
+        flat[indices] = (flat[indices].to(values.dtype) + values).to(w.dtype)
+    return w
+
+
 class Call(NamedTuple):
     """One call of a layer, forward or backward: all that a delta works with. A new thing to know is a field here and no
     argument of every kind."""
@@ -182,19 +206,25 @@ class Call(NamedTuple):
     need: Need
     source: Source | None  # of x, in forward
 
-    def linear(self, x: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
-        """Returns enter(x)·Wᵀ + bias with the optional terms of `Base.linear`."""
-        return self.base.linear(self.w, self.base.enter(self.w, x), low_rank, self.bias, add)
+    def linear(self, x: Tensor, low_rank=None, add: Tensor | None = None, entries: SparseMatrix = ()) -> Tensor:
+        """Returns enter(x)·Wᵀ + bias with the optional terms of `Base.linear`; x·Sᵀ does not pass through `enter`."""
+        base = self.base
+        if not entries:
+            return base.linear(self.w, base.enter(self.w, x), low_rank, self.bias, add)
+        if type(base).enter is Base.enter:
+            return base.linear(self.w, x, low_rank, self.bias, add, entries)
+        y = base.linear(self.w, base.enter(self.w, x), low_rank, self.bias, add)
+        return plus_entries(y, x, entries)
 
-    def linear_t(self, dy: Tensor, low_rank=None, add: Tensor | None = None) -> Tensor:
+    def linear_t(self, dy: Tensor, low_rank=None, add: Tensor | None = None, entries: SparseMatrix = ()) -> Tensor:
         """Returns leave(dy·W) with the optional terms of `Base.linear_t`, which do not pass through `leave`."""
         base = self.base
         if type(base).leave is Base.leave:
-            return base.linear_t(self.w, dy, low_rank, add)
+            return base.linear_t(self.w, dy, low_rank, add, entries) if entries else base.linear_t(self.w, dy, low_rank, add)
         dx = base.leave(self.w, base.linear_t(self.w, dy))
         if low_rank is not None:
             dx = dx.addmm_(*low_rank)
-        return dx if add is None else dx.add_(add)
+        return plus_entries_t(dx if add is None else dx.add_(add), dy, entries)
 
     def save(self, z: Tensor, source: Source | None) -> Kept:
         return self.keep.save(z, source, self.seed)

@@ -162,8 +162,8 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def replace(self, p: Tensors) -> None:
-        """Copies p over the tensors of an in-place delta, which stay the same objects, after their old values have been
-        taken back out of W. Those that `delta.resizes` names may have another length."""
+        """Copies p over the tensors of the delta, which stay the same objects, after their old values have been taken
+        back out of a W that holds them. Those that `delta.resizes` names may have another length."""
         # Cloned, since p may have in it what is written to here: those that stay, or parts of them.
         given = {name: tensor.detach().clone() for name, tensor in zip(self.delta.names, p, strict=True)}
         for name, own in zip(self.delta.names, self.added(), strict=True):
@@ -177,9 +177,9 @@ class Linear(nn.Module):
             getattr(self, name).copy_(tensor)
 
     def make_room(self, given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """To be called before values are copied over the tensors of an in-place delta: takes the old ones back out of
-        W, and gives those that `delta.resizes` names the length of the given ones. Returns the resized tensors, each
-        with the `.data` that it had.
+        """To be called before values are copied over the tensors of the delta: takes the old ones back out of a W that
+        holds them, and gives those that `delta.resizes` names the length of the given ones. Returns the resized
+        tensors, each with the `.data` that it had.
 
         Raises: ValueError, before anything is changed, for tensors that the delta refuses.
         """
@@ -192,6 +192,15 @@ class Linear(nn.Module):
                 before.append((tensor, tensor.data))
                 tensor.data = tensor.data.new_empty(other.shape)
         return before
+
+    def rows(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        """W[a:b] (b - a, K) in dtype with what the delta adds to it: W itself where it is that, and not to be written
+        to."""
+        return self._rows(self.delta, self.stored(), a, b, dtype)
+
+    @torch.no_grad()
+    def _rows(self, delta: Delta, w: Stored, a: int, b: int, dtype: torch.dtype) -> Tensor:
+        return delta.weight(self._call(w), a, b, dtype)
 
     def added(self) -> tuple[Tensor, ...]:
         return self._tensors(self.delta.names)
@@ -278,13 +287,12 @@ class Linear(nn.Module):
         if not delta.adds and self.base == Dense(self.conv1d is not None):
             linear.weight = w.tensors[0]
         else:
-            c = self._call(w)
             dtype = torch.promote_types(w.dtype, torch.float32) if delta.adds else w.dtype
             weight = torch.empty(w.shape, device=w.tensors[0].device, dtype=w.dtype)
             step = max(1, 2**22 // self.in_features)  # tiles of 16 MiB in float32
             for a in range(0, self.out_features, step):
                 b = min(a + step, self.out_features)
-                weight[a:b] = delta.weight(c, a, b, dtype)
+                weight[a:b] = self._rows(delta, w, a, b, dtype)
             linear.weight = nn.Parameter(
                 weight if self.conv1d is None else weight.t().contiguous(), requires_grad=False
             )
@@ -307,7 +315,9 @@ class Linear(nn.Module):
                     "wrote into it; load it before the recipe is applied."
                 )
                 return
-            self.make_room({name: state_dict[prefix + name] for name in given})
+        if self._in_place or self.delta.resizes:
+            names = (*self.base.names, *self.delta.names)
+            self.make_room({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
@@ -442,7 +452,7 @@ def room_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     before = []
     try:
         for path, layer in model.named_modules():
-            if isinstance(layer, Linear) and layer.delta.in_place:
+            if isinstance(layer, Linear) and (layer.delta.in_place or layer.delta.resizes):
                 names = {name: f"{path}.{name}" for name in layer.delta.names}
                 try:
                     before += layer.make_room({name: tensors[full] for name, full in names.items() if full in tensors})

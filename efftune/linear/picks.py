@@ -33,18 +33,24 @@ def repick(layer: Linear, picks: Tensor, forget: bool = False) -> Tensor:
     """
     check_indices(picks, (layer.out_features, layer.in_features))
     picks = picks.to(device=layer.indices.device, dtype=torch.int32)
-    old, original, values, left, left_original, left_values = layer.added()
-    place = _find(old, picks)
+    p = dict(zip(layer.delta.names, layer.added(), strict=True))
+    old, values, left, left_values = p["indices"], p["values"], p["left"], p["left_values"]
     known, order = torch.cat([old, left]).sort()  # all that ever trained
-    change = torch.cat([values, left_values.to(values.dtype) - left_original])[order]
-    last = torch.cat([(original + values).to(original.dtype), left_values])[order]
-    at = _find(known, picks)
-    gone = _find(picks, known) < 0
-    w = layer.take_back()
-    plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
-    gone &= (last != plain[known]) & (not forget)  # what has not changed need not be remembered
-    change = torch.where(at >= 0, change[at], 0)
-    layer.replace((picks, plain[picks], change, known[gone], plain[known[gone]], last[gone]))
+    at, gone, in_place = _find(known, picks), _find(picks, known) < 0, layer.delta.in_place
+    left_change = left_values.to(values.dtype) - p["left_original"] if in_place else left_values
+    change = torch.cat([values, left_change])[order]
+    begins = torch.where(at >= 0, change[at], 0)
+    if in_place:
+        last = torch.cat([(p["original"] + values).to(left_values.dtype), left_values])[order]
+        w = layer.take_back()
+        plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
+        gone &= (last != plain[known]) & (not forget)  # what has not changed need not be remembered
+        p = (picks, plain[picks], begins, known[gone], plain[known[gone]], last[gone])
+    else:
+        gone &= (change != 0) & (not forget)
+        p = (picks, begins, known[gone], change[gone])
+    place = _find(old, picks)
+    layer.replace(p)
     return place
 
 
@@ -53,6 +59,9 @@ def choose(layer: Linear, columns: Tensor) -> None:
     """Lets these columns of the layer train, (S,) integers, sorted and distinct, from W as it was stored."""
     check_indices(columns, (1, layer.in_features))
     columns = columns.to(device=layer.columns.device, dtype=torch.int32)
+    if not layer.delta.in_place:
+        layer.replace((columns, torch.zeros_like(layer.values)))
+        return
     w = layer.take_back()
     step = max(1, 2**22 // layer.in_features)
     tiles = [layer.base.rows(w, a, min(a + step, w.shape[0]), w.dtype) for a in range(0, w.shape[0], step)]

@@ -13,9 +13,9 @@ from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
 from efftune.linear.contracts import Call, Need
 from efftune.linear.delta import dora, tiled, trained
-from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.columns import AddedColumns, Columns
 from efftune.linear.delta.dora import DoRA
-from efftune.linear.delta.entries import Entries
+from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.delta.factored import Factored
 from efftune.linear.delta.hira import HiRA
 from efftune.linear.delta.tiled import Tiled
@@ -29,7 +29,7 @@ M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [
     Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None), HiRA(r=4, dtype=None),
-    Entries(0.08), Columns(5),
+    Entries(0.08), AddedEntries(0.08), Columns(5), AddedColumns(5),
     *toys.DELTAS,
 ]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
@@ -83,6 +83,10 @@ def formula(layer, x, w, p):
     if isinstance(delta, Masked):
         straight = (p[0] > 0) + p[0] - p[0].detach()
         return F.linear(x, w * straight)
+    if isinstance(delta, AddedEntries):
+        return F.linear(x, w.detach() + torch.zeros(N * K, dtype=w.dtype).index_put((p[0].long(),), p[1]).view(N, K))
+    if isinstance(delta, AddedColumns):
+        return F.linear(x, w.detach().index_add(1, p[0], p[1]))
     if isinstance(delta, Entries):
         return F.linear(x, w.detach().flatten().index_put((p[0].long(),), p[1] + p[2]).view(N, K))
     if isinstance(delta, Columns):

@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import efftune
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Int8, LoRA
-from efftune.linear.contracts import Delta
-from efftune.linear.delta.entries import Entries
+from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.picks import repick
 from efftune.methods._base import TRAINS, Method
@@ -28,29 +27,6 @@ COUNT = 40 / (N * K)
 
 
 @dataclass(frozen=True)
-class Added(Entries):
-    """The same function, computed beside a weight that nothing writes to."""
-
-    put, take_back = Delta.put, Delta.take_back
-
-    def change(self, c):
-        picks, _, values, left, left_original, left_values = c.p
-        dw = torch.zeros(c.w.shape, dtype=values.dtype).flatten()
-        dw[picks], dw[left] = values.detach(), (left_values - left_original).to(values.dtype)
-        return dw.view(c.w.shape)
-
-    def forward(self, c, x):
-        return c.linear(x, add=x @ self.change(c).t()), c.save(x, c.source) if c.need.p[2] else ()
-
-    def backward(self, c, dy, saved):
-        dx, *gradients = super().backward(c, dy, saved)
-        return None if dx is None else dx + dy @ self.change(c), *gradients
-
-    def weight(self, c, a, b, dtype):
-        return c.base.rows(c.w, a, b, dtype) + self.change(c)[a:b].to(dtype)
-
-
-@dataclass(frozen=True)
 class Picks(Method):
     added: bool = False
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -59,7 +35,8 @@ class Picks(Method):
     phase = TRAINS
 
     def plan(self, plan):
-        plan.wish(self, plan.targets(self, self.target_modules), delta=Added(COUNT) if self.added else Entries(COUNT))
+        delta = AddedEntries(COUNT) if self.added else Entries(COUNT)
+        plan.wish(self, plan.targets(self, self.target_modules), delta=delta)
 
 
 def plain_layer(dtype=torch.float64, bias=True):
@@ -120,7 +97,7 @@ OPTIMIZERS = {
 def test_every_call_sees_what_the_optimizer_wrote(optimizer):
     """Forward passes without gradients before a step, after it and after zero_grad; once with no forward between."""
     x, seen = inputs(), []
-    for delta in (Entries(COUNT), Added(COUNT)):
+    for delta in (Entries(COUNT), AddedEntries(COUNT)):
         layer = made(delta)
         steps, outputs = OPTIMIZERS[optimizer]([layer.values]), []
 
@@ -195,7 +172,7 @@ def test_mezo_perturbs_what_the_weight_holds():
 
 def test_two_calls_in_one_graph_a_recomputed_one_and_one_between_forward_and_backward():
     x, grads = inputs(), []
-    for delta in (Entries(COUNT), Added(COUNT)):
+    for delta in (Entries(COUNT), AddedEntries(COUNT)):
         layer = made(delta)
         y = layer(x).sum() + 2 * layer(x.flip(0)).square().sum() + checkpoint(layer, x, use_reentrant=False).sum()
         with torch.no_grad():
@@ -240,7 +217,7 @@ def test_no_gradient_as_large_as_the_weight():
 @pytest.mark.parametrize("base", [Dense(), Dense(transposed=True)], ids=str)
 def test_picks_move_and_the_stored_weight_comes_back(base, dtype):
     layer, x, before = made(base=base, dtype=dtype), inputs(dtype), plain_layer(dtype).weight
-    reference = made(Added(COUNT))
+    reference = made(AddedEntries(COUNT))
     for seed in range(5):
         trained(layer, seed)
         trained(reference, seed)
@@ -352,8 +329,8 @@ def test_another_dtype(seen):
 
 def made_again(layer):
     """The function of the layer's tensors, by the delta that writes nowhere."""
-    other = Linear.from_linear(plain_layer(), delta=Added(COUNT))
-    other.replace(layer.added())
+    other = Linear.from_linear(plain_layer(), delta=AddedEntries(COUNT))
+    other.replace((layer.indices, layer.values, layer.left, layer.left_values - layer.left_original))
     return other
 
 

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Nothing, Trained
-from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.columns import AddedColumns, Columns
 from efftune.linear.delta.dora import DoRA
-from efftune.linear.delta.entries import Entries
+from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.delta.hira import HiRA
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
+from efftune.linear.picks import repick
 from tests.budget import assert_within_budget
 from tests.devices import devices
 from tests.methods.matrix import CONTRACTS, kinds
@@ -28,7 +29,7 @@ DELTAS = [
     Trained(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
     DoRA(r=4), DoRA(r=3, lora_alpha=5, lora_dropout=0.3, dtype=None),
-    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None), Entries(0.05), Columns(6),
+    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None), Entries(0.05), AddedEntries(0.05), Columns(6), AddedColumns(6),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
 DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
@@ -41,6 +42,12 @@ def make(base, delta, keep=None, bias=True, dtype=torch.float32, seed=0, shape=(
     for name in ("lora_b", "hira_b"):
         if name in delta.names:
             nn.init.normal_(getattr(layer, name))
+    if isinstance(delta, AddedEntries):
+        repick(layer, torch.arange(3, 3 + 2 * delta.count(shape), 2))
+        left = torch.tensor([0, 2, 12])
+        layer.replace((layer.indices, torch.randn(len(layer.indices)), left, torch.randn(3)))
+    elif isinstance(delta, AddedColumns):
+        layer.replace((layer.columns, torch.randn(shape[0], delta.count)))
     return layer
 
 
@@ -93,6 +100,20 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
         a, b = (rounded(t.detach().to(dtype)) for t in layer.added())
         h, dh = rounded(scale * (x2 @ a.t())), rounded(scale * (dy @ b))
         y, dx, grads = y + h @ b.t(), dx + dh @ a, [dh.t() @ x2, dy.t() @ h]
+    elif isinstance(layer.delta, AddedEntries):
+        indices, values, left, left_values = (t.detach() for t in layer.added())
+        s = torch.zeros(n * w.shape[1], dtype=dtype)
+        s[indices], s[left] = values.to(dtype), left_values.to(dtype)
+        s = s.view(w.shape)
+        if isinstance(layer.base, Dense):
+            y, dx = rounded(y) + x2 @ s.t(), rounded(dx) + dy @ s
+        else:
+            y, dx = x2 @ rounded(w + s).t() + bias, dy @ rounded(w + s)
+        grads = [(dy.t() @ x2).flatten()[indices]]
+    elif isinstance(layer.delta, AddedColumns):
+        columns, values = layer.columns, rounded(layer.values.detach().to(dtype))
+        y, dx = y + x2[:, columns] @ values.t(), rounded(dx).index_add(1, columns, rounded(dy @ values))
+        grads = [rounded((dy.t() @ x2)[:, columns])]
     elif isinstance(layer.delta, Entries):
         grads = [(dy.t() @ x2).flatten()[layer.indices]]
     elif isinstance(layer.delta, Columns):
@@ -109,7 +130,7 @@ def actual_through(call, layer, x):
     y = call(x)
     y.backward(dy_for(y))
     trained = [getattr(layer, name) for name in layer.delta.stored_learns(layer.base)]
-    parameters = trained or [p for p in layer.added() if p.requires_grad or not layer.delta.in_place]
+    parameters = trained or [p for p in layer.added() if p.requires_grad or isinstance(layer.delta, LoRA)]
     return [y.detach(), x.grad, *(t.grad for t in parameters)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from efftune.linear import Dense, Int8, LoRA
-from efftune.linear.contracts import Base, Delta, Stored, product_t
+from efftune.linear.contracts import Base, Delta, Stored, add_entries, product_t
 from efftune.linear.delta.factored import Factored
 from efftune.linear.delta.tiled import Tiled
 from efftune.ops.lowrank_linear import linear, linear_t
@@ -27,11 +27,11 @@ class Unpacked(Base):
         """What z is multiplied by, (N, K')."""
         return self.rows(w, 0, w.shape[0], dtype)
 
-    def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return linear(z, self.matrix(w, z.dtype), low_rank, bias, add)
+    def linear(self, w, z, low_rank=None, bias=None, add=None, entries=()):
+        return linear(z, add_entries(self.matrix(w, z.dtype), entries), low_rank, bias, add)
 
-    def linear_t(self, w, dy, low_rank=None, add=None):
-        return linear_t(dy, self.matrix(w, dy.dtype), low_rank, add)
+    def linear_t(self, w, dy, low_rank=None, add=None, entries=()):
+        return linear_t(dy, add_entries(self.matrix(w, dy.dtype), entries), low_rank, add)
 
 
 @dataclass(frozen=True)

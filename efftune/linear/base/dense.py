@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from efftune.linear.contracts import Base, Stored, Tensors
+from efftune.linear.contracts import Base, Stored, Tensors, plus_entries, plus_entries_t
 from efftune.ops.lowrank_linear import linear, linear_t
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -31,7 +31,8 @@ class Dense(Base):
     Args:
         transposed: stored as (K, N), as GPT-2's Conv1D has it.
     Numerics: one product with f32 accumulation, rounded to x.dtype; a weight of another dtype than x (autocast) is
-        rounded to x.dtype first. With a low-rank term see `ops.lowrank_linear`.
+        rounded to x.dtype first. With a low-rank term see `ops.lowrank_linear`; entries are added to what was rounded,
+        and the sum is rounded.
     """
 
     transposed: bool = False
@@ -54,11 +55,13 @@ class Dense(Base):
     def dtype(self, tensors):
         return tensors[0].dtype
 
-    def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return linear(z, self._matrix(w, z.dtype), low_rank, bias, add)
+    def linear(self, w, z, low_rank=None, bias=None, add=None, entries=()):
+        y = linear(z, self._matrix(w, z.dtype), low_rank, bias, add)
+        return plus_entries(y, z, entries) if entries else y
 
-    def linear_t(self, w, dy, low_rank=None, add=None):
-        return linear_t(dy, self._matrix(w, dy.dtype), low_rank, add)
+    def linear_t(self, w, dy, low_rank=None, add=None, entries=()):
+        dx = linear_t(dy, self._matrix(w, dy.dtype), low_rank, add)
+        return plus_entries_t(dx, dy, entries) if entries else dx
 
     def rows(self, w, a, b, dtype):
         weight = w.tensors[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.linear.contracts import Base, Stored, Tensors
+from efftune.linear.contracts import Base, SparseMatrix, Stored, Tensors, add_entries
 from efftune.ops.int8 import int8_dequantize, int8_quantize, refuse_infinite
 from efftune.ops.lowrank_linear import linear, linear_t
 
@@ -22,7 +22,8 @@ class Int8(Base):
     1 + bytes(scale)/group bytes per weight: 1.03 for bfloat16 and group 64.
 
     Numerics: each product unpacks W to x.dtype (rounded once), then multiplies as a dense one, and holds that W (N·K
-        elements) for its duration. `.to(dtype)` rounds the scales, never the codes.
+        elements) for its duration. Entries are added to it there, where each is rounded once more. `.to(dtype)` rounds
+        the scales, never the codes.
     Raises: ValueError for a weight that is not finite or a group below 1.
     """
 
@@ -43,11 +44,11 @@ class Int8(Base):
     def dtype(self, tensors):
         return tensors[1].dtype
 
-    def linear(self, w, z, low_rank=None, bias=None, add=None):
-        return linear(z, self._unpacked(w, z.dtype), low_rank, bias, add)
+    def linear(self, w, z, low_rank=None, bias=None, add=None, entries=()):
+        return linear(z, self._unpacked(w, z.dtype, entries), low_rank, bias, add)
 
-    def linear_t(self, w, dy, low_rank=None, add=None):
-        return linear_t(dy, self._unpacked(w, dy.dtype), low_rank, add)
+    def linear_t(self, w, dy, low_rank=None, add=None, entries=()):
+        return linear_t(dy, self._unpacked(w, dy.dtype, entries), low_rank, add)
 
     def rows(self, w, a, b, dtype):
         codes, scales = w.tensors
@@ -63,6 +64,6 @@ class Int8(Base):
         )
         return None, products.view(n, groups, self.group).sum(-1).to(scales.dtype)
 
-    def _unpacked(self, w: Stored, dtype: torch.dtype) -> Tensor:
+    def _unpacked(self, w: Stored, dtype: torch.dtype, entries: SparseMatrix = ()) -> Tensor:
         codes, scales = w.tensors
-        return int8_dequantize(codes, scales, self.group, dtype)
+        return add_entries(int8_dequantize(codes, scales, self.group, dtype), entries)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from efftune.errors import EfftuneError
-from efftune.linear.contracts import Delta
+from efftune.linear.contracts import Call, Delta, SparseMatrix, add_entries
 from efftune.ops.entries_grad import check_indices, entries_grad
 
 
@@ -58,6 +59,10 @@ class Entries(Delta):
             return f"density={self.density} is less than one entry of {n} x {k}; use a larger density or other layers"
         return None
 
+    def beside(self) -> Entries:
+        """The same over a weight that cannot be written to: it is quantised, or others read it."""
+        return AddedEntries(self.density, self.r)
+
     def begin(self, weight):
         # Which entries train is for the recipe to say, by `repick`; the first ones stand for them until then.
         n, k = weight.shape
@@ -93,3 +98,53 @@ class Entries(Delta):
         dx = c.linear_t(dy, add=add) if c.need.x else add
         dvalues = entries_grad(*c.operands(dy, saved), c.p[0]).to(c.p[2].dtype) if c.need.p[2] else None
         return dx, c.no_dw(), (None, None, dvalues, None, None, None)
+
+
+@dataclass(frozen=True)
+class AddedEntries(Entries):
+    """y = x·(W + S)ᵀ + bias, where S[i] = values[i] at the entries i that were picked, and 0 elsewhere: `Entries` over a
+    weight that is never written to, since it is quantised, or since others read it.
+
+    Args, Gradients, Raises, Source: as `Entries`.
+    Shapes: `indices` (S,) int32, sorted; `values` (S,) float32 (over a float64 W: float64); `left`, `left_values` (L,)
+        of those that left the picks and stay what they became, dtype of `values`.
+    Numerics: where the base unpacks W, S is added to it, rounded to x.dtype once; else x·Sᵀ is added to y, and dy·S to
+        dx, which are rounded to x.dtype before and after.
+    Saved for backward: keep(x), and only if values trains.
+    """
+
+    names = ("indices", "values", "left", "left_values")
+    resizes = names
+
+    put, take_back = Delta.put, Delta.take_back
+
+    def begin(self, weight):
+        weight, (indices, _, values, left, _, _) = super().begin(weight)
+        return weight, (indices, values, left, values[:0].clone())
+
+    @staticmethod
+    def _added(c: Call, dtype: torch.dtype) -> SparseMatrix:
+        """S, for products in dtype."""
+        indices, values, left, left_values = c.p
+        wide = torch.promote_types(dtype, torch.float32)
+        picked = indices, values.detach().to(wide)
+        return (picked, (left, left_values.to(wide))) if len(left) else (picked,)
+
+    def forward(self, c, x):
+        return c.linear(x, entries=self._added(c, x.dtype)), c.save(x, c.source) if c.need.p[1] else ()
+
+    def backward(self, c, dy, saved, add=None):
+        dx = c.linear_t(dy, add=add, entries=self._added(c, dy.dtype)) if c.need.x else add
+        dvalues = entries_grad(*c.operands(dy, saved), c.p[0]).to(c.p[1].dtype) if c.need.p[1] else None
+        return dx, c.no_dw(), (None, dvalues, None, None)
+
+    def weight(self, c, a, b, dtype):
+        k, wide = c.w.shape[1], torch.promote_types(dtype, c.p[1].dtype)
+        rows = c.base.rows(c.w, a, b, wide).clone(memory_format=torch.contiguous_format)  # it may be W itself
+        return add_entries(rows, [_between(i, v, a * k, b * k) for i, v in self._added(c, wide)]).to(dtype)
+
+
+def _between(indices: Tensor, values: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The entries first..last, counted from the first."""
+    a, b = torch.searchsorted(indices, indices.new_tensor([first, last])).tolist()
+    return indices[a:b] - first, values[a:b]

@@ -71,13 +71,13 @@ class _Less(Call):
 
     pair: tuple[Tensor, Tensor]  # (R, K), (N, R)
 
-    def linear(self, x, low_rank=None, add=None):
+    def linear(self, x, low_rank=None, add=None, entries=()):
         a, b = self.pair
-        return super().linear(x, _joined(low_rank, x @ a.t(), b, 1), add)
+        return super().linear(x, _joined(low_rank, x @ a.t(), b, 1), add, entries)
 
-    def linear_t(self, dy, low_rank=None, add=None):
+    def linear_t(self, dy, low_rank=None, add=None, entries=()):
         a, b = self.pair
-        return super().linear_t(dy, _joined(low_rank, dy @ b, a, 0), add)
+        return super().linear_t(dy, _joined(low_rank, dy @ b, a, 0), add, entries)
 
 
 def _joined(low_rank: tuple[Tensor, Tensor] | None, h: Tensor, factor: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,11 @@ class Sparse(Method):
         return Entries(self.density)
 
     def plan(self, plan):
-        targets = plan.adapt(self, self.delta(), self.target_modules, self.modules_to_save)
+        delta = self.delta()
+        deltas = {True: delta, False: delta.beside()}
+        targets = plan.adapt(
+            self, lambda layer: deltas[plan.writable(layer)], self.target_modules, self.modules_to_save
+        )
         for layer in targets:
             if self.scorer == "low_rank" and self.rank > min(layer.shape):
                 raise EfftuneError(
@@ -98,7 +102,7 @@ class Sparse(Method):
         return {name: m for name, m in named.items() if entries_of(m) and not m.indices.is_meta}
 
     def is_mine(self, layer) -> bool:
-        return layer.by.get("delta") == self.name and layer.delta == self.delta()
+        return layer.by.get("delta") == self.name and layer.delta in (self.delta(), self.delta().beside())
 
     def is_due(self, step: int) -> bool:
         """Whether entries are picked before this step."""

@@ -14,6 +14,7 @@ from efftune.linear.delta.columns import Columns
 from efftune.linear.picks import choose
 from efftune.methods._base import TRAINS, Method, Run
 from efftune.methods.sparse._scores import SCORERS, Matrix, tiles
+from efftune.plan import Layer
 from efftune.structure import matches
 
 HEADS = r"o_proj|out_proj|attn\.c_proj|(attention|self)\.output\.dense|self_attention\.dense"  # read what heads give
@@ -57,12 +58,11 @@ class S2ft(Method):
             raise EfftuneError(f"a head has at least 1 column, not head_dim={self.head_dim}.")
 
     def plan(self, plan):
-        plan.adapt(
-            self,
-            lambda layer: Columns(self.width(plan.model, layer.name, layer.shape[1])[1]),
-            self.target_modules,
-            self.modules_to_save,
-        )
+        def delta(layer: Layer) -> Columns:
+            columns = Columns(self.width(plan.model, layer.name, layer.shape[1])[1])
+            return columns if plan.writable(layer) else columns.beside()
+
+        plan.adapt(self, delta, self.target_modules, self.modules_to_save)
 
     def width(self, model: nn.Module, name: str, k: int) -> tuple[int, int]:
         """Of a layer with k inputs: how many columns are picked together, and how many train."""
