@@ -1,13 +1,15 @@
 """Fine-tuning an encoder on labelled sentences: efftune against the same training written with transformers and PEFT.
 
 python -m bench.sst2 --data sst2_train.tsv --eval-data sst2_dev.tsv [--recipes full "lora(r=16)"] [--seeds 0 1]
-                     [--dtype mixed|float32] [--ours] [--head-first] [--steps N]
+                     [--dtype mixed|float32] [--ours] [--head-first] [--steps N] [--rates 0.3 1 3]
 
 Both sides: AdamW, linear schedule with 6 % warm-up, batch 32, sequences cut at 64 tokens and padded to the longest of
 the batch, gradient norm clipped at 1, float32 weights, under bfloat16 autocast unless --dtype says otherwise. The runs
 of a seed alternate, so that both see the same machine. A recipe that transformers and PEFT cannot say runs on our side
 alone. With --head-first the classification head is trained alone, by AdamW over the frozen encoder, and every recipe
-begins with that model: what zeroth-order recipes are held against.
+begins with that model: what zeroth-order recipes are held against. With --rates each recipe's learning rate is chosen
+first, among these multiples of the one it has here: the one with the lowest loss on the last tenth of --data after
+training on the rest, at the first seed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from bench.harness import environment
 
 BATCH, LENGTH, WARMUP = 32, 64, 0.06
-RATES = {"full": 5e-5, "lora": 5e-4, "full mezo": 5e-6, "lora mezo": 1e-3}
+RATES = {"full": 5e-5, "lora": 5e-4, "shira": 1e-3, "lift": 1e-3, "s2ft": 1e-3, "full mezo": 5e-6, "lora mezo": 1e-3}
 STEPS = {"full mezo": 1500, "lora mezo": 2500}  # where --steps and --epochs do not say
 HEAD = "full(target_modules='classifier')"
 HEAD_RATE, HEAD_EPOCHS = 3e-2, 3
@@ -53,7 +55,8 @@ def loaded(data: str, model: str):
 
 
 def kind(recipe: str) -> str:
-    return ("lora" if "lora" in recipe else "full") + (" mezo" if "mezo" in recipe else "")
+    trains = next((name for name in RATES if name in recipe), "full")
+    return trains + (" mezo" if "mezo" in recipe else "")
 
 
 def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> dict:
@@ -70,6 +73,22 @@ def ours(recipe: str, seed: int, args, lr: float | None = None, **settings) -> d
         before, after = ({k: v for k, v in result[when].items() if "eval" in k} for when in ("before", "after"))
         found = {"accuracy": after["eval_accuracy"], "seconds": seconds(result), "steps": result["after"]["step"]}
         return found | {"before": before, "after": after}
+
+
+def chosen(recipe: str, args) -> tuple[float, dict[float, float]]:
+    """The learning rate of the lowest loss, and the losses of all."""
+    lines = Path(args.data).read_text().splitlines(keepends=True)
+    cut = len(lines) - len(lines) // 10
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {"data": f"{folder}/train.tsv", "eval_data": f"{folder}/held_out.tsv"}
+        for path, part in zip(parts.values(), (lines[:cut], lines[cut:]), strict=True):
+            Path(path).write_text("".join(part))
+        losses = {}
+        for factor in args.rates:
+            lr = factor * RATES[kind(recipe)]
+            losses[lr] = ours(recipe, args.seeds[0], args, lr, **parts)["after"]["eval_loss"]
+            print(recipe, f"lr {lr:g}: loss {losses[lr]:.4f}", flush=True)
+    return min(losses, key=lambda lr: losses[lr]), losses
 
 
 def head_first(args) -> str:
@@ -91,7 +110,7 @@ def seconds(result: dict) -> float:
     return max(line.get("seconds", 0.0) for line in lines)
 
 
-def peers(recipe: str, seed: int, args) -> dict:
+def peers(recipe: str, seed: int, args, lr: float | None = None) -> dict:
     import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
@@ -114,7 +133,7 @@ def peers(recipe: str, seed: int, args) -> dict:
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             output_dir=out, num_train_epochs=args.epochs, per_device_train_batch_size=BATCH,
-            learning_rate=RATES[kind(recipe)], lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0,
+            learning_rate=lr or RATES[kind(recipe)], lr_scheduler_type="linear", warmup_steps=WARMUP, max_grad_norm=1.0,
             weight_decay=0.0, seed=seed, report_to=[], save_strategy="no", use_cpu=args.device == "cpu",
             per_device_eval_batch_size=BATCH, bf16=args.dtype == "mixed", disable_tqdm=True,
         )  # fmt: skip
@@ -145,6 +164,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--steps", type=int, help="instead of --epochs [of zeroth-order recipes: by recipe]")
     parser.add_argument("--lr", type=float, help="for all recipes [by recipe]")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="multiples of each recipe's learning rate")
     parser.add_argument("--head-first", action="store_true", help="train the head alone, then each recipe from there")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="mixed", choices=["mixed", "float32"])
@@ -158,10 +178,15 @@ def main() -> None:
     if args.head_first:
         args.model = head_first(args)
     rows = []
+    rates = {recipe: chosen(recipe, args) for recipe in args.recipes} if args.rates else {}
     for seed in args.seeds:
         for recipe in args.recipes:
             for who, run in sides(recipe, args.ours).items():
-                rows.append({"recipe": recipe, "who": who, "seed": seed, **run(recipe, seed, args)})
+                lr, losses = rates.get(recipe, (None, None))
+                given = {} if lr is None else {"lr": lr}
+                rows.append({"recipe": recipe, "who": who, "seed": seed, **run(recipe, seed, args, **given)})
+                if lr is not None:
+                    rows[-1] |= {"lr": lr, "losses_by_lr": losses}
                 print(rows[-1], flush=True)
                 Path(args.out).write_text(
                     json.dumps(

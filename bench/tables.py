@@ -155,6 +155,8 @@ def accuracies(data: dict) -> list[str]:
         timed = [row["seconds"] for row in rows if row["seconds"] is not None]  # None: the machine had other work
         seconds = f"{sum(timed) / len(timed):.0f}" if timed else ""
         mean = sum(each) / len(each)
+        if "lr" in rows[0]:
+            recipe += f"` at `{rows[0]['lr']:g}"
         lines.append(f"| `{recipe}` | {who} | {mean:.2f} % | {', '.join(f'{e:.2f}' for e in each)} | {seconds} |")
     return lines
 

@@ -193,7 +193,7 @@ class Linear(nn.Module):
                 tensor.data = tensor.data.new_empty(other.shape)
         return before
 
-    def rows(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
+    def weight_rows(self, a: int, b: int, dtype: torch.dtype) -> Tensor:
         """W[a:b] (b - a, K) in dtype with what the delta adds to it: W itself where it is that, and not to be written
         to."""
         return self._rows(self.delta, self.stored(), a, b, dtype)

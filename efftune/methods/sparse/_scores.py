@@ -38,7 +38,7 @@ class Matrix:
 
     def rows(self, a: int, b: int) -> Tensor:
         """W[a:b] in float32: W itself, where it has that dtype, and not to be written to."""
-        return self.layer.rows(a, b, torch.float32)
+        return self.layer.weight_rows(a, b, torch.float32)
 
     def times(self, right: Tensor) -> Tensor:
         """W·right (N, C), for right (K, C)."""
