@@ -10,7 +10,7 @@ from efftune.ops._available import extension
 from efftune.ops.draw_seed import draw_seed
 from efftune.ops.pack_act import pack_act, pack_op, unpack_act, unpack_op
 from tests.budget import assert_within_budget
-from tests.ops.backends import BACKENDS, on, skip_truncation
+from tests.ops.backends import BACKENDS, cases, on, skip_truncation
 
 RUNS = [b for b in BACKENDS if b.values[0][0] != "cuda"]
 KERNELS = RUNS[1:]
@@ -47,11 +47,9 @@ def each(stats, group, cols):
     return stats.double().repeat_interleave(group, -2)[..., :cols, :].unbind(-1)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("shape, group", SHAPES)
-def test_backends_equal(backend, dtype, bits, shape, group):
+@pytest.mark.parametrize("backend, dtype, bits, shape_and_group", cases(KERNELS, DTYPES, [8, 4], SHAPES))
+def test_backends_equal(backend, dtype, bits, shape_and_group):
+    shape, group = shape_and_group
     x = values(shape, dtype)
     for seed in (SEED, None):
         before = x.clone()
