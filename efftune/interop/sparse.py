@@ -5,8 +5,8 @@
     NAME.entries.gaps (uint8), NAME.entries.values: the entries that train, sorted by their places n·K + k
     NAME.left.gaps, NAME.left.values: those that were trained and have left the picks, where there are any
     NAME.columns.gaps, NAME.columns.values (N, S): columns, of layers of which columns train
-    NAME.entries.signs (uint8, eight to a byte), NAME.entries.scale (1): in place of values, where all changes are of one
-        size, as `changes.ternary` leaves them
+    NAME.entries.signs (uint8, eight to a byte), NAME.entries.scale (1): in place of values, where all changes are of
+        one size, as `changes.ternary` leaves them
 
 and in its metadata, under "layers", a JSON object NAME -> {"shape": [N, K], "dtype", "sha256"}: of W, its dtype, and of
 the original weights at these places, in this order, as bytes. A gap is the number of places that are left out before
@@ -199,7 +199,7 @@ def about_layer(layer: Linear, parts: Parts) -> dict[str, Any]:
 
 
 def read_changes(model: nn.Module, file: Path) -> dict[str, Changes]:
-    """What a sparse file says of the layers of `model`, as it was loaded. Raises: EfftuneError where it does not fit."""
+    """What a file says of the layers of `model`, as it was loaded. Raises: EfftuneError where it does not fit."""
     about, held = _read(file)
     layers = {name: _plain(model, name, file) for name in about}
     return {name: flat(layer, _parts(file, name, layer, about[name], held)) for name, layer in layers.items()}
@@ -217,14 +217,10 @@ def _plain(model: nn.Module, name: str, file: Path) -> Linear:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import safe_open
-
     refuse_pickle(file)
     tensors = read_tensors(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
     try:
-        about = json.loads(metadata["layers"])
+        about = json.loads(metadata(file)["layers"])
         if not isinstance(about, dict):
             raise ValueError
     except (KeyError, ValueError):
@@ -232,6 +228,14 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} does not say which layers it has: it was altered; save or fetch it again."
         ) from None
     return about, tensors
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """Of a safetensors file that could be read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def _parts(file: Path, name: str, layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> Parts:
