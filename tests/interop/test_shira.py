@@ -58,7 +58,7 @@ def test_pefts_adapter_here_and_back(tmp_path):
     assert f"base_model.model.{NAME}.shira_indices" in keys
     tuner = efftune.load(llama(), tmp_path / "theirs")
     layer = tuner.model.get_submodule(NAME)
-    assert len(layer.indices) == 2 * sum(layer.weight.shape) and "shira(r=2" in tuner.recipe
+    assert len(layer.indices) == 2 * sum(layer.weight.shape) and "r=2)" in tuner.recipe
     tuner.save(tmp_path / "sparse")
     assert (tmp_path / "sparse" / FILE).exists() and not (tmp_path / "sparse" / WEIGHTS).exists()
 
