@@ -16,7 +16,6 @@ from efftune.interop.sparse import FILE, Changes, at, read_changes
 Edit = Callable[[Changes], Changes]
 
 
-@torch.no_grad()
 def compose(
     model: nn.Module, add: Iterable[str | Path], subtract: Iterable[str | Path] = (), edit: Edit | None = None
 ) -> nn.Module:
@@ -31,7 +30,13 @@ def compose(
     Raises: EfftuneError, before anything is changed, for a folder that has more than a sparse delta, and for weights
         that the runs did not begin with.
     """
-    for layer, where, original, change in total(model, add, subtract, edit).values():
+    return put(model, total(model, add, subtract, edit))
+
+
+@torch.no_grad()
+def put(model: nn.Module, changes: dict[str, Changes]) -> nn.Module:
+    """Adds to the weights of `model`, in place, what `total` gave of them, rounded once to W's dtype."""
+    for layer, where, original, change in changes.values():
         w = layer.stored()
         device = w.tensors[0].device
         layer.base.put(w, where.to(device), (original + change).to(device))
@@ -42,7 +47,7 @@ def total(
     model: nn.Module, add: Iterable[str | Path], subtract: Iterable[str | Path] = (), edit: Edit | None = None
 ) -> dict[str, Changes]:
     """Σ (Wᵢ - W₀) of each layer that a folder has. See `compose`."""
-    signs = [(_file(Path(path)), sign) for paths, sign in ((add, 1), (subtract, -1)) for path in paths]
+    signs = [(file, sign) for paths, sign in ((add, 1), (subtract, -1)) for file in files(paths)]
     parts: dict[str, list[tuple[Changes, int]]] = {}
     for _, sign, file in sorted((hashlib.sha256(file.read_bytes()).hexdigest(), sign, file) for file, sign in signs):
         for name, changes in read_changes(model, file).items():
@@ -58,8 +63,12 @@ def _sum(parts: list[tuple[Changes, int]]) -> Changes:
     return Changes(layer, every, at(layer, "entries", every), change)
 
 
+def files(paths: Iterable[str | Path]) -> list[Path]:
+    """The sparse files of these folders. Raises: EfftuneError where one has none, or more than that."""
+    return [_file(Path(path)) for path in paths]
+
+
 def _file(path: Path) -> Path:
-    """The sparse file of a folder. Raises: EfftuneError where something lies beside it that it says nothing of."""
     folder = path if (path / FILE).exists() or not (path / ADAPTER).is_dir() else path / ADAPTER
     refuse_pickle(folder / FILE)
     if not (folder / FILE).exists():
@@ -78,15 +87,24 @@ def masked(changes: Changes, keep: float | None = None, drop_largest: float = 0.
     Raises: EfftuneError for shares that are none, or more than there is together.
     Source: Davari and Belilovsky 2023, arXiv:2312.06795 (Model Breadcrumbs).
     """
-    if not 0 <= drop_largest < 1 or not 0 < (rest := 1 - drop_largest if keep is None else keep) <= 1:
-        raise EfftuneError(f"Shares of changes lie between 0 and 1, not keep={keep} and drop_largest={drop_largest}.")
-    if rest + drop_largest > 1 + 1e-9:
-        raise EfftuneError(f"keep={keep} and drop_largest={drop_largest} are more than there is; give less of one.")
+    check(keep, drop_largest)
     count = len(changes.where)
     dropped = min(round(drop_largest * count), count - 1)  # something stays of each layer
     stays = count - dropped if keep is None else max(1, round(keep * count))
     largest = changes.change.abs().sort(descending=True, stable=True).indices
     return _only(changes, largest[dropped : dropped + stays].sort().values)
+
+
+def check(keep: float | None = None, drop_largest: float = 0.0, alpha: float = 1.0) -> None:
+    """Raises: EfftuneError for settings of `masked` and `ternary` that are none."""
+    if not 0 <= drop_largest < 1 or (keep is not None and not 0 < keep <= 1):
+        raise EfftuneError(
+            f"Shares of changes lie between 0 and 1 and leave some, not keep={keep} and drop_largest={drop_largest}."
+        )
+    if keep is not None and keep + drop_largest > 1 + 1e-9:
+        raise EfftuneError(f"keep={keep} and drop_largest={drop_largest} are more than there is; give less of one.")
+    if not 0 < alpha < float("inf"):
+        raise EfftuneError(f"The scale of signs is a positive number, not alpha={alpha}.")
 
 
 def ternary(changes: Changes, alpha: float = 1.0, of: Changes | None = None) -> Changes:
@@ -99,8 +117,7 @@ def ternary(changes: Changes, alpha: float = 1.0, of: Changes | None = None) -> 
     Source: Yadav et al. 2023, arXiv:2311.13171 (ComPEFT), where σ is that of all parameters of an adapter before the
         small ones are dropped.
     """
-    if not alpha > 0:
-        raise EfftuneError(f"The scale of signs is a positive number, not alpha={alpha}.")
+    check(alpha=alpha)
     scale = alpha * float((changes if of is None else of).change.std(correction=0))
     moved = changes.change.nonzero().flatten()
     changes = _only(changes, moved if len(moved) else slice(1))  # something stays of each layer

@@ -205,6 +205,11 @@ def read_changes(model: nn.Module, file: Path) -> dict[str, Changes]:
     return {name: flat(layer, _parts(file, name, layer, about[name], held)) for name, layer in layers.items()}
 
 
+def dtypes(file: Path) -> set[str]:
+    """Of the weights that a file is of."""
+    return {str(about.get("dtype")) for about in _read(file)[0].values() if isinstance(about, dict)}
+
+
 def _plain(model: nn.Module, name: str, file: Path) -> Linear:
     """A view of a linear layer of the model."""
     try:
