@@ -1,4 +1,5 @@
-"""The command line: `efftune train | compare | verify | methods | info | bench | export | merge | replay`."""
+"""The command line: `efftune train | compare | verify | methods | info | bench | export | merge | delta |
+replay`."""
 
 from __future__ import annotations
 
@@ -83,6 +84,55 @@ def parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="of a zeroth-order run: one file, 16 bytes a step (ferret: 4 a number); --out names it",
             )
+            command.add_argument(
+                "--as",
+                dest="kind",
+                choices=("shira", "lora"),
+                help="a PEFT adapter of the entries or columns that trained, or of the nearest matrices of a low rank, "
+                "and how near they are",
+            )
+            command.add_argument("--rank", type=int, default=16, metavar="R", help="of --as lora [16]")
+
+    delta = commands.add_parser(
+        "delta",
+        help="of runs with recipes like shira, lift or s2ft: thin out what they trained, add and subtract it",
+        description="Reads sparse.safetensors, which recipes like shira, lift and s2ft write. What is left of the "
+        "changes of each layer is added up over the folders and written. The model that the runs began with is always "
+        "needed: of its weights a file has a checksum, over the places that it has itself, and in 16 bits it holds "
+        "trained weights.",
+    )
+    delta.add_argument("folders", nargs="+", metavar="FOLDER", help="what tuner.save or efftune export wrote, or a run")
+    delta.add_argument("--subtract", nargs="+", default=[], metavar="FOLDER", help="what is taken off the sum")
+    delta.add_argument("--model", required=True, help="model folder or Hugging Face name; 'default': the small model")
+    delta.add_argument("--out", required=True, help="folder to write; it must be empty or not exist")
+    delta.add_argument(
+        "--keep",
+        type=float,
+        metavar="X",
+        help="share of each layer's changes that stays, the largest; others become 0",
+    )
+    delta.add_argument(
+        "--drop-largest",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the very largest ones, which become 0 first [0]",
+    )
+    delta.add_argument(
+        "--ternary",
+        action="store_true",
+        help="make each change sign * alpha * the standard deviation of all changes of its layer: one bit in the file",
+    )
+    delta.add_argument("--alpha", type=float, default=1.0, metavar="X", help="of --ternary [1]")
+    delta.add_argument(
+        "--as",
+        dest="kind",
+        choices=("sparse", "model", "shira", "lora"),
+        help="write a sparse folder again, a whole model, or an adapter of PEFT's [of one folder: sparse; of several, "
+        "or with --subtract: model]",
+    )
+    delta.add_argument("--rank", type=int, default=16, metavar="R", help="of --as lora [16]")
+    delta.set_defaults(run=_delta)
 
     replay = commands.add_parser("replay", help="make the model that a seed log describes, from its base model")
     replay.add_argument("base", metavar="BASE", help="model folder or Hugging Face name; 'default': the small model")
@@ -197,8 +247,38 @@ def _export(arguments: argparse.Namespace) -> None:
     out = rundir.choose(arguments.out, resume=False)
     tuner, _ = run.finished(arguments.source)
     with rundir.writing(out):
-        tuner.save(out)
+        if arguments.kind == "lora":
+            from efftune.interop.svd import save_lora
+
+            print(_errors(save_lora(tuner, out, arguments.rank)))
+        else:
+            tuner.save(out, arguments.kind)
     print(f"{out} holds what {arguments.source} trained ({tuner.recipe}).")
+
+
+def _errors(errors: dict[str, float]) -> str:
+    layers = [f"{error:8.4f}  {name}" for name, error in errors.items() if name]
+    return "\n".join(["‖ΔW - BA‖ / ‖ΔW‖", *layers, f"{errors['']:8.4f}  of all layers together"])
+
+
+def _delta(arguments: argparse.Namespace) -> None:
+    from efftune.train import deltas, rundir
+
+    out = rundir.choose(arguments.out, resume=False)
+    kind = arguments.kind or ("sparse" if len(arguments.folders) == 1 and not arguments.subtract else "model")
+    edit = deltas.Edit(arguments.keep, arguments.drop_largest, arguments.alpha if arguments.ternary else None)
+    about = deltas.delta(arguments.model, arguments.folders, arguments.subtract, edit, out, kind, arguments.rank)
+    if about.errors:
+        print(_errors(about.errors))
+    print(f"{out} holds {about.entries:,} changes of {about.layers} layers of {arguments.model}, as {WRITTEN[kind]}.")
+
+
+WRITTEN = {
+    "sparse": "a sparse folder; efftune.load takes it",
+    "model": "a whole model; from_pretrained takes it",
+    "shira": "a SHiRA adapter of PEFT's",
+    "lora": "a LoRA adapter of PEFT's",
+}
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def load(model: nn.Module, path: str | Path, recipe: str | Method | Iterable[Met
         tuner = apply(model, peft.methods(path, unwrapped(model)))
         trained = tuner.named_trained()  # PEFT leaves out what may be as it was
         optional = [name for name in tuner.named_saved() if name not in trained or name.endswith("bias")]
-        formats.load(tuner, path, [peft.Adapter.name], optional)
+        formats.load(tuner, path, formats.OF_PEFT, optional)
         return tuner
     config = read_json(path / CONFIG)
     tuner = apply(model, _saved_methods(config, path / CONFIG, model, recipe))
@@ -456,7 +456,8 @@ class Tuner:
         methods that their text in the recipe does not bring back.
 
         Args:
-            format: the only one to write, "peft", "sparse" or "safetensors".
+            format: the only one to write, "peft", "sparse", "safetensors", or "shira": entries and columns as PEFT has
+                them, in a file four times as large.
         Raises: EfftuneError, before anything is written, naming what no format, or not this one, can carry.
         """
         self._refuse_plain()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from efftune.errors import EfftuneError
 from efftune.files import copy_tensors, read_tensors
 from efftune.interop.peft import Adapter
+from efftune.interop.shira import Shira
 from efftune.interop.sparse import Sparse
 from efftune.linear.module import room_for
 
@@ -71,6 +72,8 @@ class Safetensors:
 
 
 FORMATS: list[Format] = [Adapter(), Sparse(), Safetensors()]  # `save` gives each what those before it did not carry
+ASKED_FOR: list[Format] = [Shira()]  # only where somebody asks for it
+OF_PEFT = [Adapter.name, Shira.name]  # what a folder of PEFT's may be
 
 
 def save(tuned: Tuned, path: Path, only: str | None = None) -> list[str]:
@@ -112,7 +115,7 @@ def load(tuned: Tuned, path: Path, written: list[str], optional: Iterable[str] =
     for name in written if isinstance(written, list) else (written,):  # from a file
         _named(name)
     targets, tensors = tuned.named_saved(), dict[str, Tensor]()
-    for format in FORMATS:
+    for format in (*FORMATS, *ASKED_FOR):
         if format.name in written and (targets.keys() - tensors.keys()) & format.carries(tuned):
             tensors |= format.read(tuned, path)
     for name in set(optional) - tensors.keys():
@@ -128,10 +131,11 @@ def present(path: Path) -> list[str]:
 
 
 def _named(name: str) -> Format:
-    for format in FORMATS:
+    formats = (*FORMATS, *ASKED_FOR)
+    for format in formats:
         if format.name == name:
             return format
-    raise EfftuneError(f"There is no format {name!r}; the formats are: {', '.join(f.name for f in FORMATS)}.")
+    raise EfftuneError(f"There is no format {name!r}; the formats are: {', '.join(f.name for f in formats)}.")
 
 
 def _list(names: set[str]) -> str:

@@ -21,11 +21,13 @@ from efftune.files import read_json, read_tensors
 from efftune.linear import Dense, Linear, LoRA
 from efftune.linear.contracts import Delta
 from efftune.linear.delta.dora import DoRA
+from efftune.linear.delta.entries import Entries
 from efftune.linear.delta.hira import HiRA
 from efftune.methods._base import Method
 from efftune.methods.adapters.dora import DoraMethod
 from efftune.methods.adapters.hira import HiraMethod
 from efftune.methods.adapters.lora import LoraMethod
+from efftune.methods.sparse.shira import Shira
 from efftune.plan import Plan
 from efftune.structure import CLASSIFIERS, is_linear, matches
 
@@ -110,6 +112,14 @@ HIRA = Kind(
     fields={"r": ("r", 32), "hira_dropout": ("hira_dropout", 0.0)},
 )  # PEFT 0.21 has a rank_pattern for it and does not look at it
 KINDS = [LORA, DORA, HIRA]
+# Not among these: such a file is four times as large as `sparse.safetensors`. `interop/shira.py` reads and writes it.
+SHIRA = Kind(
+    delta=Entries,
+    method=Shira,
+    peft_type="SHIRA",
+    keys={"values": "shira_weight", "indices": "shira_indices"},
+    fields={"r": ("r", 32)},
+)
 
 
 class Adapter:
@@ -126,38 +136,39 @@ class Adapter:
         """Keys: base_model.model.<path>.lora_A.weight (r, in), .lora_B.weight (out, r), or what `KINDS` says; modules
         trained whole and biases keep their path, each under all the names that it has in the model. Settings that
         differ between layers go into rank_pattern and alpha_pattern."""
-        from safetensors.torch import save_file
-
-        layout, saved = Layout.of(tuned), tuned.named_saved()
+        layout = Layout.of(tuned)
         assert layout is not None  # else it carries nothing
-        keys = {key: name for key, name in layout.keys.items() if name in names}
-        tensors = {key: saved[name].detach().contiguous().clone() for key, name in keys.items()}
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        config = layout.config(tuned.model)
-        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        layout.write(tuned, names, path, {})
 
     def read(self, tuned, path):
-        layout, saved = Layout.of(tuned), tuned.named_saved()
-        known = dict(layout.keys) if layout is not None else {}
-        aliases = _aliases(tuned.model)
-        plain = {alias: name for name, t in saved.items() for alias in aliases.get(id(t), [name])}
-        base, found = tuned.model.state_dict(), dict[str, Tensor]()
-        for key, tensor in read_tensors(path / WEIGHTS).items():
-            own = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if _as_it_was(own, plain):
-                continue
-            name = known.get(key) or plain.get(_of_the_copy(own, plain))
-            if name is None and own in base:  # of a head or an embedding, PEFT writes what it adds to as well
-                _refuse_another(tensor, base[own], own, path / WEIGHTS, tuned.model)
-                continue
-            name = name or key
-            if name in found and not found[name].equal(tensor):
-                raise EfftuneError(
-                    f"{path / WEIGHTS} has two different tensors for {name}, one for each of its names: the model that "
-                    "it was trained on did not tie them; load it into one that does not."
-                )
-            found[name] = tensor
-        return found
+        layout = Layout.of(tuned)
+        return by_our_names(tuned, layout.keys if layout is not None else {}, read_tensors(path / WEIGHTS), path)
+
+
+def by_our_names(tuned, known: dict[str, str], tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """What an adapter in the folder `path` has, by the names of `named_saved`; `known` are those of PEFT's keys.
+
+    Raises: EfftuneError where it has a tensor twice, or a weight of the base model that is another here.
+    """
+    saved, aliases = tuned.named_saved(), _aliases(tuned.model)
+    plain = {alias: name for name, t in saved.items() for alias in aliases.get(id(t), [name])}
+    base, found = tuned.model.state_dict(), dict[str, Tensor]()
+    for key, tensor in tensors.items():
+        own = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if _as_it_was(own, plain):
+            continue
+        name = known.get(key) or plain.get(_of_the_copy(own, plain))
+        if name is None and own in base:  # of a head or an embedding, PEFT writes what it adds to as well
+            _refuse_another(tensor, base[own], own, path / WEIGHTS, tuned.model)
+            continue
+        name = name or key
+        if name in found and not found[name].equal(tensor):
+            raise EfftuneError(
+                f"{path / WEIGHTS} has two different tensors for {name}, one for each of its names: the model that "
+                "it was trained on did not tie them; load it into one that does not."
+            )
+        found[name] = tensor
+    return found
 
 
 @dataclass
@@ -175,7 +186,7 @@ class Layout:
         """None where the model has no layer of a kind that PEFT knows. Of several kinds, that of most layers."""
         linear = {name: m for name, m in tuned.model.named_modules() if isinstance(m, Linear)}
         counts = Counter(type(m.delta) for m in linear.values())
-        kind, shared = max(KINDS, key=lambda kind: counts[kind.delta]), _shared(tuned.model)
+        kind, shared = max(KINDS, key=lambda kind: counts[kind.delta]), in_several_places(tuned.model)
         deltas = {n: m.delta for n, m in linear.items() if type(m.delta) is kind.delta and n not in shared}
         if not deltas:
             return None
@@ -185,8 +196,15 @@ class Layout:
         settings = {name: [getattr(delta.eval(), field) for field in common] for name, delta in deltas.items()}
         most = max(settings.values(), key=list(settings.values()).count)
         deltas = {name: delta for name, delta in deltas.items() if settings[name] == most}
-        keys = {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in deltas for part, ending in kind.keys.items()}
-        added = {id(t) for m in linear.values() for t in m.added()}
+        layout = cls.around(tuned, kind, deltas)
+        layout.keys |= {f"{PREFIX}{n}.{ending}": f"{n}.{part}" for n in deltas for part, ending in kind.keys.items()}
+        return layout
+
+    @classmethod
+    def around(cls, tuned, kind: Kind, deltas: dict[str, Any]) -> Layout:
+        """Of deltas whose tensors are not in the model as PEFT has them: the keys are those of what lies beside."""
+        added = {id(t) for m in tuned.model.modules() if isinstance(m, Linear) for t in m.added()}
+        keys: dict[str, str] = {}
         names = {id(t): name for name, t in tuned.named_saved().items() if id(t) not in added}
         inside, biases, whole = _beside(tuned.model, set(names), kind.biases)
         keys |= {PREFIX + alias: names[i] for alias, i in inside.items()}
@@ -194,6 +212,16 @@ class Layout:
             parent = alias.removesuffix(".bias")
             keys[PREFIX + (f"{parent}.base_layer.bias" if parent in deltas else alias)] = names[i]
         return cls(kind, deltas, keys, whole, set(biases))
+
+    def write(self, tuned, names: set[str], path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
+        """Writes both files, with those of `keys` that `names` has, and `tensors` beside them."""
+        from safetensors.torch import save_file
+
+        saved = tuned.named_saved()
+        keys = {key: name for key, name in self.keys.items() if name in names}
+        own = {key: saved[name].detach().contiguous().clone() for key, name in keys.items()}
+        save_file(own | tensors, path / WEIGHTS, metadata={"format": "pt", **metadata})
+        (path / CONFIG).write_text(json.dumps(self.config(tuned.model), indent=2, sort_keys=True) + "\n")
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         """adapter_config.json."""
@@ -304,7 +332,7 @@ def _state(model: nn.Module, name: str) -> dict[str, int]:
     return {key: id(t) for key, t in module.state_dict(keep_vars=True).items()}
 
 
-def _shared(model: nn.Module) -> set[str]:
+def in_several_places(model: nn.Module) -> set[str]:
     """Modules that stand in several places: in one of them PEFT would put an adapter."""
     counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     return {name for name, m in model.named_modules() if counts[id(m)] > 1}
@@ -338,7 +366,7 @@ def methods(path: Path, model: nn.Module) -> list[Method]:
     _refuse_others({key.rpartition(f".{kind.peft_type.lower()}_")[0] for key in keys}, model, path / WEIGHTS)
     _refuse_nested(wholly, file)
     _refuse_untied(model, wholly, config, file, keys)
-    wrong, targets = found - plan.layers.keys() | found & _shared(model), config.get("target_modules")
+    wrong, targets = found - plan.layers.keys() | found & in_several_places(model), config.get("target_modules")
     if not isinstance(targets, str) and (targets := _names(config, "target_modules", file)):
         meant = {layer.name for layer in plan.targets(kind.method(), targets)}
         meant -= {layer.name for module in wholly for layer in plan.inside(module)}
@@ -368,9 +396,9 @@ def _kind(config: dict[str, Any], file: Path) -> Kind:
     def other(kind: Kind) -> list[str]:
         return [name for name, value in kind.settings.items() if bool(config.get(name)) != bool(value)]
 
-    kinds = [kind for kind in KINDS if kind.peft_type == config.get("peft_type")]
+    kinds = [kind for kind in (*KINDS, SHIRA) if kind.peft_type == config.get("peft_type")]
     if not kinds:
-        known = ", ".join(dict.fromkeys(kind.peft_type for kind in KINDS))
+        known = ", ".join(dict.fromkeys(kind.peft_type for kind in (*KINDS, SHIRA)))
         raise EfftuneError(f"{file} is a {config.get('peft_type')} adapter; only {known} can be read.")
     kind = min(kinds, key=lambda kind: len(other(kind)))
     if used := other(kind) + [name for name in FOREIGN if config.get(name)]:

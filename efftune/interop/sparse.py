@@ -5,6 +5,8 @@
     NAME.entries.gaps (uint8), NAME.entries.values: the entries that train, sorted by their places n·K + k
     NAME.left.gaps, NAME.left.values: those that were trained and have left the picks, where there are any
     NAME.columns.gaps, NAME.columns.values (N, S): columns, of layers of which columns train
+    NAME.entries.signs (uint8, eight to a byte), NAME.entries.scale (1): in place of values, where all changes are of
+        one size, as `changes.ternary` leaves them
 
 and in its metadata, under "layers", a JSON object NAME -> {"shape": [N, K], "dtype", "sha256"}: of W, its dtype, and of
 the original weights at these places, in this order, as bytes. A gap is the number of places that are left out before
@@ -17,17 +19,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.files import read_tensors, refuse_pickle
 from efftune.linear import Linear, NoDelta
-from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.columns import Columns, above
 from efftune.linear.picks import columns_of, entries_of
 from efftune.structure import is_linear
 
@@ -53,7 +55,7 @@ def places(data: Tensor) -> Tensor:
     return data.long().cumsum(0)[ends] + torch.arange(int(ends.sum()))
 
 
-def _at(layer: Linear, kind: str, where: Tensor) -> Tensor:
+def at(layer: Linear, kind: str, where: Tensor) -> Tensor:
     """The weights that are stored at these places, on the CPU: (S,), or (N, S) of columns."""
     w = layer.take_back()
     rows, where = layer.base.rows(w, 0, w.shape[0], w.dtype).detach(), where.to(w.tensors[0].device)
@@ -80,38 +82,94 @@ def _as_change(original: Tensor, values: Tensor) -> Tensor:
     return values
 
 
+def _signs(change: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The signs of changes as bits, and their size, if they have but one."""
+    scale = change[:1].abs()
+    if not len(change) or not scale or not change.abs().eq(scale).all():
+        return None
+    return torch.from_numpy(np.packbits(change.gt(0).cpu().numpy())), scale.cpu()
+
+
+def _of_signs(signs: Tensor, scale: Tensor, count: int) -> Tensor:
+    if signs.dtype != torch.uint8 or signs.shape != (-(-count // 8),) or scale.shape != (1,):
+        raise ValueError(f"its signs are not those of {count} entries")
+    return torch.from_numpy(np.unpackbits(signs.numpy(), count=count)).to(scale.dtype).mul_(2).sub_(1).mul_(scale)
+
+
+KINDS = "entries", "left", "columns"
+Parts = dict[str, tuple[Tensor, Tensor, Tensor]]  # kind -> places, the original weights there, and what a file has
+
+
+class Changes(NamedTuple):
+    """What became of the entries of a weight that trained."""
+
+    layer: Linear
+    where: Tensor  # (S,) int64, n·K + k for W[n, k], sorted
+    original: Tensor  # (S,) in W's dtype
+    change: Tensor  # (S,) float64
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+
+def trained(tuned) -> dict[str, Linear]:
+    """The layers of which entries or columns train, by name, whose weights have data."""
+    named = tuned.model.named_modules()
+    return {n: m for n, m in named if (entries_of(m) or columns_of(m)) and not m.values.is_meta}
+
+
+def parts_of(layer: Linear) -> Parts:
+    """What a file would have of a layer of which entries or columns train, on the CPU; all changes as such."""
+    p = dict(zip(layer.delta.names, [t.detach().cpu() for t in layer.added()], strict=True))
+    if isinstance(layer.delta, Columns):
+        return {"columns": (p["columns"].long(), p["original"], p["values"])}
+    parts = {"entries": (p["indices"].long(), p["original"], p["values"])}
+    if len(p["left"]):
+        parts["left"] = p["left"].long(), p["left_original"], p["left_values"]
+    return parts
+
+
+def flat(layer: Linear, parts: Parts) -> Changes:
+    """All of them as entries."""
+    found = []
+    for kind, (where, original, values) in parts.items():
+        change = values.double() - original if kind == "left" else _as_change(original, values).double()
+        if kind == "columns":
+            where = torch.arange(layer.out_features)[:, None] * layer.in_features + where
+        found.append((where.flatten(), original.flatten(), change.flatten()))
+    where, original, change = (torch.cat(part) for part in zip(*found, strict=True))
+    order = where.argsort()
+    return Changes(layer, where[order], original[order], change[order])
+
+
 class Sparse:
     name, file = "sparse", FILE
     reader: str | None = None
 
-    def _layers(self, tuned) -> dict[str, Linear]:
-        named = tuned.model.named_modules()
-        return {n: m for n, m in named if (entries_of(m) or columns_of(m)) and not m.values.is_meta}
-
     def carries(self, tuned):
-        return {f"{name}.{part}" for name, layer in self._layers(tuned).items() for part in layer.delta.names}
+        return {f"{name}.{part}" for name, layer in trained(tuned).items() for part in layer.delta.names}
 
     def write(self, tuned, names, path):
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {}
-        for name, layer in self._layers(tuned).items():
-            parts = dict(zip(layer.delta.names, [t.detach().cpu() for t in layer.added()], strict=True))
-            picked = "columns" if isinstance(layer.delta, Columns) else "entries"
-            tensors[f"{name}.{picked}.gaps"] = gaps(parts["columns" if "columns" in parts else "indices"])
-            tensors[f"{name}.{picked}.values"] = _as_values(parts["original"], parts["values"]).contiguous()
-            hashed = [parts["original"]]
-            if len(parts.get("left", ())):
-                tensors[f"{name}.left.gaps"] = gaps(parts["left"])
-                tensors[f"{name}.left.values"] = parts["left_values"]
-                hashed.append(parts["left_original"])
-            dtype = str(parts["original"].dtype).removeprefix("torch.")
-            about[name] = {"shape": [layer.out_features, layer.in_features], "dtype": dtype, "sha256": _hash(*hashed)}
+        for name, layer in trained(tuned).items():
+            parts = parts_of(layer)
+            for kind, (where, original, values) in parts.items():
+                key = f"{name}.{kind}"
+                tensors[f"{key}.gaps"] = gaps(where)
+                if kind == "entries" and (packed := _signs(values)) is not None:
+                    tensors[f"{key}.signs"], tensors[f"{key}.scale"] = packed
+                else:
+                    values = values if kind == "left" else _as_values(original, values)
+                    tensors[f"{key}.values"] = values.contiguous()
+            about[name] = about_layer(layer, parts)
         save_file(tensors, path / FILE, metadata={"format": "pt", "layers": json.dumps(about, sort_keys=True)})
 
     def read(self, tuned, path):
-        file, layers, tensors = path / FILE, self._layers(tuned), {}
+        file, layers, tensors = path / FILE, trained(tuned), {}
         about, held = _read(file)
         if about.keys() != layers.keys():
             first = sorted(about.keys() ^ layers.keys())[0]
@@ -133,51 +191,23 @@ class Sparse:
         return tensors
 
 
-@torch.no_grad()
-def compose(model: nn.Module, add: Iterable[str | Path], subtract: Iterable[str | Path] = ()) -> nn.Module:
-    """Adds to the weights of `model`, in place, what runs with sparse deltas trained: W₀ + Σ (Wᵢ - W₀), and subtracts
-    what others did. The order of the folders changes nothing.
-
-    Args:
-        model: the model that the runs began with.   add, subtract: folders that `Tuner.save` has written.
-    Numerics: summed up in float64 and rounded once to W's dtype.
-    Raises: EfftuneError, before anything is changed, for a folder that has more than a sparse delta, and for weights
-        that the runs did not begin with.
-    """
-    signs = [(Path(path) / FILE, sign) for paths, sign in ((add, 1), (subtract, -1)) for path in paths]
-    changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    layers: dict[str, Linear] = {}
-    for file, sign in sorted(signs, key=lambda item: (_digest(item[0]), item[1])):
-        about, held = _read(file)
-        for name in about:
-            if name not in layers:
-                layers[name] = _plain(model, name, file)
-            k = layers[name].in_features
-            for kind, (where, original, values) in _parts(file, name, layers[name], about[name], held).items():
-                change = _as_change(original, values) if kind != "left" else values.double() - original
-                if kind == "columns":
-                    where = torch.arange(layers[name].out_features)[:, None] * k + where
-                changes.setdefault(name, []).append((where.flatten(), sign * change.double().flatten()))
-    for name, parts in changes.items():
-        layer, every = layers[name], torch.cat([where for where, _ in parts]).unique()
-        total = torch.zeros(len(every), dtype=torch.float64)
-        for where, change in parts:
-            total.index_add_(0, torch.searchsorted(every, where), change)
-        w = layer.stored()
-        device = w.tensors[0].device
-        layer.base.put(w, every.to(device), (_at(layer, "entries", every) + total).to(device))
-    return model
+def about_layer(layer: Linear, parts: Parts) -> dict[str, Any]:
+    """What a file says about a weight: it fits no other one."""
+    originals = [original for _, original, _ in parts.values()]
+    dtype = str(originals[0].dtype).removeprefix("torch.")
+    return {"shape": [layer.out_features, layer.in_features], "dtype": dtype, "sha256": _hash(*originals)}
 
 
-def _digest(file: Path) -> str:
-    """Of its content. Raises: EfftuneError where something lies beside it that it says nothing of."""
-    refuse_pickle(file)
-    if not file.exists():
-        raise EfftuneError(f"There is no {file}; give a folder that a recipe like shira, lift or s2ft was saved to.")
-    beside = sorted(other.name for other in file.parent.glob("*.safetensors") if other != file)
-    if beside:
-        raise EfftuneError(f"{file.parent} holds {', '.join(beside)} as well, of which no sum can be made.")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def read_changes(model: nn.Module, file: Path) -> dict[str, Changes]:
+    """What a file says of the layers of `model`, as it was loaded. Raises: EfftuneError where it does not fit."""
+    about, held = _read(file)
+    layers = {name: _plain(model, name, file) for name in about}
+    return {name: flat(layer, _parts(file, name, layer, about[name], held)) for name, layer in layers.items()}
+
+
+def dtypes(file: Path) -> set[str]:
+    """Of the weights that a file is of."""
+    return {str(about.get("dtype")) for about in _read(file)[0].values() if isinstance(about, dict)}
 
 
 def _plain(model: nn.Module, name: str, file: Path) -> Linear:
@@ -191,19 +221,11 @@ def _plain(model: nn.Module, name: str, file: Path) -> Linear:
     return Linear.from_linear(module, delta=NoDelta())
 
 
-KINDS = "entries", "left", "columns"
-Parts = dict[str, tuple[Tensor, Tensor, Tensor]]  # kind -> places, the original weights there, and what the file has
-
-
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import safe_open
-
     refuse_pickle(file)
     tensors = read_tensors(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
     try:
-        about = json.loads(metadata["layers"])
+        about = json.loads(metadata(file)["layers"])
         if not isinstance(about, dict):
             raise ValueError
     except (KeyError, ValueError):
@@ -213,37 +235,64 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
+def metadata(file: Path) -> dict[str, str]:
+    """Of a safetensors file that could be read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
+
+
 def _parts(file: Path, name: str, layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> Parts:
     """What the file has of a layer. Raises: EfftuneError where it is damaged or of another weight."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in held.items() if key.startswith(prefix)}
     try:
-        return _checked(
-            layer, about, {kind: (held.get(f"{name}.{kind}.gaps"), held.get(f"{name}.{kind}.values")) for kind in KINDS}
-        )
+        return _checked(layer, about, own)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise EfftuneError(f"{file}: {name}: {error}; nothing was loaded.") from None
 
 
-def _checked(layer: Linear, about: dict[str, Any], held: dict[str, tuple[Tensor | None, Tensor | None]]) -> Parts:
-    n, k = shape = (layer.out_features, layer.in_features)
+def check_weight(layer: Linear, about: dict[str, Any]) -> None:
+    """Raises: ValueError where a file is of a weight of another shape or dtype."""
+    shape, dtype = (layer.out_features, layer.in_features), layer.stored().dtype
     if tuple(about["shape"]) != shape:
         raise ValueError(f"it was saved of a weight of {tuple(about['shape'])}, and this one is {shape}")
-    dtype, parts, originals = layer.stored().dtype, Parts(), list[Tensor]()
     if about["dtype"] != str(dtype).removeprefix("torch."):
         raise ValueError(f"it is of weights in {about['dtype']}, and these are {dtype}; load them in that dtype")
-    for kind, (data, values) in held.items():
-        if data is None or values is None:
+
+
+def check_original(about: dict[str, Any], originals: list[Tensor]) -> None:
+    """Raises: ValueError where a file was made of other weights."""
+    if about["sha256"] != _hash(*originals):
+        raise ValueError("it was trained on other weights than these; load the model that the run began with")
+
+
+def _checked(layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> Parts:
+    check_weight(layer, about)
+    n, k = shape = (layer.out_features, layer.in_features)
+    dtype, parts = layer.stored().dtype, Parts()
+    for kind in KINDS:
+        data, values = held.get(f"{kind}.gaps"), held.get(f"{kind}.values")
+        packed = held.get(f"{kind}.signs"), held.get(f"{kind}.scale")
+        if data is None or (values is None and None in packed):
             continue
         where = places(data)
         if len(where) and int(where[-1]) >= (k if kind == "columns" else n * k):
             raise ValueError(f"place {int(where[-1])} is outside of a weight of {shape}")
-        originals.append(_at(layer, kind, where))
-        if values.shape != originals[-1].shape:
+        if values is None:
+            values = _of_signs(*packed, len(where))
+        original = at(layer, kind, where)
+        if values.shape != original.shape:
             raise ValueError(f"{tuple(values.shape)} values are not those of {len(where)} {kind}")
+        if values.dtype not in (dtype, above(dtype)):
+            raise ValueError(f"its values are {values.dtype}, which is none of {dtype} and {above(dtype)}")
         if not values.isfinite().all():
             raise ValueError("it has NaN or Inf")
-        parts[kind] = where, originals[-1], values
+        parts[kind] = where, original, values
     if parts.keys() <= {"left"}:
         raise ValueError("it has no entries and no columns")
-    if about["sha256"] != _hash(*originals):
-        raise ValueError("it was trained on other weights than these; load the model that the run began with")
+    if "left" in parts and torch.isin(parts["left"][0], parts.get("entries", parts["left"])[0]).any():
+        raise ValueError("an entry is in it twice")
+    check_original(about, [original for _, original, _ in parts.values()])
     return parts

@@ -42,7 +42,7 @@ def roberta():
     return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes))
 
 
-def assert_both_ways(peft, make, config, folder):
+def assert_both_ways(peft, make, config, folder, format=None):
     """What PEFT trains by `config` gives here the same outputs, and what is then saved here gives them in PEFT. Returns
     the keys that PEFT wrote."""
     from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def assert_both_ways(peft, make, config, folder):
     tuner = efftune.load(make(), folder / "theirs")
     agree(tuner.model, theirs)
     assert (logits(theirs) - logits(make())).norm() > 0.1
-    tuner.save(folder / "ours")
+    tuner.save(folder / "ours", format)
     agree(peft.PeftModel.from_pretrained(make(), folder / "ours"), theirs)
     agree(efftune.load(make(), folder / "ours").model, theirs)
     return set(load_file(folder / "theirs" / files.WEIGHTS))

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import efftune
 from efftune import EfftuneError
-from efftune.interop.sparse import FILE, compose, gaps, places
+from efftune.interop.changes import compose
+from efftune.interop.sparse import FILE, gaps, places
 from efftune.linear.picks import repick
 from tests.methods.models import batch, llama, loss_fn
 
