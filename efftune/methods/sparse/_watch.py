@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from efftune.linear import Linear
-from efftune.linear.contracts import Call, Keep, product_t
+from efftune.linear.contracts import Call, Delta, Keep, product_t
+from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.entries import Entries
 from efftune.methods._base import Micro, autograd, exact_keeps
 from efftune.methods._gradients import discarding
@@ -36,28 +36,52 @@ class Peek(Keep):
         return found
 
 
-@dataclass(frozen=True)
-class Watched(Entries):
-    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
-    called: Callable[[], None] = lambda: None
+class Watched(Delta):
+    """What stands before a delta in the order of classes, so that it is watched: all of x is kept."""
+
+    see: Callable[[Tensor, Tensor], None]
+    called: Callable[[Tensor], None]
 
     def forward(self, c, x):
         if torch._C._current_graph_task_id() < 0:  # else backward runs a part of the model again
-            self.called()
-        return super().forward(c, x)
+            self.called(x)
+        return c.linear(x), c.save(x, c.source) if c.need.p[2] else ()
+
+
+@dataclass(frozen=True)
+class WatchedEntries(Watched, Entries):
+    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
+    called: Callable[[Tensor], None] = lambda x: None
 
     def backward(self, c: Call, dy, saved, add=None):
-        return super().backward(c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
+        return Entries.backward(self, c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
+
+
+@dataclass(frozen=True)
+class WatchedColumns(Watched, Columns):
+    """The gradient of `values` is nobody's business then."""
+
+    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
+    called: Callable[[Tensor], None] = lambda x: None
+
+    def backward(self, c: Call, dy, saved, add=None):
+        dx = c.linear_t(dy, add=add) if c.need.x else add
+        if c.need.p[2]:
+            self.see(*c.operands(dy, saved))
+        return dx, c.no_dw(), (None, None, None)
 
 
 @contextmanager
-def watching(layers: dict[str, Linear], see: See, called: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Within it, `see` is called in backward for each call of these layers, of which entries train, and `called` in
-    forward."""
+def watching(
+    layers: dict[str, Linear], see: See, called: Callable[[str, Tensor], None] = lambda name, x: None
+) -> Iterator[None]:
+    """Within it, `see` is called in backward for each call of these layers, of which entries or columns train, and
+    `called` in forward, with x (M, K)."""
     kept = {name: (layer.delta, layer._eval_delta) for name, layer in layers.items()}
     for name, layer in layers.items():
-        delta = cast(Entries, layer.delta)
-        layer.delta = layer._eval_delta = Watched(delta.density, delta.r, partial(see, name), partial(called, name))
+        kind = WatchedEntries if isinstance(layer.delta, Entries) else WatchedColumns
+        settings = {f.name: getattr(layer.delta, f.name) for f in fields(layer.delta)}
+        layer.delta = layer._eval_delta = kind(**settings, see=partial(see, name), called=partial(called, name))
     try:
         yield
     finally:
@@ -96,7 +120,7 @@ def gradients(micro: Micro, layers: dict[str, Linear], see: See) -> None:
 
     with (
         training(layer.values for layer in layers.values()),
-        watching(layers, gather, lambda name: calls.update([name])),
+        watching(layers, gather, lambda name, x: calls.update([name])),
         exact_keeps(micro.model),
         discarding(micro.model),
         statistics_kept(micro.model),
@@ -104,6 +128,12 @@ def gradients(micro: Micro, layers: dict[str, Linear], see: See) -> None:
         autograd(micro)
     for name in list(parts):  # of a layer that had fewer backward passes than calls
         show(name)
+
+
+def inputs(micro: Micro, layers: dict[str, Linear], see: Callable[[str, Tensor], None]) -> None:
+    """Goes through the micro-batch once, without backward; `see` is given x (M, K) of each call of these layers."""
+    with watching(layers, lambda *_: None, see), statistics_kept(micro.model), torch.no_grad():
+        micro.loss(micro.model, micro.batch)
 
 
 def gradient(g: Tensor, z: Tensor) -> Rows:

@@ -64,7 +64,7 @@ class Spiel(Sparse):
             raise EfftuneError(f"the share of entries that is replaced lies in [0, 1], not {self.rate}.")
 
     @property
-    def by_gradient(self):
+    def by_batch(self):
         return True
 
     def looked(self, run):
