@@ -11,6 +11,7 @@ from efftune.linear import Linear
 from efftune.methods import _base
 from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
 from efftune.methods.sparse._scores import SCORERS
+from efftune.optim.contract import refuse_move
 from efftune.plan import Layer
 
 GRADIENT, ACTIVATION = "gradient", "activation"  # scorers that need a batch
@@ -59,8 +60,8 @@ class Picks(Method):
 
     @property
     def picks_again(self) -> bool:
-        """Whether other entries or columns train once training has begun."""
-        return self.by_batch
+        """Whether other entries or columns train after the first step."""
+        return False
 
     def why_not(self, others):
         # Activations could be seen without backward, but runs of these methods are replayed from seeds, without data.
@@ -72,7 +73,7 @@ class Picks(Method):
                 f"{self.instead[0]}"
             )
         holding = [m.name for m in others if m.overrides("arrives")]
-        if self.picks_again and holding:
+        if (self.by_batch or self.picks_again) and holding:
             return (
                 f"other {self.what} train as time goes on, and {holding[0]} compares those of now with those that a "
                 f"round began with; use {self.instead[1]}"
@@ -114,3 +115,6 @@ class Picks(Method):
                 "those that it began with go on training.",
                 stacklevel=2,
             )
+        if run.step == 0 and self.picks_again and run.optimizer is not None:
+            for layer in self.layers(run).values():
+                refuse_move(run.optimizer, layer.values)  # now, and not when the first entries move

@@ -14,7 +14,7 @@ from efftune.methods._base import Micro, Run
 from efftune.methods.sparse._batch import GRADIENT, Picks
 from efftune.methods.sparse._scores import SCORERS, Matrix, largest
 from efftune.methods.sparse._watch import gradient, gradients
-from efftune.optim.contract import move
+from efftune.optim.contract import move, refuse_move
 from efftune.plan import ALL_LINEAR
 
 
@@ -72,6 +72,9 @@ class Sparse(Picks):
     def take(self, run: Run, layer: Linear, picks: Tensor, forget: bool = False) -> None:
         """Lets these entries of the layer train, (S,) sorted; the optimizer's state of those that go on goes with
         them."""
+        before = len(layer.indices)
+        if run.optimizer is not None:
+            refuse_move(run.optimizer, layer.values)
         place = repick(layer, picks, forget)
         if run.optimizer is not None:
-            move(run.optimizer, layer.values, place)
+            move(run.optimizer, layer.values, place, before)
