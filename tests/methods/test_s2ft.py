@@ -8,6 +8,7 @@ from torch import nn
 
 import efftune
 from efftune import EfftuneError, Linear
+from efftune.memory.meter import saved_for_backward
 from efftune.train.state import restore_tensors
 from tests.methods.models import batch, contract_model, llama, loss_fn
 
@@ -157,6 +158,29 @@ def test_a_module_that_trains_whole_beside_the_columns():
     run(tuner, optimizer, range(1))
     assert not torch.equal(tuner.model.model.layers[0].mlp.up_proj.weight, before)
     assert len(layers(tuner.model)) == 6
+
+
+# Bytes
+
+
+def kept_by_trained_layers(recipe, blocks):
+    """Elements a token and layer of the model that o_proj and down_proj keep for backward, in units of the width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).train()
+    tuner = efftune.apply(model, recipe, blocks=blocks)
+    by_module = saved_for_backward(model, lambda: loss_fn(tuner.model, batch())).by_module
+    kept = sum(size for name, size in by_module.items() if name.endswith(("o_proj", "down_proj")))
+    return kept / (4 * 3 * 256 * batch().numel())
+
+
+def test_of_the_inputs_of_its_layers_next_to_nothing_is_kept():
+    """With blocks nothing but a part of the first layer's attention output, which nobody else holds; without, the part
+    that the columns read."""
+    whole = kept_by_trained_layers("full(target_modules='o_proj|down_proj')", blocks=False)
+    assert 0 < kept_by_trained_layers("s2ft(ratio=0.03)", blocks=True) <= 0.02
+    assert 0 < kept_by_trained_layers("s2ft(ratio=0.03)", blocks=False) <= whole / 20
 
 
 # What is refused, or said
