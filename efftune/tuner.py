@@ -24,7 +24,7 @@ from efftune.methods._base import ESTIMATES, TRAINS, Backward, Method, Micro, Ru
 from efftune.methods.full import FullFineTuning
 from efftune.nn.subbatch import Recompute, uninstall
 from efftune.ops.draw_seed import capturing
-from efftune.optim.contract import Optimizer, begin_new_entries
+from efftune.optim.contract import Optimizer, begin_new_entries, fits
 from efftune.plan import Plan
 from efftune.recipe import format_recipe, parse, terms, unnamed
 from efftune.structure import parameter_names, places
@@ -330,8 +330,8 @@ class Tuner:
             return  # torch refuses it
         for p, index in zip(parameters, indices, strict=True):
             for name, value in state["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.ndim == p.ndim > 0 and value.shape != p.shape:
-                    raise EfftuneError(  # torch looks at no shapes, and its fused kernels write where they are told
+                if isinstance(value, Tensor) and not fits(optimizer, p, name, value):
+                    raise EfftuneError(
                         f"The optimizer's state has {name} {tuple(value.shape)} for a parameter of {tuple(p.shape)}, "
                         f"so that it is of another recipe than '{self.recipe}'."
                     )

@@ -12,7 +12,18 @@ from torch import Tensor
 from efftune.errors import EfftuneError
 from efftune.files import read_tensors
 from efftune.interop.peft import CONFIG, PREFIX, SHIRA, WEIGHTS, Layout, by_our_names, in_several_places
-from efftune.interop.sparse import about_layer, at, check_original, check_weight, flat, metadata, parts_of, trained
+from efftune.interop.sparse import (
+    about_layer,
+    at,
+    check_original,
+    check_weight,
+    columns_as,
+    entries_as,
+    flat,
+    metadata,
+    parts_of,
+    trained,
+)  # fmt: skip
 from efftune.linear import Linear
 from efftune.linear.delta.columns import Columns, above
 from efftune.linear.delta.entries import Entries
@@ -61,7 +72,7 @@ class Shira:
             indices = torch.stack([padded // layer.in_features, padded % layer.in_features])
             tensors[f"{PREFIX}{name}.shira_indices"] = indices.int()
             tensors[f"{PREFIX}{name}.shira_weight"] = torch.cat([change, change.new_zeros(zeros)])
-            counts = {kind: len(part[0]) for kind, part in parts.items()}
+            counts = {kind.removesuffix("_changes"): len(part[0]) for kind, part in parts.items()}
             about[name] = about_layer(layer, parts) | {"counts": counts}
         layout.write(tuned, names, path, tensors, **{ENTRIES: json.dumps(about, sort_keys=True)})
 
@@ -128,7 +139,7 @@ def _of_layer(layer: Linear, indices: Tensor, change: Tensor, about: dict[str, A
         raise ValueError("an entry is in it twice")
     if about is None:  # PEFT's: all that it has trains
         where, order = where.sort()
-        return _entries(layer, where, change[order], where[:0], change[:0])
+        return entries_as(layer, where, change[order])
     check_weight(layer, about)
     counts = {kind: int(about["counts"].get(kind, 0)) for kind in ("entries", "left", "columns")}
     if min(counts.values()) < 0 or sum(counts.values()) > len(where):
@@ -136,19 +147,8 @@ def _of_layer(layer: Linear, indices: Tensor, change: Tensor, about: dict[str, A
     if isinstance(layer.delta, Columns):
         picked = where[: counts["columns"] * n]
         chosen = picked[: counts["columns"]]
-        original = at(layer, "columns", chosen)
-        check_original(about, [original])
-        return {"columns": chosen.int(), "original": original, "values": change[: len(picked)].view(n, -1)}
+        check_original(about, [at(layer, "columns", chosen)])
+        return columns_as(layer, chosen, change[: len(picked)].view(n, -1))
     picked, left = where.split([counts["entries"], counts["left"], len(where) - counts["entries"] - counts["left"]])[:2]
-    found = _entries(layer, picked, change[: len(picked)], left, change[len(picked) :][: len(left)])
-    check_original(about, [found["original"], *([found["left_original"]] if len(left) else [])])
-    return found
-
-
-def _entries(layer: Linear, where: Tensor, change: Tensor, left: Tensor, left_change: Tensor) -> dict[str, Tensor]:
-    original, left_original = at(layer, "entries", where), at(layer, "entries", left)
-    left_values = (left_original + left_change).to(left_original.dtype)
-    return {
-        "indices": where.int(), "original": original, "values": change,
-        "left": left.int(), "left_original": left_original, "left_values": left_values,
-    }  # fmt: skip
+    check_original(about, [at(layer, "entries", part) for part in (picked, left) if len(part) or part is picked])
+    return entries_as(layer, picked, change[: len(picked)], left, change[len(picked) :][: len(left)])

@@ -4,6 +4,7 @@
 
     NAME.entries.gaps (uint8), NAME.entries.values: the entries that train, sorted by their places n·K + k
     NAME.left.gaps, NAME.left.values: those that were trained and have left the picks, where there are any
+    NAME.left_changes.gaps, .values: the same of a weight that is never written to, as differences from it
     NAME.columns.gaps, NAME.columns.values (N, S): columns, of layers of which columns train
     NAME.entries.signs (uint8, eight to a byte), NAME.entries.scale (1): in place of values, where all changes are of
         one size, as `changes.ternary` leaves them
@@ -96,7 +97,7 @@ def _of_signs(signs: Tensor, scale: Tensor, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(signs.numpy(), count=count)).to(scale.dtype).mul_(2).sub_(1).mul_(scale)
 
 
-KINDS = "entries", "left", "columns"
+KINDS = "entries", "left", "left_changes", "columns"
 Parts = dict[str, tuple[Tensor, Tensor, Tensor]]  # kind -> places, the original weights there, and what a file has
 
 
@@ -122,12 +123,39 @@ def trained(tuned) -> dict[str, Linear]:
 def parts_of(layer: Linear) -> Parts:
     """What a file would have of a layer of which entries or columns train, on the CPU; all changes as such."""
     p = dict(zip(layer.delta.names, [t.detach().cpu() for t in layer.added()], strict=True))
+
+    def part(kind: str, where: str, original: str, values: str) -> tuple[Tensor, Tensor, Tensor]:
+        places = p[where].long()
+        return places, p[original] if original in p else at(layer, kind, places), p[values]
+
     if isinstance(layer.delta, Columns):
-        return {"columns": (p["columns"].long(), p["original"], p["values"])}
-    parts = {"entries": (p["indices"].long(), p["original"], p["values"])}
+        return {"columns": part("columns", "columns", "original", "values")}
+    parts = {"entries": part("entries", "indices", "original", "values")}
     if len(p["left"]):
-        parts["left"] = p["left"].long(), p["left_original"], p["left_values"]
+        kind = "left" if layer.delta.in_place else "left_changes"
+        parts[kind] = part(kind, "left", "left_original", "left_values")
     return parts
+
+
+def entries_as(
+    layer: Linear, where: Tensor, change: Tensor, left: Tensor | None = None, left_change: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the layer's delta, by their names, where these entries have changed so, sorted, and others that
+    have left the picks."""
+    left = where[:0] if left is None else left
+    left_change = change[:0] if left_change is None else left_change
+    found = {"indices": where.int(), "values": change, "left": left.int()}
+    if not layer.delta.in_place:
+        return found | {"left_values": left_change}
+    original, left_original = at(layer, "entries", where), at(layer, "entries", left)
+    left_values = (left_original + left_change).to(left_original.dtype)
+    return found | {"original": original, "left_original": left_original, "left_values": left_values}
+
+
+def columns_as(layer: Linear, columns: Tensor, change: Tensor) -> dict[str, Tensor]:
+    """The tensors of the layer's delta, by their names, where these columns have changed so, sorted."""
+    original = {"original": at(layer, "columns", columns)} if layer.delta.in_place else {}
+    return {"columns": columns.int(), "values": change, **original}
 
 
 def flat(layer: Linear, parts: Parts) -> Changes:
@@ -163,7 +191,8 @@ class Sparse:
                 if kind == "entries" and (packed := _signs(values)) is not None:
                     tensors[f"{key}.signs"], tensors[f"{key}.scale"] = packed
                 else:
-                    values = values if kind == "left" else _as_values(original, values)
+                    if layer.delta.in_place and kind != "left":
+                        values = _as_values(original, values)
                     tensors[f"{key}.values"] = values.contiguous()
             about[name] = about_layer(layer, parts)
         save_file(tensors, path / FILE, metadata={"format": "pt", "layers": json.dumps(about, sort_keys=True)})
@@ -180,13 +209,16 @@ class Sparse:
             if kind not in parts:
                 raise EfftuneError(f"{file}: {name}: it has no {kind}; nothing was loaded.")
             where, original, values = parts[kind]
-            found = {"original": original, "values": _as_change(original, values)}
+            change = _as_change(original, values)
             if kind == "columns":
-                found["columns"] = where.int()
+                found = columns_as(layer, where, change)
             else:
-                left, left_original, left_values = parts.get("left", (where[:0], original[:0], original[:0]))
-                found |= {"indices": where.int(), "left": left.int(), "left_original": left_original}
-                found["left_values"] = left_values
+                weights, changes = parts.get("left"), parts.get("left_changes")
+                if weights is not None:
+                    changes = *weights[:2], (weights[2].double() - weights[1]).to(change.dtype)
+                found = entries_as(layer, where, change, *(changes[::2] if changes else ()))
+                if weights is not None and layer.delta.in_place:
+                    found["left_values"] = weights[2]  # to the bit
             tensors |= {f"{name}.{part}": tensor for part, tensor in found.items()}
         return tensors
 

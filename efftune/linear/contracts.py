@@ -220,7 +220,9 @@ class Call(NamedTuple):
         """Returns leave(dy·W) with the optional terms of `Base.linear_t`, which do not pass through `leave`."""
         base = self.base
         if type(base).leave is Base.leave:
-            return base.linear_t(self.w, dy, low_rank, add, entries) if entries else base.linear_t(self.w, dy, low_rank, add)
+            if not entries:
+                return base.linear_t(self.w, dy, low_rank, add)
+            return base.linear_t(self.w, dy, low_rank, add, entries)
         dx = base.leave(self.w, base.linear_t(self.w, dy))
         if low_rank is not None:
             dx = dx.addmm_(*low_rank)

@@ -12,7 +12,7 @@ import efftune
 from efftune.errors import EfftuneError
 from efftune.interop.changes import check, files, masked, put, ternary, total
 from efftune.interop.peft import endings
-from efftune.interop.sparse import Changes, dtypes
+from efftune.interop.sparse import Changes, dtypes, entries_as
 from efftune.interop.svd import save_lora
 from efftune.linear.delta.columns import above
 from efftune.methods.sparse.shira import Shira
@@ -90,7 +90,7 @@ def tuned(model: nn.Module, changes: dict[str, Changes]) -> Tuner:
     recipe = Shira(density, target_modules=targets if isinstance(targets, str) else tuple(targets), modules_to_save=())
     tuner = efftune.apply(model, recipe, blocks=False)
     for name, (_, where, original, change) in changes.items():
-        values = change.to(above(original.dtype))
-        nothing = original[:0]
-        tuner.model.get_submodule(name).replace((where.int(), original, values, where[:0].int(), nothing, nothing))
+        layer = tuner.model.get_submodule(name)
+        found = entries_as(layer, where, change.to(above(original.dtype)))
+        layer.replace(tuple([found[part] for part in layer.delta.names]))
     return tuner

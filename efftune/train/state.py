@@ -9,6 +9,7 @@ import torch
 
 from efftune.errors import EfftuneError
 from efftune.linear.module import room_for, take_back
+from efftune.optim.contract import uncast
 from efftune.random_state import generator_states, restore_generators
 
 SAMPLED = 1024  # elements of each frozen tensor that enter the fingerprint
@@ -71,7 +72,7 @@ def restore(tuner: Any, optimizer: Any, scheduler: Any, trained: dict[str, torch
     training = set(rest["requires_grad"])
     for name, parameter in tuner.named_trained().items():
         parameter.requires_grad_(name in training)
-    _undo_casts(optimizer, rest["optimizer"])
+    uncast(optimizer, rest["optimizer"])  # bit-exact means as it was
     scheduler.load_state_dict(rest["scheduler"])
     # the same numbers, unless the run now ends elsewhere: the saved rate is that of the old schedule, at its end 0
     for group, lr, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
@@ -95,14 +96,3 @@ def restore_tensors(tuner: Any, trained: dict[str, torch.Tensor]) -> None:
             raise EfftuneError(f"The checkpoint does not fit this model (first at '{wrong[0]}'); nothing was changed.")
         for name, tensor in trained.items():
             targets[name].copy_(tensor)
-
-
-def _undo_casts(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """torch casts floating state, and integer codes with it, to the parameter's dtype; bit-exact means as it was."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    indices = [i for group in saved["param_groups"] for i in group["params"]]
-    for parameter, index in zip(parameters, indices, strict=True):
-        for key, value in saved["state"].get(index, {}).items():
-            now = optimizer.state[parameter].get(key)
-            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(now.device)

@@ -39,6 +39,7 @@ RECIPES = {
     "shira(r=2, scorer='small')": (1e-2, 12, 0.97),
     "lift(rank=4, every=4)": (3e-2, 12, 0.97),
     "spiel(density=0.05, every=4, accumulate=2)": (3e-2, 12, 0.97),
+    "spiel(density=0.05, every=4, accumulate=2, criterion='ma')": (3e-2, 12, 0.97),
     "saft(density=0.02)": (3e-2, 12, 0.97),
     "s2ft(ratio=0.3)": (1e-1, 12, 0.97),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),

@@ -100,7 +100,7 @@ def test_state_follows_the_entries(make):
         other.state[q][key] = value.clone() if isinstance(value, torch.Tensor) else value
     with torch.no_grad():
         q.copy_(moved)
-    move(other, q, index)
+    move(other, q, index, before=6)
     for name, value in optimizer.state[p].items():
         if isinstance(value, torch.Tensor) and value.ndim:
             assert torch.equal(other.state[q][name][[0, 2, 3]], value[[4, 0, 2]]) and other.state[q][name][1] == 0
@@ -148,7 +148,7 @@ def test_an_optimizer_that_moves_its_own_way_is_asked():
     class Mine(Optimizer):
         asked = None
 
-        def move(self, p, index):
+        def move(self, p, index, before):
             self.asked = index
 
         def step(self, closure=None):

@@ -102,8 +102,8 @@ class Entries(Delta):
 
 @dataclass(frozen=True)
 class AddedEntries(Entries):
-    """y = x·(W + S)ᵀ + bias, where S[i] = values[i] at the entries i that were picked, and 0 elsewhere: `Entries` over a
-    weight that is never written to, since it is quantised, or since others read it.
+    """y = x·(W + S)ᵀ + bias, where S[i] = values[i] at the entries i that were picked, and 0 elsewhere: `Entries` over
+    a weight that is never written to, since it is quantised, or since others read it.
 
     Args, Gradients, Raises, Source: as `Entries`.
     Shapes: `indices` (S,) int32, sorted; `values` (S,) float32 (over a float64 W: float64); `left`, `left_values` (L,)

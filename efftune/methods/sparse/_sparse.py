@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.delta.entries import Entries
-from efftune.linear.picks import entries_of, repick
-from efftune.methods import _base
-from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
+from efftune.linear.picks import repick
+from efftune.methods._base import Micro, Run
+from efftune.methods.sparse._batch import GRADIENT, Picks
 from efftune.methods.sparse._scores import SCORERS, Matrix, largest
 from efftune.methods.sparse._watch import gradient, gradients
-from efftune.optim.contract import move
+from efftune.optim.contract import move, refuse_move
 from efftune.plan import ALL_LINEAR
-
-GRADIENT = "gradient"  # a scorer that needs a batch
-
-
-@dataclass
-class State(_base.State):
-    picked: dict[str, int] = field(
-        default_factory=dict
-    )  # layer -> the step at which a gradient last picked its entries
 
 
 @dataclass(frozen=True)
-class Sparse(Method):
+class Sparse(Picks):
     """Picks `delta().count` entries of each layer by a scorer, before the first step or before every so many."""
 
     density: float = 0.01
@@ -40,98 +29,26 @@ class Sparse(Method):
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     modules_to_save: tuple[str, ...] | None = None
 
-    phase = TRAINS
-    State = State
+    what = "entries"
+    instead = "shira or lift with a scorer of the weight", "shira, or lift(every=0)"
 
     def __post_init__(self):
         self.delta()  # raises on a value out of range
-        if self.scorer not in (*SCORERS, GRADIENT):
-            raise EfftuneError(f"scorer is one of {', '.join((*SCORERS, GRADIENT))}, not {self.scorer!r}.")
-        if self.rank < 1:
-            raise EfftuneError(f"the rank of the approximation is at least 1, not {self.rank}.")
-
-    @property
-    def by_gradient(self) -> bool:
-        """Whether entries are picked by what backward has."""
-        return self.scorer == GRADIENT
-
-    @property
-    def picks_again(self) -> bool:
-        """Whether entries are others once training has begun."""
-        return self.by_gradient
-
-    def why_not(self, others):
-        without = [m.name for m in others if m.place == ESTIMATES and m.overrides("optimizer")]
-        if self.by_gradient and without:
-            return (
-                f"it picks entries by their gradients, and {without[0]} trains without backward; use shira or lift "
-                "with a scorer of the weight"
-            )
-        holding = [m.name for m in others if m.overrides("arrives")]
-        if self.picks_again and holding:
-            return (
-                f"other entries train as time goes on, and {holding[0]} compares those of now with those that a round "
-                "began with; use shira, or lift(every=0)"
-            )
-        return None
+        super().__post_init__()
 
     def delta(self) -> Entries:
         return Entries(self.density)
 
     def plan(self, plan):
-        delta = self.delta()
-        deltas = {True: delta, False: delta.beside()}
-        targets = plan.adapt(
-            self, lambda layer: deltas[plan.writable(layer)], self.target_modules, self.modules_to_save
-        )
-        for layer in targets:
-            if self.scorer == "low_rank" and self.rank > min(layer.shape):
-                raise EfftuneError(
-                    f"{layer.name}: rank={self.rank} exceeds min(N, K) = {min(layer.shape)} of a layer of "
-                    f"{layer.shape}; choose a smaller rank or other layers."
-                )
+        self.adapt(plan, lambda _: self.delta())
 
     def install(self, run):
         if self.scorer != GRADIENT:
             self.pick(run)
 
-    def layers(self, run: Run) -> dict[str, Linear]:
-        """Those that this method trains, by name, whose weights have data."""
-        mine = {name for name, layer in run.plan.layers.items() if self.is_mine(layer)}
-        named = {name: m for name, m in run.model.named_modules() if name in mine and isinstance(m, Linear)}
-        return {name: m for name, m in named.items() if entries_of(m) and not m.indices.is_meta}
-
-    def is_mine(self, layer) -> bool:
-        return layer.by.get("delta") == self.name and layer.delta in (self.delta(), self.delta().beside())
-
-    def is_due(self, step: int) -> bool:
-        """Whether entries are picked before this step."""
-        return step == 0
-
     def before_step(self, run):
         if run.step and self.scorer != GRADIENT and self.is_due(run.step):
             self.pick(run)
-
-    def backward(self, micro, inner):
-        run = micro.run
-        if self.scorer == GRADIENT and self.is_due(run.step):
-            layers, picked = self.layers(run), run.state(self).picked
-            if any(picked.get(name) != run.step for name in layers):
-                self.look(micro)
-                picked.update(dict.fromkeys(layers, run.step))
-        return inner(micro)
-
-    def looked(self, run: Run) -> bool:
-        """Whether gradients of the first step have been seen."""
-        return bool(run.state(self).picked)
-
-    def after_step(self, run):
-        if run.step == 0 and self.by_gradient and self.layers(run) and not self.looked(run):
-            warnings.warn(
-                f"{self.name} picks entries in tuner.backward(batch, loss_fn), which this loop does not call: those "
-                "that it began with go on training.",
-                stacklevel=2,
-            )
 
     def pick(self, run: Run) -> None:
         """Lets the entries of the largest scores train."""
@@ -155,6 +72,9 @@ class Sparse(Method):
     def take(self, run: Run, layer: Linear, picks: Tensor, forget: bool = False) -> None:
         """Lets these entries of the layer train, (S,) sorted; the optimizer's state of those that go on goes with
         them."""
+        before = len(layer.indices)
+        if run.optimizer is not None:
+            refuse_move(run.optimizer, layer.values)
         place = repick(layer, picks, forget)
         if run.optimizer is not None:
-            move(run.optimizer, layer.values, place)
+            move(run.optimizer, layer.values, place, before)

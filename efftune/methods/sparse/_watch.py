@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from efftune.linear import Linear
-from efftune.linear.contracts import Call, Keep, product_t
+from efftune.linear.contracts import Call, Delta, Keep, product_t
+from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.entries import Entries
 from efftune.methods._base import Micro, autograd, exact_keeps
 from efftune.methods._gradients import discarding
@@ -37,27 +38,52 @@ class Peek(Keep):
 
 
 @dataclass(frozen=True)
-class Watched(Entries):
-    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
-    called: Callable[[], None] = lambda: None
+class Watched(Delta):
+    """Another delta, of entries or columns, of which each call is shown to somebody; all of x is kept. The gradient of
+    columns is nobody's business then."""
+
+    inner: Entries | Columns
+    see: Callable[[Tensor, Tensor], None]
+    called: Callable[[Tensor], None]
+
+    names = property(lambda self: self.inner.names)
+    in_place = property(lambda self: self.inner.in_place)
 
     def forward(self, c, x):
         if torch._C._current_graph_task_id() < 0:  # else backward runs a part of the model again
-            self.called()
-        return super().forward(c, x)
+            self.called(x)
+        y, _ = self.inner.forward(_frozen(c), x)
+        return y, c.save(x, c.source) if any(c.need.p) else ()
 
-    def backward(self, c: Call, dy, saved, add=None):
-        return super().backward(c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
+    def backward(self, c, dy, saved, add=None):
+        if isinstance(self.inner, Entries):
+            return self.inner.backward(c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
+        if any(c.need.p):
+            self.see(*c.operands(dy, saved))
+        return self.inner.backward(_frozen(c), dy, (), add)
+
+    def put(self, c):
+        self.inner.put(c)
+
+    def take_back(self, c):
+        self.inner.take_back(c)
+
+
+def _frozen(c: Call) -> Call:
+    """The call, where nothing of the delta trains."""
+    return c._replace(need=c.need._replace(p=(False,) * len(c.p)))
 
 
 @contextmanager
-def watching(layers: dict[str, Linear], see: See, called: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Within it, `see` is called in backward for each call of these layers, of which entries train, and `called` in
-    forward."""
+def watching(
+    layers: dict[str, Linear], see: See, called: Callable[[str, Tensor], None] = lambda name, x: None
+) -> Iterator[None]:
+    """Within it, `see` is called in backward for each call of these layers, of which entries or columns train, and
+    `called` in forward, with x (M, K)."""
     kept = {name: (layer.delta, layer._eval_delta) for name, layer in layers.items()}
     for name, layer in layers.items():
-        delta = cast(Entries, layer.delta)
-        layer.delta = layer._eval_delta = Watched(delta.density, delta.r, partial(see, name), partial(called, name))
+        inner = cast(Entries | Columns, layer.delta)
+        layer.delta = layer._eval_delta = Watched(inner, partial(see, name), partial(called, name))
     try:
         yield
     finally:
@@ -96,7 +122,7 @@ def gradients(micro: Micro, layers: dict[str, Linear], see: See) -> None:
 
     with (
         training(layer.values for layer in layers.values()),
-        watching(layers, gather, lambda name: calls.update([name])),
+        watching(layers, gather, lambda name, x: calls.update([name])),
         exact_keeps(micro.model),
         discarding(micro.model),
         statistics_kept(micro.model),
@@ -104,6 +130,12 @@ def gradients(micro: Micro, layers: dict[str, Linear], see: See) -> None:
         autograd(micro)
     for name in list(parts):  # of a layer that had fewer backward passes than calls
         show(name)
+
+
+def inputs(micro: Micro, layers: dict[str, Linear], see: Callable[[str, Tensor], None]) -> None:
+    """Goes through the micro-batch once, without backward; `see` is given x (M, K) of each call of these layers."""
+    with watching(layers, lambda *_: None, see), statistics_kept(micro.model), torch.no_grad():
+        micro.loss(micro.model, micro.batch)
 
 
 def gradient(g: Tensor, z: Tensor) -> Rows:

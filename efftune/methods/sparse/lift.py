@@ -39,7 +39,7 @@ class Lift(Sparse):
 
     @property
     def picks_again(self):
-        return self.every > 0 or self.by_gradient
+        return self.every > 0
 
     def is_due(self, step):
         return step == 0 or (self.every > 0 and step % self.every == 0)

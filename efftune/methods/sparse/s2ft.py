@@ -6,15 +6,16 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
-from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.columns import Columns, above
 from efftune.linear.picks import choose
-from efftune.methods._base import TRAINS, Method, Run
-from efftune.methods.sparse._scores import SCORERS, Matrix, tiles
-from efftune.plan import Layer
+from efftune.methods._base import Run
+from efftune.methods.sparse._batch import ACTIVATION, GRADIENT, Picks
+from efftune.methods.sparse._scores import SCORERS, Matrix, Rows, tiles
+from efftune.methods.sparse._watch import gradient, gradients, inputs
 from efftune.structure import matches
 
 HEADS = r"o_proj|out_proj|attn\.c_proj|(attention|self)\.output\.dense|self_attention\.dense"  # read what heads give
@@ -22,7 +23,7 @@ CHANNELS = r"down_proj|fc2|mlp\.c_proj|layer\.\d+\.output\.dense|dense_4h_to_h|f
 
 
 @dataclass(frozen=True)
-class S2ft(Method):
+class S2ft(Picks):
     """Trains a few columns of the weights that read what heads and channels of an MLP give: the rest of a layer's input
     is not kept.
 
@@ -31,7 +32,9 @@ class S2ft(Method):
     Args:
         ratio: the share of a weight's columns that train.
         scorer: how they are picked: "random" (the paper's), or those of the largest sums of "magnitude", "small" (the
-            smallest) or "low_rank" (of the weight's approximation of rank `rank`).
+            smallest) or "low_rank" (of the weight's approximation of rank `rank`); of the largest "activation" (sum of
+            x² over all tokens of the first micro-batch) or "gradient" (norm of the column of dW of the first
+            micro-batch, which runs once more for it).
         head_dim: columns of a head; None: what the model's config says; 1: columns train one by one.
         seed: of the picks.   target_modules: the layers; those that read heads are told by their names.
         modules_to_save: see `lora`.
@@ -47,22 +50,20 @@ class S2ft(Method):
     target_modules: str | tuple[str, ...] = f"{HEADS}|{CHANNELS}"
     modules_to_save: tuple[str, ...] | None = None
 
-    name, phase, learning_rate = "s2ft", TRAINS, 1e-3
+    name, learning_rate = "s2ft", 1e-3
+    of_batch = ACTIVATION, GRADIENT
+    what = "columns"
+    instead = "s2ft with a scorer of the weight", "s2ft with a scorer of the weight"
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.ratio <= 1:
             raise EfftuneError(f"the share of columns that train lies in (0, 1], not {self.ratio}.")
-        if self.scorer not in SCORERS:
-            raise EfftuneError(f"scorer is one of {', '.join(SCORERS)}, not {self.scorer!r}.")
         if self.head_dim is not None and self.head_dim < 1:
             raise EfftuneError(f"a head has at least 1 column, not head_dim={self.head_dim}.")
 
     def plan(self, plan):
-        def delta(layer: Layer) -> Columns:
-            columns = Columns(self.width(plan.model, layer.name, layer.shape[1])[1])
-            return columns if plan.writable(layer) else columns.beside()
-
-        plan.adapt(self, delta, self.target_modules, self.modules_to_save)
+        self.adapt(plan, lambda layer: Columns(self.width(plan.model, layer.name, layer.shape[1])[1]))
 
     def width(self, model: nn.Module, name: str, k: int) -> tuple[int, int]:
         """Of a layer with k inputs: how many columns are picked together, and how many train."""
@@ -77,21 +78,49 @@ class S2ft(Method):
         return size, size * heads
 
     def install(self, run):
-        for name, layer in self.layers(run).items():
-            size, count = self.width(run.model, name, layer.in_features)
-            matrix = Matrix(layer, self.rank, zlib.crc32(f"{self.seed}:{name}".encode()))
-            rows = SCORERS[self.scorer](matrix)
-            scores = torch.stack([rows(a, b).sum(0, dtype=torch.float64) for a, b in tiles(matrix.shape)]).sum(0)
-            best = scores.view(-1, size).sum(1).sort(descending=True, stable=True).indices[: count // size]
-            columns = (best[:, None] * size + torch.arange(size, device=best.device)).flatten()
-            choose(layer, columns.sort().values)
+        if not self.by_batch:
+            layers, scores = self.layers(run), dict[str, Tensor]()
+            for name, layer in layers.items():
+                matrix = Matrix(layer, self.rank, zlib.crc32(f"{self.seed}:{name}".encode()))
+                scores[name] = _sums(SCORERS[self.scorer](matrix), matrix.shape)
+            self.pick(run, layers, scores)
 
-    def layers(self, run: Run) -> dict[str, Linear]:
-        """Those that this method trains, by name, whose weights have data."""
-        named = {
-            n: run.model.get_submodule(n) for n, layer in run.plan.layers.items() if layer.by.get("delta") == self.name
-        }
-        return {n: m for n, m in named.items() if isinstance(m, Linear) and not m.columns.is_meta}
+    def look(self, micro):
+        layers, scores = self.layers(micro.run), dict[str, Tensor]()
+
+        def add(name: str, x: Tensor) -> None:
+            squares = torch.linalg.vector_norm(x, dim=0, dtype=above(x.dtype)).double().square()
+            scores[name] = scores[name] + squares if name in scores else squares
+
+        def see(name: str, g: Tensor, z: Tensor) -> None:
+            rows = gradient(g, z)
+            scores[name] = _sums(lambda a, b: rows(a, b).square_(), (g.shape[1], z.shape[1]))
+
+        if self.scorer == ACTIVATION:
+            inputs(micro, layers, add)
+        else:
+            gradients(micro, layers, see)
+        self.pick(micro.run, layers, scores)
+
+    def pick(self, run: Run, layers: dict[str, Linear], scores: dict[str, Tensor]) -> None:
+        """Lets the columns, or whole heads, of the largest sums of scores (K,) train. Raises: EfftuneError, before the
+        first is picked, for scores that are no numbers."""
+        wrong = [name for name, found in scores.items() if not bool(found.isfinite().all())]
+        if wrong:
+            raise EfftuneError(
+                f"{wrong[0]}: a column's score by {self.scorer!r} is NaN or Inf; look for it in the weights and the "
+                "batch."
+            )
+        for name, found in scores.items():
+            size, count = self.width(run.model, name, len(found))
+            best = found.view(-1, size).sum(1).sort(descending=True, stable=True).indices[: count // size]
+            columns = best[:, None] * size + torch.arange(size, device=best.device)
+            choose(layers[name], columns.flatten().sort().values)
+
+
+def _sums(rows: Rows, shape: tuple[int, int]) -> Tensor:
+    """Of each column, (K,) float64."""
+    return torch.stack([rows(a, b).sum(0, dtype=torch.float64) for a, b in tiles(shape)]).sum(0)
 
 
 def _head_dim(model: nn.Module) -> int:

@@ -11,10 +11,13 @@ from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.methods import _base
 from efftune.methods._base import Run
-from efftune.methods.sparse._scores import largest
+from efftune.methods.sparse._scores import Rows, at, largest
 from efftune.methods.sparse._sparse import Sparse
 from efftune.methods.sparse._watch import gradient, watching
 from efftune.ops.entries_grad import entries_grad
+from efftune.optim.sm3 import SM3
+
+AG, MA = "ag", "ma"
 
 
 @dataclass
@@ -23,6 +26,7 @@ class State(_base.State):
 
     candidates: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    replaced: int = -1  # the last step before which entries were
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,22 @@ class Spiel(Sparse):
 
     Entries are random at first. Before step `accumulate` all of them are replaced, then, before every `every`-th step,
     a share that falls linearly from `rate` to 0 at step `until`. Those with the smallest |δ| are dropped, and are what
-    they were before. Those with the largest |sum of gradients| over `accumulate` steps are grown, among as many
-    candidates as there are trained entries: those with the largest gradients of the first micro-batch of these steps.
-    Entries that stay keep their optimizer state, and new ones begin with none.
+    they were before. Entries that stay keep their optimizer state, and new ones begin with none.
+
+    Which entries are grown, `criterion` says. "ag", accumulated gradients: those with the largest |sum of gradients|
+    over `accumulate` steps, among as many candidates as there are trained entries: those with the largest gradients of
+    the first micro-batch of these steps. "ma", momentum approximation: the recipe brings `efftune.optim.sm3.SM3` as its
+    optimizer, whose state is a number for each row and column of a weight, and those are grown whose row · column is
+    largest; it looks at no gradient of what does not train, and needs no `tuner.backward`.
 
     Args:
         density: the share of a weight's entries that train.   rate: the share of them that is replaced.
         every: steps between replacements.   accumulate: steps whose gradients decide.
-        until: the step at which replacements end; None: the share stays `rate`.
+        until: the step at which replacements end; None: the share stays `rate`.   criterion: "ag" or "ma".
         scorer, rank, seed: of the first picks, see `shira`.   target_modules, modules_to_save: see `lora`.
-    Source: Ansell et al. 2024, arXiv:2401.16405 (SpIEL-AG). The code published with it corrects the moments of grown
-        entries for age twice, and does not count the age of 16-bit ones.
+    Source: Ansell et al. 2024, arXiv:2401.16405 (SpIEL-AG, SpIEL-MA). The code published with it corrects the moments
+        of grown entries for age twice, and does not count the age of 16-bit ones; with "ma" it sorts the entries and
+        leaves the momentum in their old order, and has 1e-8 under the root of SM3, where g² is often smaller.
     """
 
     scorer: str = "random"
@@ -50,8 +59,10 @@ class Spiel(Sparse):
     accumulate: int = 5
     rate: float = 0.2
     until: int | None = None
+    criterion: str = AG
 
     name = "spiel"
+    of_batch = ()  # the scorer is for the first picks only
     State = State
 
     def __post_init__(self):
@@ -62,10 +73,24 @@ class Spiel(Sparse):
             )
         if not 0 <= self.rate <= 1:
             raise EfftuneError(f"the share of entries that is replaced lies in [0, 1], not {self.rate}.")
+        if self.criterion not in (AG, MA):
+            raise EfftuneError(
+                f"criterion is 'ag' (accumulated gradients) or 'ma' (momentum approximation), not {self.criterion!r}."
+            )
 
     @property
-    def by_gradient(self):
+    def by_batch(self):
+        return self.criterion == AG
+
+    @property
+    def picks_again(self):
         return True
+
+    def overrides(self, hook):
+        return super().overrides(hook) and (hook != "optimizer" or self.criterion == MA)
+
+    def optimizer(self, groups, **defaults):
+        return SM3(groups, **defaults) if self.criterion == MA else None
 
     def looked(self, run):
         return bool(run.state(self).sums)
@@ -79,28 +104,52 @@ class Spiel(Sparse):
         return self.rate if self.until is None else self.rate * max(0.0, 1 - step / self.until)
 
     def is_due(self, step):
-        return False  # the scorer is for the first picks only
+        return False
 
     def before_step(self, run):
-        state = run.state(self)
-        if state.sums and (share := self.share(run.step)):
+        state, share = run.state(self), self.share(run.step)
+        if self.criterion == MA and run.optimizer is not None:
+            if not isinstance(run.optimizer, SM3):
+                raise EfftuneError(
+                    "spiel(criterion='ma') grows entries by the state of SM3, and the optimizer is "
+                    f"{type(run.optimizer).__name__}; take the one of tuner.optimizer(lr=...), or criterion='ag'."
+                )
+            for layer in self.layers(run).values():
+                run.optimizer.cover(layer.values, layer.indices, (layer.out_features, layer.in_features))
+        if share and state.replaced != run.step:  # else a run goes on before the step that it has replaced for
             for name, layer in self.layers(run).items():
-                if name in state.sums:
-                    self.replace(run, layer, share, state.candidates.pop(name), state.sums.pop(name))
+                self.replace(run, layer, share, *self.grown(run, name, layer, share))
+            state.replaced = run.step
 
-    def replace(self, run: Run, layer: Linear, share: float, candidates: Tensor, sums: Tensor) -> None:
-        old, change = layer.indices, layer.values.detach().abs()
-        candidates, sums = candidates.to(old.device), sums.to(old.device)
+    def grown(self, run: Run, name: str, layer: Linear, share: float) -> tuple[Tensor, Tensor]:
+        """The entries that may be grown, (C,), none of which trains, and their scores."""
+        if self.criterion == MA:
+            bounds = run.optimizer.bounds(layer.values) if run.optimizer is not None else None
+            if bounds is None:  # nothing of it has trained so far
+                return layer.indices[:0], layer.values[:0]
+            shape, count = (layer.out_features, layer.in_features), int(share * len(layer.indices))
+            rows = products(*bounds, layer.indices)
+            best = largest(rows, shape, min(count, shape[0] * shape[1] - len(layer.indices)))
+            scores = at(rows, shape, best)
+            return best[scores > 0], scores[scores > 0]
+        state, old = run.state(self), layer.indices
+        candidates, sums = state.candidates.pop(name, old[:0]).to(old.device), state.sums.pop(name, None)
+        scores = torch.zeros_like(candidates) if sums is None else sums.to(old.device).abs()
         new = ~torch.isin(candidates, old)
-        candidates, sums = candidates[new], sums[new]
+        return candidates[new], scores[new]
+
+    def replace(self, run: Run, layer: Linear, share: float, candidates: Tensor, scores: Tensor) -> None:
+        old, change = layer.indices, layer.values.detach().abs()
         count = min(int(share * len(old)), len(candidates))
-        stay = change.sort(descending=True, stable=True).indices[: len(old) - count]
-        grow = sums.abs().sort(descending=True, stable=True).indices[:count]
-        self.take(run, layer, torch.cat([old[stay], candidates[grow]]).sort().values, forget=True)
+        if count:
+            stay = change.sort(descending=True, stable=True).indices[: len(old) - count]
+            grow = scores.sort(descending=True, stable=True).indices[:count]
+            self.take(run, layer, torch.cat([old[stay], candidates[grow]]).sort().values, forget=True)
 
     def backward(self, micro, inner):
         run = micro.run
-        if not any(self.share(run.step + i) for i in range(1, self.accumulate + 1)):
+        soon = any(self.share(run.step + i) for i in range(1, self.accumulate + 1))
+        if self.criterion == MA or not soon:
             return inner(micro)
         state = run.state(self)
 
@@ -113,3 +162,17 @@ class Spiel(Sparse):
 
         with watching(self.layers(run), see):
             return inner(micro)
+
+
+def products(row: Tensor, column: Tensor, taken: Tensor) -> Rows:
+    """√(row · column), by rows; -1 at the entries `taken`, (S,) sorted."""
+    row, column = row.sqrt().float(), column.sqrt().float()  # of sums of squares: their products leave float32's range
+
+    def rows(a: int, b: int) -> Tensor:
+        scores = row[a:b, None] * column
+        k = len(column)
+        first, last = torch.searchsorted(taken, torch.tensor([a * k, b * k], device=taken.device)).tolist()
+        scores.view(-1)[taken[first:last].long() - a * k] = -1
+        return scores
+
+    return rows

@@ -1,0 +1,134 @@
+"""What methods share that may let a micro-batch decide which entries or columns train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from efftune.errors import EfftuneError
+from efftune.linear import Linear
+from efftune.linear.contracts import Delta
+from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.entries import Entries
+from efftune.linear.picks import columns_of, entries_of
+from efftune.methods import _base
+from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
+from efftune.methods.sparse._scores import SCORERS
+from efftune.optim.contract import refuse_move
+from efftune.plan import Layer, Plan
+
+GRADIENT, ACTIVATION = "gradient", "activation"  # scorers that need a batch
+
+
+@dataclass
+class State(_base.State):
+    picked: dict[str, int] = field(default_factory=dict)  # layer -> the step at which a batch last decided about it
+
+
+class Picks(Method):
+    """Trains a part of each weight, which part is said by a scorer: of the weight, before training, or of what the
+    first micro-batch of a step shows, before its backward pass."""
+
+    phase = TRAINS
+    State = State
+
+    scorer: str
+    rank: int  # of the approximation of a weight, for the scorer that takes one
+    target_modules: str | tuple[str, ...]
+    modules_to_save: tuple[str, ...] | None
+
+    of_batch: ClassVar[tuple[str, ...]] = (GRADIENT,)  # scorers beside those of the weight
+    what: ClassVar[str]  # that is picked
+    instead: ClassVar[tuple[str, str]]  # what to use where a batch may not decide, and where picks may not change
+
+    def __post_init__(self):
+        known = *SCORERS, *self.of_batch
+        if self.scorer not in known:
+            raise EfftuneError(f"scorer is one of {', '.join(known)}, not {self.scorer!r}.")
+        if self.rank < 1:
+            raise EfftuneError(f"the rank of the approximation is at least 1, not {self.rank}.")
+
+    def adapt(self, plan: Plan, delta: Callable[[Layer], Entries | Columns]) -> None:
+        """Wishes the delta of each of the method's layers: in place, where the weight can be written to.
+
+        Raises: EfftuneError for layers that the scorer cannot score.
+        """
+
+        def fitting(layer: Layer) -> Delta:
+            found = delta(layer)
+            return found if plan.writable(layer) else found.beside()
+
+        for layer in plan.adapt(self, fitting, self.target_modules, self.modules_to_save):
+            if self.scorer == "low_rank" and self.rank > min(layer.shape):
+                raise EfftuneError(
+                    f"{layer.name}: rank={self.rank} exceeds min(N, K) = {min(layer.shape)} of a layer of "
+                    f"{layer.shape}; choose a smaller rank or other layers."
+                )
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether a micro-batch decides what trains."""
+        return self.scorer in self.of_batch
+
+    @property
+    def picks_again(self) -> bool:
+        """Whether other entries or columns train after the first step."""
+        return False
+
+    def why_not(self, others):
+        # Activations could be seen without backward, but runs of these methods are replayed from seeds, without data.
+        without = [m.name for m in others if m.place == ESTIMATES and m.overrides("optimizer")]
+        if self.by_batch and without:
+            seen = ACTIVATION if self.scorer == ACTIVATION else GRADIENT
+            return (
+                f"it picks {self.what} by their {seen}s, and {without[0]} trains without backward; use "
+                f"{self.instead[0]}"
+            )
+        holding = [m.name for m in others if m.overrides("arrives")]
+        if (self.by_batch or self.picks_again) and holding:
+            return (
+                f"other {self.what} train as time goes on, and {holding[0]} compares those of now with those that a "
+                f"round began with; use {self.instead[1]}"
+            )
+        return None
+
+    def layers(self, run: Run) -> dict[str, Linear]:
+        """Those that this method trains a part of, by name, whose weights have data."""
+        targets = run.plan.targets(self, self.target_modules)
+        named = {t.name: run.model.get_submodule(t.name) for t in targets if t.by.get("delta") == self.name}
+        layers = {name: m for name, m in named.items() if entries_of(m) or columns_of(m)}
+        return {name: layer for name, layer in layers.items() if not layer.values.is_meta}
+
+    def is_due(self, step: int) -> bool:
+        """Whether a part is picked before this step."""
+        return step == 0
+
+    def look(self, micro: Micro) -> None:
+        """Picks by this micro-batch."""
+        raise NotImplementedError
+
+    def backward(self, micro, inner):
+        run = micro.run
+        if self.by_batch and self.is_due(run.step):
+            layers, picked = self.layers(run), run.state(self).picked
+            if any(picked.get(name) != run.step for name in layers):
+                self.look(micro)
+                picked.update(dict.fromkeys(layers, run.step))
+        return inner(micro)
+
+    def looked(self, run: Run) -> bool:
+        """Whether the first step's micro-batch has been seen."""
+        return bool(run.state(self).picked)
+
+    def after_step(self, run):
+        if run.step == 0 and self.by_batch and self.layers(run) and not self.looked(run):
+            warnings.warn(
+                f"{self.name} picks {self.what} in tuner.backward(batch, loss_fn), which this loop does not call: "
+                "those that it began with go on training.",
+                stacklevel=2,
+            )
+        if run.step == 0 and self.picks_again and run.optimizer is not None:
+            for layer in self.layers(run).values():
+                refuse_move(run.optimizer, layer.values)  # now, and not when the first entries move
