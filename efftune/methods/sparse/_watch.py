@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,9 @@ def watching(
     `called` in forward, with x (M, K)."""
     kept = {name: (layer.delta, layer._eval_delta) for name, layer in layers.items()}
     for name, layer in layers.items():
-        kind = WatchedEntries if isinstance(layer.delta, Entries) else WatchedColumns
-        settings = {f.name: getattr(layer.delta, f.name) for f in fields(layer.delta)}
+        delta: Any = layer.delta
+        kind = WatchedEntries if isinstance(delta, Entries) else WatchedColumns
+        settings = {f.name: getattr(delta, f.name) for f in fields(delta)}
         layer.delta = layer._eval_delta = kind(**settings, see=partial(see, name), called=partial(called, name))
     try:
         yield
