@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from efftune.linear import Linear
-from efftune.linear.contracts import Call, Delta, Keep, product_t
+from efftune.linear.contracts import Delta, Keep, product_t
 from efftune.linear.delta.columns import Columns
-from efftune.linear.delta.entries import Entries
 from efftune.methods._base import Micro, autograd, exact_keeps
 from efftune.methods._gradients import discarding
 from efftune.methods.sparse._scores import Rows
@@ -37,39 +35,35 @@ class Peek(Keep):
         return found
 
 
+@dataclass(frozen=True)
 class Watched(Delta):
-    """What stands before a delta in the order of classes, so that it is watched: all of x is kept."""
+    """A delta by which entries or columns train in place, of which somebody sees the input and the operands of dW."""
 
+    inner: Delta
     see: Callable[[Tensor, Tensor], None]
     called: Callable[[Tensor], None]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.inner.names
+
+    def put(self, c):
+        self.inner.put(c)
+
+    def take_back(self, c):
+        self.inner.take_back(c)
 
     def forward(self, c, x):
         if torch._C._current_graph_task_id() < 0:  # else backward runs a part of the model again
             self.called(x)
         return c.linear(x), c.save(x, c.source) if c.need.p[2] else ()
 
-
-@dataclass(frozen=True)
-class WatchedEntries(Watched, Entries):
-    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
-    called: Callable[[Tensor], None] = lambda x: None
-
-    def backward(self, c: Call, dy, saved, add=None):
-        return Entries.backward(self, c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
-
-
-@dataclass(frozen=True)
-class WatchedColumns(Watched, Columns):
-    """The gradient of `values` is nobody's business then."""
-
-    see: Callable[[Tensor, Tensor], None] = lambda g, z: None
-    called: Callable[[Tensor], None] = lambda x: None
-
-    def backward(self, c: Call, dy, saved, add=None):
-        dx = c.linear_t(dy, add=add) if c.need.x else add
+    def backward(self, c, dy, saved, add=None):
+        if not isinstance(self.inner, Columns):
+            return self.inner.backward(c._replace(keep=Peek(c.keep, self.see)), dy, saved, add)
         if c.need.p[2]:
-            self.see(*c.operands(dy, saved))
-        return dx, c.no_dw(), (None, None, None)
+            self.see(*c.operands(dy, saved))  # of all of x; the columns that train now get no gradient
+        return c.linear_t(dy, add=add) if c.need.x else add, c.no_dw(), (None, None, None)
 
 
 @contextmanager
@@ -80,10 +74,7 @@ def watching(
     `called` in forward, with x (M, K)."""
     kept = {name: (layer.delta, layer._eval_delta) for name, layer in layers.items()}
     for name, layer in layers.items():
-        delta: Any = layer.delta
-        kind = WatchedEntries if isinstance(delta, Entries) else WatchedColumns
-        settings = {f.name: getattr(delta, f.name) for f in fields(delta)}
-        layer.delta = layer._eval_delta = kind(**settings, see=partial(see, name), called=partial(called, name))
+        layer.delta = layer._eval_delta = Watched(layer.delta, partial(see, name), partial(called, name))
     try:
         yield
     finally:
