@@ -38,7 +38,8 @@ class SM3(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        vars(self).setdefault("covers", {})  # of a copy: who made it says again what it covers
+        if not hasattr(self, "covers"):  # a copy: who made it says again what it covers
+            self.covers = {}
 
     def cover(self, p: nn.Parameter, indices: Tensor, shape: tuple[int, int]) -> None:
         """Says that p (S,) are the entries n·K + k = indices (S,) of an (N, K) matrix, as they are at each step."""

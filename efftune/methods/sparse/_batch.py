@@ -17,7 +17,8 @@ from efftune.methods import _base
 from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
 from efftune.methods.sparse._scores import SCORERS
 from efftune.optim.contract import refuse_move
-from efftune.plan import Layer, Plan
+from efftune.plan import ALL_LINEAR, Layer, Plan
+from efftune.structure import matches
 
 GRADIENT, ACTIVATION = "gradient", "activation"  # scorers that need a batch
 
@@ -96,8 +97,10 @@ class Picks(Method):
 
     def layers(self, run: Run) -> dict[str, Linear]:
         """Those that this method trains a part of, by name, whose weights have data."""
-        targets = run.plan.targets(self, self.target_modules)
-        named = {t.name: run.model.get_submodule(t.name) for t in targets if t.by.get("delta") == self.name}
+        mine = [name for name, layer in run.plan.layers.items() if layer.by.get("delta") == self.name]
+        if self.target_modules != ALL_LINEAR:  # else another method of the name has the rest
+            mine = [name for name in mine if matches(name, self.target_modules)]
+        named = {name: run.model.get_submodule(name) for name in mine}
         layers = {name: m for name, m in named.items() if entries_of(m) or columns_of(m)}
         return {name: layer for name, layer in layers.items() if not layer.values.is_meta}
 

@@ -128,7 +128,7 @@ class Spiel(Sparse):
             if bounds is None:  # nothing of it has trained so far
                 return layer.indices[:0], layer.values[:0]
             shape, count = (layer.out_features, layer.in_features), int(share * len(layer.indices))
-            rows = products(*bounds, layer.indices)
+            rows = products(bounds[0], bounds[1], layer.indices)
             best = largest(rows, shape, min(count, shape[0] * shape[1] - len(layer.indices)))
             scores = at(rows, shape, best)
             return best[scores > 0], scores[scores > 0]
