@@ -19,6 +19,7 @@ from efftune.recipe import parse
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = ROOT / "docs" / "methods"  # whose pages go on from what their index defines, and show what they print
+SPARSE = ROOT / "docs" / "sparse-files.md"  # shows what it prints, too
 LANGUAGES = {"python", "cpp", "text", "json", "toml"}
 
 # Each page in a process of its own, as somebody would who pastes one block after the other. They are forked from one
@@ -100,7 +101,7 @@ def to_run(page):
     """(place, text, what it prints or None) of each block of Python."""
     before = to_run(METHODS / "README.md") if page.parent == METHODS and page.name != "README.md" else []
     found = [*blocks(page), (None, None, None)]
-    shows = page.parent == METHODS
+    shows = page.parent == METHODS or page == SPARSE
     pairs = [(block, text if shows and kind == "text" else None) for block, (_, kind, text) in pairwise(found)]
     return before + [(place, text, shown) for (place, kind, text), shown in pairs if kind == "python"]
 

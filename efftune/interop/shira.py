@@ -80,15 +80,17 @@ class Shira:
         tensors, found = read_tensors(path / WEIGHTS), dict[str, Tensor]()
         about = _about(path / WEIGHTS)
         for name, layer in trained(tuned).items():
-            pair = [tensors.pop(f"{PREFIX}{name}.{part}", None) for part in ("shira_indices", "shira_weight")]
-            if None not in pair:
-                try:
-                    own = _of_layer(layer, *pair, about.get(name))
-                except (ValueError, TypeError, KeyError) as error:
-                    raise EfftuneError(f"{path / WEIGHTS}: {name}: {error}; nothing was loaded.") from None
-                found |= {f"{name}.{part}": tensor for part, tensor in own.items()}
-            elif any(part is not None for part in pair):
+            key = f"{PREFIX}{name}.shira_"
+            indices, change = tensors.pop(key + "indices", None), tensors.pop(key + "weight", None)
+            if indices is None and change is None:
+                continue  # `load` says that it is missing
+            if indices is None or change is None:
                 raise EfftuneError(f"{path / WEIGHTS}: {name}: it has no shira_indices or no shira_weight.")
+            try:
+                own = _of_layer(layer, indices, change, about.get(name))
+            except (ValueError, TypeError, KeyError) as error:
+                raise EfftuneError(f"{path / WEIGHTS}: {name}: {error}; nothing was loaded.") from None
+            found |= {f"{name}.{part}": tensor for part, tensor in own.items()}
         layout = _layout(tuned)
         return found | by_our_names(tuned, {} if layout is None else layout.keys, tensors, path)
 

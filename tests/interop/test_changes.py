@@ -14,6 +14,7 @@ from efftune.interop.changes import compose, masked, ternary, total
 from efftune.interop.sparse import FILE, Changes
 from efftune.linear import Linear, NoDelta
 from efftune.train.deltas import Edit, tuned
+from efftune.train.state import restore_tensors
 from tests.interop.test_sparse import trained
 from tests.methods.models import llama
 
@@ -172,7 +173,8 @@ def test_a_damaged_file_is_refused(change, words, use, tmp_path):
         (lambda indices: indices.float(), "int32 or int64"), (lambda indices: indices[1:].clone(), "not one for each"),
     ],
 )  # fmt: skip
-def test_damaged_indices_of_a_plain_file_are_refused(change, words, tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_damaged_indices_of_a_plain_file_or_a_checkpoint_are_refused(change, words, resume, tmp_path):
     trained("shira(density=0.02)", steps=1).save(tmp_path, format="safetensors")
     tensors = load_file(tmp_path / "trained.safetensors")
     tensors[f"{NAME}.indices"] = change(tensors[f"{NAME}.indices"])
@@ -180,7 +182,10 @@ def test_damaged_indices_of_a_plain_file_are_refused(change, words, tmp_path):
     model = llama(dtype=torch.bfloat16)
     before = {name: w.clone() for name, w in model.state_dict().items()}
     with pytest.raises(EfftuneError, match=words) as raised:
-        efftune.load(model, tmp_path)
+        if resume:
+            restore_tensors(efftune.apply(model, "shira(density=0.02)"), tensors)
+        else:
+            efftune.load(model, tmp_path)
     assert NAME in str(raised.value)
     after = model.state_dict()
     assert all(torch.equal(after[name], w) for name, w in before.items())

@@ -58,6 +58,18 @@ def test_bytes_an_entry(density, tmp_path):
     assert not (tmp_path / "trained.safetensors").exists()
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1])
+def test_bytes_an_entry_of_the_whole_file(density, tmp_path):
+    """Of a layer of ordinary size, with the file's header and the checksum."""
+    layer = torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
+    tuner = efftune.apply(torch.nn.Sequential(layer), f"shira(density={density})")
+    (values,) = tuner.named_trained().values()
+    with torch.no_grad():
+        values.copy_(torch.randn(len(values)) / 100)
+    tuner.save(tmp_path)
+    assert (tmp_path / FILE).stat().st_size <= 3.2 * len(values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("recipe", ["lift(rank=4, every=2)", "s2ft(ratio=0.2)", "shira + full(target_modules='norm')"])
 def test_the_weights_of_the_run_come_back_bit_for_bit(recipe, dtype, tmp_path):
