@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -306,14 +306,14 @@ def _checked(layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> P
     dtype, parts = layer.stored().dtype, Parts()
     for kind in KINDS:
         data, values = held.get(f"{kind}.gaps"), held.get(f"{kind}.values")
-        packed = held.get(f"{kind}.signs"), held.get(f"{kind}.scale")
-        if data is None or (values is None and None in packed):
+        signs, scale = held.get(f"{kind}.signs"), held.get(f"{kind}.scale")
+        if data is None or (values is None and (signs is None or scale is None)):
             continue
         where = places(data)
         if len(where) and int(where[-1]) >= (k if kind == "columns" else n * k):
             raise ValueError(f"place {int(where[-1])} is outside of a weight of {shape}")
         if values is None:
-            values = _of_signs(*packed, len(where))
+            values = _of_signs(cast(Tensor, signs), cast(Tensor, scale), len(where))
         original = at(layer, kind, where)
         if values.shape != original.shape:
             raise ValueError(f"{tuple(values.shape)} values are not those of {len(where)} {kind}")
@@ -322,7 +322,7 @@ def _checked(layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> P
         if not values.isfinite().all():
             raise ValueError("it has NaN or Inf")
         parts[kind] = where, original, values
-    if parts.keys() <= {"left"}:
+    if parts.keys() <= {"left", "left_changes"}:
         raise ValueError("it has no entries and no columns")
     if "left" in parts and torch.isin(parts["left"][0], parts.get("entries", parts["left"])[0]).any():
         raise ValueError("an entry is in it twice")

@@ -79,7 +79,9 @@ class _Change(Matrix):
 
     change: Tensor  # (N, K), sparse, on the CPU
 
-    device = torch.device("cpu")
+    @property
+    def device(self):
+        return torch.device("cpu")
 
     def times(self, right):
         return torch.sparse.mm(self.change, right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class SM3(Optimizer):
 
     def _update(self, p: nn.Parameter, lr: float, momentum: float, weight_decay: float) -> None:
         dtype, state = torch.promote_types(p.dtype, torch.float32), self.state[p]
-        g = p.grad.to(dtype).reshape(p.shape or (1,))
+        g = cast(Tensor, p.grad).to(dtype).reshape(p.shape or (1,))
         for i, size in enumerate(self._sizes(p)):
             if f"bound_{i}" not in state:
                 state[f"bound_{i}"] = torch.zeros(size, dtype=dtype, device=p.device)

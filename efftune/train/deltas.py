@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from efftune.interop.changes import check, files, masked, put, ternary, total
 from efftune.interop.peft import endings
 from efftune.interop.sparse import Changes, dtypes, entries_as
 from efftune.interop.svd import save_lora
+from efftune.linear import Linear
 from efftune.linear.delta.columns import above
 from efftune.methods.sparse.shira import Shira
 from efftune.train import default_job, models, rundir
@@ -90,7 +91,7 @@ def tuned(model: nn.Module, changes: dict[str, Changes]) -> Tuner:
     recipe = Shira(density, target_modules=targets if isinstance(targets, str) else tuple(targets), modules_to_save=())
     tuner = efftune.apply(model, recipe, blocks=False)
     for name, (_, where, original, change) in changes.items():
-        layer = tuner.model.get_submodule(name)
+        layer = cast(Linear, tuner.model.get_submodule(name))
         found = entries_as(layer, where, change.to(above(original.dtype)))
         layer.replace(tuple([found[part] for part in layer.delta.names]))
     return tuner

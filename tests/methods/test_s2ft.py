@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import efftune
 from efftune import EfftuneError, Linear

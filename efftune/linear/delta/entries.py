@@ -140,8 +140,10 @@ class AddedEntries(Entries):
 
     def weight(self, c, a, b, dtype):
         k, wide = c.w.shape[1], torch.promote_types(dtype, c.p[1].dtype)
-        rows = c.base.rows(c.w, a, b, wide).clone(memory_format=torch.contiguous_format)  # it may be W itself
-        return add_entries(rows, [_between(i, v, a * k, b * k) for i, v in self._added(c, wide)]).to(dtype)
+        rows = c.base.rows(c.w, a, b, wide).contiguous()
+        rows = rows.clone() if rows.dtype == c.w.dtype else rows  # it may be W itself
+        inside = [_between(*entries, a * k, b * k) for entries in self._added(c, wide)]
+        return add_entries(rows, inside).to(dtype)
 
 
 def _between(indices: Tensor, values: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
@@ -100,9 +100,8 @@ class Picks(Method):
         mine = [name for name, layer in run.plan.layers.items() if layer.by.get("delta") == self.name]
         if self.target_modules != ALL_LINEAR:  # else another method of the name has the rest
             mine = [name for name in mine if matches(name, self.target_modules)]
-        named = {name: run.model.get_submodule(name) for name in mine}
-        layers = {name: m for name, m in named.items() if entries_of(m) or columns_of(m)}
-        return {name: layer for name, layer in layers.items() if not layer.values.is_meta}
+        layers = {name: cast(Linear, run.model.get_submodule(name)) for name in mine}
+        return {n: m for n, m in layers.items() if (entries_of(m) or columns_of(m)) and not m.values.is_meta}
 
     def is_due(self, step: int) -> bool:
         """Whether a part is picked before this step."""

@@ -46,8 +46,13 @@ class Watched(Delta):
     see: Callable[[Tensor, Tensor], None]
     called: Callable[[Tensor], None]
 
-    names = property(lambda self: self.inner.names)
-    in_place = property(lambda self: self.inner.in_place)
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.names
+
+    @property
+    def in_place(self) -> bool:
+        return self.inner.in_place
 
     def forward(self, c, x):
         if torch._C._current_graph_task_id() < 0:  # else backward runs a part of the model again
