@@ -142,7 +142,7 @@ class AddedEntries(Entries):
         k, wide = c.w.shape[1], torch.promote_types(dtype, c.p[1].dtype)
         rows = c.base.rows(c.w, a, b, wide).contiguous()
         rows = rows.clone() if rows.dtype == c.w.dtype else rows  # it may be W itself
-        inside = [_between(*entries, a * k, b * k) for entries in self._added(c, wide)]
+        inside = [_between(i, v, a * k, b * k) for i, v in self._added(c, wide)]
         return add_entries(rows, inside).to(dtype)
 
 
