@@ -1,5 +1,6 @@
 """Single entries of a weight: their gradient against the dense one, their added product against that of a dense
-layer, writing them into the weight, and the choice of the largest scores against torch.topk, for each density.
+layer, writing them into the weight, the choice of the largest scores against torch.topk, and a step of AdamW, for each
+density; and the entries of a low-rank approximation against those of an exact SVD.
 
 python -m bench.entries [--tokens M] [--threads 1]
 """
@@ -11,6 +12,8 @@ from functools import partial
 import torch
 
 from bench.harness import Job, measure, on_backend, parsed, parser, run
+from efftune.linear import Linear
+from efftune.methods.sparse._scores import Matrix, truncated
 from efftune.ops._available import dtype_name
 from efftune.ops.entries_grad import entries_grad
 from efftune.ops.entries_linear import entries_linear, entries_linear_t
@@ -57,6 +60,48 @@ def choice_rows(device: str, n: int, density: float) -> list[dict]:
     )
 
 
+def adamw_rows(device: str, n: int, density: float) -> list[dict]:
+    """A step of AdamW for some entries, whose state is packed, against one for the whole weight."""
+
+    def step(count: int):
+        p = torch.nn.Parameter(torch.zeros(count, device=device))
+        p.grad = torch.randn_like(p)
+        return torch.optim.AdamW([p], lr=1e-5, fused=True).step
+
+    variants = {"all entries": step(n * n), "these": step(round(density * n * n))}
+    return run(f"AdamW {n} x {n} density {density} {device}", variants, device=device, bytes=28 * n * n, repeats=15)
+
+
+def rank_rows(device: str, n: int, r: int) -> list[dict]:
+    """The entries of the largest rank-r approximation: by block Krylov iteration against the exact SVD, of a matrix
+    whose singular values have a gap at r, and the share of 1 % of the entries that both pick."""
+    u, v = (torch.linalg.qr(torch.randn(n, n, device=device)).Q for _ in range(2))
+    s = torch.linspace(1, 0.5, n, device=device)
+    s[r:] /= 4
+    w = (u * s) @ v
+    layer = Linear.from_linear(torch.nn.Linear(n, n, bias=False, device=device).requires_grad_(False))
+    layer.weight.data.copy_(w)
+    count = round(0.01 * n * n)
+
+    def exact():
+        u, s, v = torch.linalg.svd(w, full_matrices=False)
+        return ((u[:, :r] * s[:r]) @ v[:r]).abs_()
+
+    def krylov():
+        a, b = truncated(Matrix(layer, r, 0))
+        return (a @ b).abs_()
+
+    def picked(scores):
+        return torch.topk(scores.flatten(), count).indices
+
+    name = f"rank {r} of {n} x {n} {device}"
+    rows = run(name, {"exact SVD": exact, "block Krylov": krylov}, device=device, repeats=5)
+    if "skipped" not in rows[-1]:
+        rows[-1]["overlap"] = float(torch.isin(picked(exact()), picked(krylov())).double().mean())
+        print(f"{name}: overlap {rows[-1]['overlap']:.4f}")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--tokens", type=int, default=2048)
@@ -74,6 +119,8 @@ def main(argv: list[str] | None = None) -> None:
                     jobs.append(Job(name, partial(rows, args.device, dtype, args.tokens, n, density)))
     for density in (0.01, 0.05):
         jobs.append(Job(f"choice {density}", partial(choice_rows, args.device, 4096, density)))
+        jobs.append(Job(f"adamw {density}", partial(adamw_rows, args.device, 2048, density)))
+    jobs.append(Job("rank", partial(rank_rows, args.device, 1024, 64)))
     measure(args, "entries", jobs)
 
 

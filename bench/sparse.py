@@ -1,5 +1,6 @@
 """A layer of which a few entries or columns train, forward + backward, against the frozen linear, the whole weight,
-a LoRA of rank 16, and PEFT's SHiRA of as many entries: time and peak memory; then with a step of AdamW.
+a LoRA of rank 16, and PEFT's SHiRA of as many entries: time and peak memory; then with a step of AdamW; entries over 8-bit
+weights and over weights that cannot be written to; and steps of whole models.
 
 python -m bench.sparse [--device cpu|cuda]
 """
@@ -12,9 +13,10 @@ from functools import partial
 import torch
 from torch import nn
 
+import efftune
 from bench.harness import Job, measure, parsed, parser, print_table, run
 from efftune import Linear
-from efftune.linear import LoRA, Trained
+from efftune.linear import Dense, Int8, LoRA, Trained
 from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.entries import Entries
 from efftune.linear.picks import choose, repick
@@ -45,7 +47,48 @@ def layers(linear: nn.Linear) -> dict[str, nn.Module]:
     for share, count in {"1 %": round(0.01 * k), "5 %": round(0.05 * k)}.items():
         layer = made[f"{share} of columns"] = Linear.from_linear(copy.deepcopy(linear), delta=Columns(count))
         choose(layer, torch.randperm(k, generator=draw)[:count].sort().values)
+    made["frozen, 8 bits"] = Linear.from_linear(copy.deepcopy(linear), base=Int8())
+    made["LoRA r 16, 8 bits"] = Linear.from_linear(copy.deepcopy(linear), base=Int8(), delta=LoRA(r=16))
+    for base, what in ((Int8(), "8 bits"), (Dense(), "not written to")):
+        delta = Entries(r=RANKS["1 %"]).beside()
+        layer = made[f"1 % of entries, {what}"] = Linear.from_linear(copy.deepcopy(linear), base=base, delta=delta)
+        repick(layer, torch.randperm(n * k, generator=draw)[: len(layer.indices)].sort().values)
     return made
+
+
+MODELS = {  # hidden size, MLP, layers, vocabulary; samples of 256 tokens
+    "d 256, 4 layers, MLP 1024": ((256, 1024, 4, 4096), 8),
+    "d 512, 4 layers, MLP 1408": ((512, 1408, 4, 4096), 4),
+}
+RECIPES = "full", "lora(r=16)", "s2ft(ratio=0.03)", "shira(density=0.01)"
+
+
+def model_rows(device: str, dtype: torch.dtype, name: str, repeats: int) -> list[dict]:
+    """A step with AdamW: forward, backward, update."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (d, mlp, layers, vocabulary), samples = MODELS[name]
+    config = LlamaConfig(
+        hidden_size=d, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=d // 64,
+        num_key_value_heads=d // 64, vocab_size=vocabulary, tie_word_embeddings=True,
+    )  # fmt: skip
+    ids = torch.randint(vocabulary, (samples, 256), device=device)
+    batch = {"input_ids": ids, "labels": ids}
+
+    def step(recipe: str):
+        tuner = efftune.apply(LlamaForCausalLM(config).to(device, dtype), recipe)
+        optimizer = tuner.optimizer(lr=1e-5)
+        tuner.model.train()
+
+        def call():
+            tuner.backward(batch, lambda model, batch: model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return call
+
+    title = f"step, {name}, {dtype_name(dtype)}, {samples} x 256 tokens"
+    return run(title, {r: step(r) for r in RECIPES}, device=device, dtype=dtype, repeats=repeats)
 
 
 def rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int, adamw: bool) -> list[dict]:
@@ -84,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         for dtype, *rest in shapes
         for adamw in (False, True)
     ]
+    models = [(torch.float32, "d 256, 4 layers, MLP 1024"), (torch.bfloat16, "d 512, 4 layers, MLP 1408")]
+    for dtype, name in models if args.device == "cpu" else models[1:]:
+        jobs.append(Job(f"step {name} {dtype_name(dtype)}", partial(model_rows, args.device, dtype, name, 7)))
     measure(args, "sparse", jobs, print_table)
 
 
