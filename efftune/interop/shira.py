@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,7 @@ from torch import Tensor
 from efftune.errors import EfftuneError
 from efftune.files import read_tensors
 from efftune.interop.peft import CONFIG, PREFIX, SHIRA, WEIGHTS, Layout, by_our_names, in_several_places
-from efftune.interop.sparse import (
-    about_layer,
-    at,
-    check_original,
-    check_weight,
-    flat,
-    metadata,
-    parts_of,
-    shape_of,
-    trained,
-)
+from efftune.interop.sparse import about_layer, at, check_original, check_weight, flat, metadata, parts_of, trained
 from efftune.linear import Linear
 from efftune.linear.delta.columns import Columns, above
 from efftune.linear.delta.entries import Entries
@@ -66,7 +55,7 @@ class Shira:
             several = [flat(layer, {kind: part}) for kind, part in parts.items()]
             where = torch.cat([changes.where for changes in several])
             change = torch.cat([changes.change for changes in several]).to(above(several[0].original.dtype))
-            zeros = delta.count(shape_of(layer)) - len(where)
+            zeros = delta.count((layer.out_features, layer.in_features)) - len(where)
             every = torch.arange(len(where) + zeros)
             padded = torch.cat([where, every[~torch.isin(every, where)][:zeros]])
             indices = torch.stack([padded // layer.in_features, padded % layer.in_features])
@@ -104,11 +93,15 @@ def _layout(tuned) -> Layout | None:
         counts[name] = p["values"].numel() + len(p.get("left", ()))
     while layers:
         r = max(1, *(-(-counts[name] // sum(shape_of(layer))) for name, layer in layers.items()))
-        fit = {n: m for n, m in layers.items() if r * sum(shape_of(m)) <= math.prod(shape_of(m))}
+        fit = {n: m for n, m in layers.items() if r * sum(shape_of(m)) <= m.out_features * m.in_features}
         if len(fit) == len(layers):
             return Layout.around(tuned, SHIRA, dict.fromkeys(layers, Entries(r=r)))
         layers = fit
     return None
+
+
+def shape_of(layer: Linear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features
 
 
 def _about(file: Path) -> dict[str, Any]:

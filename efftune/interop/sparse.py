@@ -110,11 +110,7 @@ class Changes(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return shape_of(self.layer)
-
-
-def shape_of(layer: Linear) -> tuple[int, int]:
-    return layer.out_features, layer.in_features
+        return self.layer.out_features, self.layer.in_features
 
 
 def trained(tuned) -> dict[str, Linear]:
@@ -129,7 +125,7 @@ def parts_of(layer: Linear) -> Parts:
     if isinstance(layer.delta, Columns):
         return {"columns": (p["columns"].long(), p["original"], p["values"])}
     parts = {"entries": (p["indices"].long(), p["original"], p["values"])}
-    if len(p.get("left", ())):
+    if len(p["left"]):
         parts["left"] = p["left"].long(), p["left_original"], p["left_values"]
     return parts
 
@@ -199,7 +195,7 @@ def about_layer(layer: Linear, parts: Parts) -> dict[str, Any]:
     """What a file says about a weight: it fits no other one."""
     originals = [original for _, original, _ in parts.values()]
     dtype = str(originals[0].dtype).removeprefix("torch.")
-    return {"shape": list(shape_of(layer)), "dtype": dtype, "sha256": _hash(*originals)}
+    return {"shape": [layer.out_features, layer.in_features], "dtype": dtype, "sha256": _hash(*originals)}
 
 
 def read_changes(model: nn.Module, file: Path) -> dict[str, Changes]:
@@ -259,7 +255,7 @@ def _parts(file: Path, name: str, layer: Linear, about: dict[str, Any], held: di
 
 def check_weight(layer: Linear, about: dict[str, Any]) -> None:
     """Raises: ValueError where a file is of a weight of another shape or dtype."""
-    shape, dtype = shape_of(layer), layer.stored().dtype
+    shape, dtype = (layer.out_features, layer.in_features), layer.stored().dtype
     if tuple(about["shape"]) != shape:
         raise ValueError(f"it was saved of a weight of {tuple(about['shape'])}, and this one is {shape}")
     if about["dtype"] != str(dtype).removeprefix("torch."):
@@ -274,7 +270,7 @@ def check_original(about: dict[str, Any], originals: list[Tensor]) -> None:
 
 def _checked(layer: Linear, about: dict[str, Any], held: dict[str, Tensor]) -> Parts:
     check_weight(layer, about)
-    n, k = shape = shape_of(layer)
+    n, k = shape = (layer.out_features, layer.in_features)
     dtype, parts = layer.stored().dtype, Parts()
     for kind in KINDS:
         data, values = held.get(f"{kind}.gaps"), held.get(f"{kind}.values")
