@@ -1,6 +1,6 @@
 """A layer of which a few entries or columns train, forward + backward, against the frozen linear, the whole weight,
-a LoRA of rank 16, and PEFT's SHiRA of as many entries: time and peak memory; then with a step of AdamW; entries over 8-bit
-weights and over weights that cannot be written to; and steps of whole models.
+a LoRA of rank 16, and PEFT's SHiRA of as many entries: time and peak memory; then with a step of AdamW. Entries over
+8-bit weights and over weights that cannot be written to are among them. At last, steps of whole models.
 
 python -m bench.sparse [--device cpu|cuda]
 """

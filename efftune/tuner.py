@@ -457,7 +457,7 @@ class Tuner:
 
         Args:
             format: the only one to write, "peft", "sparse", "safetensors", or "shira": entries and columns as PEFT has
-                them, in a file four times as large.
+                them, in a file four or more times as large.
         Raises: EfftuneError, before anything is written, naming what no format, or not this one, can carry.
         """
         self._refuse_plain()

@@ -91,7 +91,10 @@ def save(tuned: Tuned, path: Path, only: str | None = None) -> list[str]:
     if left and only is None:
         raise EfftuneError(f"No format can carry {_list(left)}; bring it into memory as a dense tensor first.")
     if left:
-        raise EfftuneError(f"The format {only!r} would lose {_list(left)}; save without format=, in all that it takes.")
+        able = [f" or with format={f.name!r}" for f in ASKED_FOR if f.carries(tuned) >= set(tuned.named_saved())]
+        raise EfftuneError(
+            f"The format {only!r} would lose {_list(left)}; save without format=, in all that it takes{''.join(able)}."
+        )
     path.mkdir(parents=True, exist_ok=True)
     for format, share in shares:
         format.write(tuned, share, path)

@@ -112,7 +112,7 @@ HIRA = Kind(
     fields={"r": ("r", 32), "hira_dropout": ("hira_dropout", 0.0)},
 )  # PEFT 0.21 has a rank_pattern for it and does not look at it
 KINDS = [LORA, DORA, HIRA]
-# Not among these: such a file is four times as large as `sparse.safetensors`. `interop/shira.py` reads and writes it.
+# Not among these: such a file is four or more times as large as `sparse.safetensors`. `interop/shira.py` has it.
 SHIRA = Kind(
     delta=Entries,
     method=Shira,
