@@ -98,19 +98,15 @@ def _of_entries(optimizer: torch.optim.Optimizer, p: nn.Parameter, count: int) -
     """The names of the state of p that has a number for each of its `count` entries, where the rest has one for all."""
     names = []
     for name, value in optimizer.state.get(p, {}).items():
-        if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
-            what = f"a {type(value).__name__}"  # it may hold codes, whatever its shape
-        elif isinstance(value, Tensor) and value.shape == (count,) and value.dtype not in CODES:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        plain = type(value) in (Tensor, nn.Parameter)  # else it may hold codes, whatever its shape
+        if plain and not value.ndim:
+            continue
+        if plain and value.shape == (count,) and value.dtype not in CODES:
             names.append(name)
             continue
-        elif (
-            value is None
-            or isinstance(value, (bool, int, float, str))
-            or (isinstance(value, Tensor) and not value.ndim)
-        ):
-            continue
-        else:
-            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        what = f"{tuple(value.shape)} {value.dtype}" if plain else f"a {type(value).__name__}"
         raise EfftuneError(
             f"The state of {type(optimizer).__name__} cannot follow entries that move: of {count} entries it has "
             f"{name!r}, {what}, which is not a number for each; use an optimizer that has one, such as "

@@ -8,8 +8,10 @@ import torch
 import efftune
 from efftune import EfftuneError, Linear
 from efftune.memory.meter import saved_for_backward
+from efftune.methods.sparse import _scores, _watch
 from efftune.train.state import restore_tensors
 from tests.methods.models import batch, contract_model, llama, loss_fn
+from tests.methods.test_sparse import masked_adamw
 
 HEAD = 8  # columns, in `llama()`
 
@@ -83,6 +85,22 @@ def test_a_layer_that_is_called_twice_is_scored_by_both_calls(scorer):
     assert int(statistics.num_batches_tracked) == 1
 
 
+def test_gradients_are_made_by_tiles_of_rows(monkeypatch):
+    """A tile more or less does not change the picks, and none is larger than it may be."""
+    picks, seen = [], []
+    product_t = _watch.product_t
+    monkeypatch.setattr(_watch, "product_t", lambda g, z: seen.append(g.shape[1] * z.shape[1]) or product_t(g, z))
+    for tile in (_scores.TILE, 5 * 48):
+        monkeypatch.setattr(_scores, "TILE", tile)
+        seen.clear()
+        tuner = efftune.apply(llama(), "s2ft(ratio=0.1, scorer='gradient')")
+        tuner.optimizer(lr=1e-3)
+        tuner.backward(batch(), loss_fn)
+        assert seen and max(seen) <= tile
+        picks.append([layer.columns for layer in layers(tuner.model).values()])
+    assert all(map(torch.equal, *picks))
+
+
 def test_no_dense_gradient_is_left_and_the_first_micro_batch_decides():
     tuner = efftune.apply(llama(), "s2ft(ratio=0.1, scorer='gradient')")
     tuner.optimizer(lr=1e-3)
@@ -132,6 +150,22 @@ def test_a_run_goes_on_bit_for_bit(recipe, tmp_path):
     assert torch.equal(loaded.model(batch(9)).logits, trained)
     loaded.remove()
     assert all(torch.equal(loaded.model.get_parameter(n), p) for n, p in llama().named_parameters())
+
+
+@pytest.mark.parametrize("scorer", ["random", "activation", "gradient"])
+def test_steps_are_those_of_masked_adamw(scorer):
+    tuner = efftune.apply(llama(dtype=torch.float64), f"s2ft(ratio=0.2, scorer='{scorer}')", blocks=False)
+    optimizer = tuner.optimizer(lr=1e-2, weight_decay=0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        tuner.backward(batch(step), loss_fn)
+        optimizer.step()
+    masks = {name: torch.zeros_like(layer.weight, dtype=torch.bool) for name, layer in layers(tuner.model).items()}
+    for name, layer in layers(tuner.model).items():
+        masks[name][:, layer.columns.long()] = True
+    for name, right in masked_adamw("s2ft", {0: masks}, 4).items():
+        found = tuner.model.get_submodule(name).stored().tensors[0]
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
 
 
 def test_two_of_a_kind_pick_for_themselves():

@@ -124,13 +124,20 @@ class Picks(Method):
         """Whether the first step's micro-batch has been seen."""
         return bool(run.state(self).picked)
 
+    def missed(self, run: Run) -> tuple[str, str] | None:
+        """What it does in `backward`, and what becomes of it in a loop that did not call that in the first step."""
+        if self.by_batch and not self.looked(run):
+            return f"picks {self.what}", "those that it began with go on training"
+        return None
+
     def after_step(self, run):
-        if run.step == 0 and self.by_batch and self.layers(run) and not self.looked(run):
+        layers = self.layers(run) if run.step == 0 else {}
+        if layers and (words := self.missed(run)):
+            what, then = words
             warnings.warn(
-                f"{self.name} picks {self.what} in tuner.backward(batch, loss_fn), which this loop does not call: "
-                "those that it began with go on training.",
+                f"{self.name} {what} in tuner.backward(batch, loss_fn), which this loop does not call: {then}.",
                 stacklevel=2,
             )
-        if run.step == 0 and self.picks_again and run.optimizer is not None:
-            for layer in self.layers(run).values():
+        if self.picks_again and run.optimizer is not None:
+            for layer in layers.values():
                 refuse_move(run.optimizer, layer.values)  # now, and not when the first entries move

@@ -73,6 +73,10 @@ class Spiel(Sparse):
             )
         if not 0 <= self.rate <= 1:
             raise EfftuneError(f"the share of entries that is replaced lies in [0, 1], not {self.rate}.")
+        if self.until is not None and self.until < 1:
+            raise EfftuneError(
+                f"replacements end at a step after the first, not until={self.until}; None: they do not."
+            )
         if self.criterion not in (AG, MA):
             raise EfftuneError(
                 f"criterion is 'ag' (accumulated gradients) or 'ma' (momentum approximation), not {self.criterion!r}."
