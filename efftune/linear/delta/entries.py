@@ -135,8 +135,10 @@ class AddedEntries(Entries):
 
     def backward(self, c, dy, saved, add=None):
         dx = c.linear_t(dy, add=add, entries=self._added(c, dy.dtype)) if c.need.x else add
-        dvalues = entries_grad(*c.operands(dy, saved), c.p[0]).to(c.p[1].dtype) if c.need.p[1] else None
-        return dx, c.no_dw(), (None, dvalues, None, None)
+        if not c.need.p[1]:
+            return dx, c.no_dw(), (None,) * 4
+        g, z = c.operands(dy, saved)
+        return dx, c.no_dw(), (None, entries_grad(g, z, c.p[0]).to(c.p[1].dtype), None, None)
 
     def weight(self, c, a, b, dtype):
         k, wide = c.w.shape[1], torch.promote_types(dtype, c.p[1].dtype)
