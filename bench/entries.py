@@ -2,7 +2,7 @@
 layer, writing them into the weight, the choice of the largest scores against torch.topk, and a step of AdamW, for each
 density; and the entries of a low-rank approximation against those of an exact SVD.
 
-python -m bench.entries [--tokens M] [--threads 1]
+python -m bench.entries [--tokens M] [--threads 1] [--model PATH]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from efftune.ops._available import dtype_name
 from efftune.ops.entries_grad import entries_grad
 from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.topk_entries import topk_entries
+from efftune.structure import blocks
 
 
 def picks(count: int, of: int, device: str) -> torch.Tensor:
@@ -72,16 +73,29 @@ def adamw_rows(device: str, n: int, density: float) -> list[dict]:
     return run(f"AdamW {n} x {n} density {density} {device}", variants, device=device, bytes=28 * n * n, repeats=15)
 
 
-def rank_rows(device: str, n: int, r: int) -> list[dict]:
-    """The entries of the largest rank-r approximation: by block Krylov iteration against the exact SVD, of a matrix
-    whose singular values have a gap at r, and the share of 1 % of the entries that both pick."""
+def with_gap(device: str, n: int, r: int) -> torch.Tensor:
+    """A matrix whose singular values have a gap behind the first r."""
     u, v = (torch.linalg.qr(torch.randn(n, n, device=device)).Q for _ in range(2))
     s = torch.linspace(1, 0.5, n, device=device)
     s[r:] /= 4
-    w = (u * s) @ v
-    layer = Linear.from_linear(torch.nn.Linear(n, n, bias=False, device=device).requires_grad_(False))
+    return (u * s) @ v
+
+
+def real(path: str, device: str) -> dict[str, torch.Tensor]:
+    """The weights of the linear layers of the first block of a model."""
+    from transformers import AutoModel
+
+    _, stack = blocks(AutoModel.from_pretrained(path, dtype=torch.float32).to(device))
+    return {n: m.weight.detach() for n, m in stack[0].named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def rank_rows(device: str, name: str, w: torch.Tensor, r: int) -> list[dict]:
+    """The largest entries of a rank-r approximation, by block Krylov iteration against the exact SVD, and the share of
+    1 % of the entries that both pick."""
+    n, k = w.shape
+    layer = Linear.from_linear(torch.nn.Linear(k, n, bias=False, device=device).requires_grad_(False))
     layer.weight.data.copy_(w)
-    count = round(0.01 * n * n)
+    count = round(0.01 * n * k)
 
     def exact():
         u, s, v = torch.linalg.svd(w, full_matrices=False)
@@ -94,7 +108,7 @@ def rank_rows(device: str, n: int, r: int) -> list[dict]:
     def picked(scores):
         return torch.topk(scores.flatten(), count).indices
 
-    name = f"rank {r} of {n} x {n} {device}"
+    name = f"rank {r} of {name} {n} x {k} {device}"
     rows = run(name, {"exact SVD": exact, "block Krylov": krylov}, device=device, repeats=5)
     if "skipped" not in rows[-1]:
         rows[-1]["overlap"] = float(torch.isin(picked(exact()), picked(krylov())).double().mean())
@@ -105,6 +119,7 @@ def rank_rows(device: str, n: int, r: int) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
     made.add_argument("--tokens", type=int, default=2048)
+    made.add_argument("--model", help="whose first block's weights are approximated as well")
     made.add_argument("--threads", type=int, help="of torch and of the kernels")
     args = parsed(made, argv)
     if args.threads:
@@ -120,7 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     for density in (0.01, 0.05):
         jobs.append(Job(f"choice {density}", partial(choice_rows, args.device, 4096, density)))
         jobs.append(Job(f"adamw {density}", partial(adamw_rows, args.device, 2048, density)))
-    jobs.append(Job("rank", partial(rank_rows, args.device, 1024, 64)))
+    jobs.append(Job("rank", lambda: rank_rows(args.device, "with a gap", with_gap(args.device, 1024, 64), 64)))
+    if args.model:
+        for name, w in real(args.model, args.device).items():
+            jobs.append(Job(f"rank {name}", partial(rank_rows, args.device, name, w, 32)))
     measure(args, "entries", jobs)
 
 
