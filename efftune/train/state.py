@@ -61,7 +61,8 @@ def capture(tuner: Any, optimizer: Any, scheduler: Any, watch: Watch) -> tuple[d
         "scheduler": scheduler.state_dict(),
         "generators": generator_states(),
     }
-    return {**tuner.named_delta(), **watch.changed()}, rest
+    delta = tuner.named_delta()
+    return {**delta, **{n: b for n, b in watch.changed().items() if n.removeprefix(BUFFER) not in delta}}, rest
 
 
 def restore(tuner: Any, optimizer: Any, scheduler: Any, trained: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
