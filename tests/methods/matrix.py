@@ -198,7 +198,7 @@ def measure(row: tuple) -> tuple[float, int, float]:
     """Learning rate, steps, and the factor the loss must fall to."""
     method = parse(term(row[3]))[0] if row[3] != NONE else None
     if method is not None and method.overrides("optimizer"):  # of zeroth order
-        return {"lora": 1e-2, "dora": 1e-2, "hira": 1e-2, "peqa": 1e-6}.get(row[1], 1e-3), 15, 1.0
+        return {"lora": 1e-2, "dora": 1e-2, "hira": 1e-2, "peqa": 1e-6}.get(row[1], 1e-3), 20, 1.0
     return LEARNING_RATES.get(row[1], 3e-3), 12, 1.0 if method is not None else 0.99
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import efftune
 from efftune.interop.transformers import blocks, groups
 from efftune.linear import Linear, Nothing
+from efftune.linear.picks import columns_of, entries_of
 from efftune.methods import available
 from efftune.methods._base import ESTIMATES
 from efftune.recipe import parse
@@ -112,7 +113,8 @@ def run(case, tmp_path_factory) -> Run:
     optimizer, trained = tuner.optimizer(lr=lr), tuner.named_trained()
     registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
     in_place = {n: m for n, m in tuner.model.named_modules() if isinstance(m, Linear) and m.delta.in_place}
-    beside = {f"{n}.{name}" for n, m in in_place.items() for name in m.delta.names}
+    picked = {n: m for n, m in tuner.model.named_modules() if entries_of(m) or columns_of(m)}
+    beside = {f"{n}.{name}" for n, m in {**in_place, **picked}.items() for name in m.delta.names}
 
     def tensors():
         """W as it was stored, where a delta writes into it."""
