@@ -214,7 +214,9 @@ class Plan:
                 if kind is None:
                     continue
                 now, by = getattr(layer, axis), layer.by.get(axis)
-                if axis == "delta" and layer.trains and now != kind:
+                # Two methods that have the same delta in W would each pick what trains.
+                alone = isinstance(kind, Delta) and kind.in_place and by is not None
+                if axis == "delta" and layer.trains and (now != kind or alone):
                     how = "full" if layer.plain and isinstance(now, Trained) else str(now)
                     raise EfftuneError(
                         f"{layer.name} is already trained as {how}{f' by {by}' if by else ''}, so that {method.name} "
