@@ -87,11 +87,11 @@ class Plan:
     """The table of what a recipe wants: linear layers, parameters that train, and how the blocks keep and run.
 
     Args:
-        model: read, never written, until `build`.
+        model: read, never written, until `build`.   begins: whether what trains begins here; else a file brings it.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, begins: bool = True):
+        self.model, self.begins = model, begins
         for name, parameter in model.named_parameters():
             if is_lazy(parameter):
                 raise EfftuneError(

@@ -28,6 +28,7 @@ from efftune.errors import EfftuneError
 from efftune.files import read_tensors, refuse_pickle
 from efftune.linear import Linear, NoDelta
 from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.entries import Entries
 from efftune.linear.picks import columns_of, entries_of
 from efftune.structure import is_linear
 
@@ -80,6 +81,11 @@ def _as_change(original: Tensor, values: Tensor) -> Tensor:
     return values
 
 
+def _change(layer: Linear, parts: dict[str, Tensor]) -> Tensor:
+    original, values = parts["original"], parts["values"]
+    return layer.delta.change_of(original, values) if isinstance(layer.delta, Entries) else values
+
+
 class Sparse:
     name, file = "sparse", FILE
     reader: str | None = None
@@ -100,7 +106,7 @@ class Sparse:
             parts = dict(zip(layer.delta.names, [t.detach().cpu() for t in layer.added()], strict=True))
             picked = "columns" if isinstance(layer.delta, Columns) else "entries"
             tensors[f"{name}.{picked}.gaps"] = gaps(parts["columns" if "columns" in parts else "indices"])
-            tensors[f"{name}.{picked}.values"] = _as_values(parts["original"], parts["values"]).contiguous()
+            tensors[f"{name}.{picked}.values"] = _as_values(parts["original"], _change(layer, parts)).contiguous()
             hashed = [parts["original"]]
             if len(parts.get("left", ())):
                 tensors[f"{name}.left.gaps"] = gaps(parts["left"])
@@ -123,6 +129,8 @@ class Sparse:
                 raise EfftuneError(f"{file}: {name}: it has no {kind}; nothing was loaded.")
             where, original, values = parts[kind]
             found = {"original": original, "values": _as_change(original, values)}
+            if isinstance(layer.delta, Entries):
+                found["values"] = layer.delta.values_of(original, found["values"])
             if kind == "columns":
                 found["columns"] = where.int()
             else:

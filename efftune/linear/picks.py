@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def columns_of(module: Any) -> bool:
 
 @torch.no_grad()
 def repick(layer: Linear, picks: Tensor, forget: bool = False) -> Tensor:
-    """Lets other entries of the layer train; what they learn starts from 0, or where they left off.
+    """Lets other entries of the layer train; what they learn starts anew, or from the weights they were left with.
 
     Args:
         picks: (S,) integers, sorted and distinct.   forget: entries that leave the picks become what they were.
@@ -33,18 +33,22 @@ def repick(layer: Linear, picks: Tensor, forget: bool = False) -> Tensor:
     """
     check_indices(picks, (layer.out_features, layer.in_features))
     picks = picks.to(device=layer.indices.device, dtype=torch.int32)
+    delta = cast(Entries, layer.delta)
     old, original, values, left, left_original, left_values = layer.added()
     place = _find(old, picks)
     known, order = torch.cat([old, left]).sort()  # all that ever trained
-    change = torch.cat([values, left_values.to(values.dtype) - left_original])[order]
-    last = torch.cat([(original + values).to(original.dtype), left_values])[order]
+    again = delta.values_of(left_original, left_values.to(values.dtype) - left_original)
+    learnt = torch.cat([values, again])[order]
+    last = torch.cat([(original + delta.change_of(original, values)).to(original.dtype), left_values])[order]
     at = _find(known, picks)
     gone = _find(picks, known) < 0
     w = layer.take_back()
     plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
     gone &= (last != plain[known]) & (not forget)  # what has not changed need not be remembered
-    change = torch.where(at >= 0, change[at], 0)
-    layer.replace((picks, plain[picks], change, known[gone], plain[known[gone]], last[gone]))
+    begin = delta.values_of(plain[picks], torch.zeros_like(plain[picks], dtype=values.dtype))
+    values = torch.where(at >= 0, learnt[at], begin) if len(known) else begin
+    layer.replace((picks, plain[picks], values, known[gone], plain[known[gone]], last[gone]))
+    layer.values.grad = None  # of the old ones, and as many as they were
     return place
 
 

@@ -79,3 +79,12 @@ def move(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor) -> No
         optimizer.move(p, index)
     else:
         move_state(optimizer, p, index)
+
+
+def restart(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
+    """Lets `p` be new to the optimizer: its next step is a first one."""
+    state = optimizer.state.pop(p, None)
+    if state is not None and isinstance(optimizer, torch.optim.Adagrad):  # which makes its state before the first step
+        group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+        value = group["initial_accumulator_value"]
+        optimizer.state[p] = {"step": torch.zeros_like(state["step"]), "sum": torch.full_like(p, value)}

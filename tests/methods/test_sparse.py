@@ -370,7 +370,7 @@ def test_columns_cost_no_bytes_where_backward_makes_the_input_again(blocks):
         ("shira(r=0)", "r of at least 1"),
         ("shira(density=1e-5)", "self_attn.q_proj: density=1e-05 is less than one entry of 32 x 32; use a larger"),
         ("lift(rank=33)", r"rank=33 exceeds min\(N, K\) = 32 of a layer of \(32, 32\); choose a smaller rank"),
-        ("shira(scorer='best')", "scorer is one of magnitude, small, random, low_rank, gradient, not 'best'"),
+        ("shira(scorer='best')", "scorer is one of magnitude, small, random, low_rank, gradient, file, not 'best'"),
         ("s2ft(scorer='gradient')", "scorer is one of magnitude, small, random, low_rank, not 'gradient'"),
         ("s2ft(ratio=0)", r"share of columns that train lies in \(0, 1\], not 0"),
         ("s2ft(head_dim=5)", "o_proj: its 32 inputs are no whole number of heads of 5; give head_dim"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
@@ -14,12 +15,13 @@ from efftune.linear.delta.entries import Entries
 from efftune.linear.picks import entries_of, repick
 from efftune.methods import _base
 from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
+from efftune.methods.sparse._file import Weights
 from efftune.methods.sparse._scores import SCORERS, Matrix, largest
 from efftune.methods.sparse._watch import gradient, gradients
 from efftune.optim.contract import move
 from efftune.plan import ALL_LINEAR
 
-GRADIENT = "gradient"  # a scorer that needs a batch
+GRADIENT, FILE = "gradient", "file"  # scorers that need a batch, and what another run wrote
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Sparse(Method):
     scorer: str = "magnitude"
     rank: int = 64
     seed: int = 0
+    file: str | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     modules_to_save: tuple[str, ...] | None = None
 
@@ -45,8 +48,17 @@ class Sparse(Method):
 
     def __post_init__(self):
         self.delta()  # raises on a value out of range
-        if self.scorer not in (*SCORERS, GRADIENT):
-            raise EfftuneError(f"scorer is one of {', '.join((*SCORERS, GRADIENT))}, not {self.scorer!r}.")
+        if self.scorer not in (*SCORERS, GRADIENT, FILE):
+            raise EfftuneError(f"scorer is one of {', '.join((*SCORERS, GRADIENT, FILE))}, not {self.scorer!r}.")
+        if self.scorer == FILE and not self.file:
+            raise EfftuneError(
+                "scorer='file' picks what another run changed, and no run is given; add file='runs/full', the folder "
+                "of a run of full."
+            )
+        if self.scorer != FILE and self.file is not None:
+            raise EfftuneError(
+                f"scorer={self.scorer!r} reads no file; use scorer='file', or leave file={self.file!r} out."
+            )
         if self.rank < 1:
             raise EfftuneError(f"the rank of the approximation is at least 1, not {self.rank}.")
 
@@ -86,9 +98,15 @@ class Sparse(Method):
                     f"{layer.name}: rank={self.rank} exceeds min(N, K) = {min(layer.shape)} of a layer of "
                     f"{layer.shape}; choose a smaller rank or other layers."
                 )
+        if self.file is not None and plan.begins:
+            weights = Weights(self.file)
+            for layer in targets:
+                module = plan.model.get_submodule(layer.name)
+                weights.check(layer.name, module, layer.shape, cast(Tensor, module.weight).dtype)
+        return targets
 
     def install(self, run):
-        if self.scorer != GRADIENT:
+        if self.scorer != GRADIENT and run.plan.begins:
             self.pick(run)
 
     def layers(self, run: Run) -> dict[str, Linear]:
@@ -121,20 +139,34 @@ class Sparse(Method):
         """Whether gradients of the first step have been seen."""
         return bool(run.state(self).picked)
 
+    def missed(self, run: Run) -> tuple[str, str] | None:
+        """What it does in `backward`, and what becomes of it in a loop that did not call that in the first step."""
+        if self.by_gradient and not self.looked(run):
+            return "picks entries", "those that it began with go on training"
+        return None
+
     def after_step(self, run):
-        if run.step == 0 and self.by_gradient and self.layers(run) and not self.looked(run):
+        if run.step == 0 and self.layers(run) and (words := self.missed(run)):
+            what, then = words
             warnings.warn(
-                f"{self.name} picks entries in tuner.backward(batch, loss_fn), which this loop does not call: those "
-                "that it began with go on training.",
+                f"{self.name} {what} in tuner.backward(batch, loss_fn), which this loop does not call: {then}.",
                 stacklevel=2,
             )
 
     def pick(self, run: Run) -> None:
         """Lets the entries of the largest scores train."""
         for name, layer in self.layers(run).items():
-            matrix = Matrix(layer, self.rank, zlib.crc32(f"{self.seed}:{name}".encode()))
-            rows = SCORERS[self.scorer](matrix)
-            self.take(run, layer, largest(rows, matrix.shape, self.delta().count(matrix.shape)))
+            matrix = Matrix(layer, self.rank, self.seed_of(name))
+            self.take(run, layer, self.picks(name, matrix))
+
+    def picks(self, name: str, matrix: Matrix) -> Tensor:
+        """The entries of the largest scores of a layer, (S,) sorted."""
+        rows = Weights(self.file).changed(matrix, name) if self.file else SCORERS[self.scorer](matrix)
+        return largest(rows, matrix.shape, self.delta().count(matrix.shape))
+
+    def seed_of(self, name: str) -> int:
+        """Of what is drawn for a layer."""
+        return zlib.crc32(f"{self.seed}:{name}".encode())
 
     def look(self, micro: Micro) -> None:
         """Lets the entries of the largest gradients of this micro-batch train."""
