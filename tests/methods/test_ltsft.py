@@ -140,6 +140,7 @@ def test_several_compose(tmp_path):
     "recipe, words",
     [
         ("ltsft(after=0)", "train for at least one step before they are picked, not after=0"),
+        ("ltsft(file='')", "There is no safetensors file in ; give the folder that a run of full"),
         ("ltsft(density=0)", r"density of entries that train lies in \(0, 1\], not 0"),
         ("ltsft(scorer='random')", "ltsft has no setting 'scorer'"),
         ("ltsft + mezo", "directions point; give ltsft the file of a run of full"),

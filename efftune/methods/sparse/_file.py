@@ -31,7 +31,7 @@ class Weights:
             folder = folder / ADAPTER
         files = [folder] if folder.is_file() else [folder / TRAINED] if (folder / TRAINED).exists() else []
         files = files or sorted(folder.glob("*.safetensors"))
-        if not files:
+        if not files or not path:  # "" is no folder, where pathlib takes it for this one
             refuse_pickle(folder / TRAINED)
             raise EfftuneError(
                 f"There is no safetensors file in {path}; give the folder that a run of full was saved to."
