@@ -20,6 +20,8 @@ from efftune.hooks import hooked
 from efftune.linear import Dense, Exact, Linear, NoDelta, Trained
 from efftune.linear.base.dense import FLOATS, is_matrix
 from efftune.linear.contracts import Base, Delta, Keep, check
+from efftune.linear.delta.columns import Columns
+from efftune.linear.delta.entries import Entries
 from efftune.linear.module import is_conv1d, rehearse
 from efftune.nn.attention import KEEP
 from efftune.nn.subbatch import install as run_again
@@ -87,11 +89,11 @@ class Plan:
     """The table of what a recipe wants: linear layers, parameters that train, and how the blocks keep and run.
 
     Args:
-        model: read, never written, until `build`.
+        model: read, never written, until `build`.   begins: whether what trains begins here; else a file brings it.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, begins: bool = True):
+        self.model, self.begins = model, begins
         for name, parameter in model.named_parameters():
             if is_lazy(parameter):
                 raise EfftuneError(
@@ -222,7 +224,13 @@ class Plan:
                 if kind is None:
                     continue
                 now, by = getattr(layer, axis), layer.by.get(axis)
-                if axis == "delta" and layer.trains and now != kind:
+                # Two methods that have the same delta of entries would each pick what trains.
+                alone = (
+                    by is not None
+                    and isinstance(kind, Delta)
+                    and (kind.in_place or isinstance(kind, Entries | Columns))
+                )
+                if axis == "delta" and layer.trains and (now != kind or alone):
                     how = "full" if layer.plain and isinstance(now, Trained) else str(now)
                     raise EfftuneError(
                         f"{layer.name} is already trained as {how}{f' by {by}' if by else ''}, so that {method.name} "

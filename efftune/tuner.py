@@ -55,14 +55,23 @@ def apply(model: nn.Module, recipe: str | Method | Iterable[Method], blocks: boo
     Raises: EfftuneError, before the model is touched, if the recipe does not parse or cannot be applied, and for a
         model that is wrapped for several devices, is a torch.jit module, or has weights that accelerate offloads.
     """
-    methods, plan = planned(model, recipe)
+    return _applied(model, recipe, blocks)
+
+
+def _applied(
+    model: nn.Module, recipe: str | Method | Iterable[Method], blocks: bool = True, begins: bool = True
+) -> Tuner:
+    methods, plan = planned(model, recipe, begins)
     model = compile_in_place(model)
     plan.build(model)
     return Tuner(model, methods, plan, transformers.install(plan, blocks))
 
 
-def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[list[Method], Plan]:
-    """The methods of a recipe, and what they want of `model`, checked; the model is only read. See `apply`."""
+def planned(
+    model: nn.Module, recipe: str | Method | Iterable[Method], begins: bool = True
+) -> tuple[list[Method], Plan]:
+    """The methods of a recipe, and what they want of `model`, checked; the model is only read. See `apply`, and
+    `Plan` for `begins`."""
     require_for(model)
     if torch.is_inference_mode_enabled():
         raise EfftuneError("Tensors that are made under torch.inference_mode() cannot train; apply the recipe outside.")
@@ -84,7 +93,7 @@ def planned(model: nn.Module, recipe: str | Method | Iterable[Method]) -> tuple[
     if not any(m.phase == TRAINS for m in methods):
         methods.insert(0, implied := FullFineTuning())
     refuse_wrapped(model)
-    plan = Plan(unwrapped(model))
+    plan = Plan(unwrapped(model), begins)
     for method in sorted(methods, key=lambda m: m.phase):
         try:
             method.plan(plan)
@@ -116,7 +125,7 @@ def load(model: nn.Module, path: str | Path, recipe: str | Method | Iterable[Met
         formats.load(tuner, path, formats.OF_PEFT, optional)
         return tuner
     config = read_json(path / CONFIG)
-    tuner = apply(model, _saved_methods(config, path / CONFIG, model, recipe))
+    tuner = _applied(model, _saved_methods(config, path / CONFIG, model, recipe), begins=False)
     formats.load(tuner, path, config.get("formats") or formats.present(path))
     return tuner
 
@@ -161,7 +170,7 @@ def _saved_methods(
             ) from None
     else:
         remedy = "give the recipe that it was saved with."
-        methods, _ = planned(model, recipe)  # with what is implied
+        methods, _ = planned(model, recipe, begins=False)  # with what is implied
         given = format_recipe(methods)
         if terms(given) != terms(text):
             raise EfftuneError(f"{file} was saved with the recipe '{text}', and recipe= is '{given}'; {remedy}")

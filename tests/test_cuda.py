@@ -228,7 +228,7 @@ def capturing(device, monkeypatch):
 
 ON_THE_HOST = (
     "mesa", "wtacrs", "lora_dropout", "vcas", "lisa", "recompute", "mezo", "fedkseed", "ferret", "dft", "stagefilter",
-    "shira", "lift", "spiel", "saft",
+    "shira", "lift", "spiel", "saft", "sara", "ltsft", "mft", "ramt",
 )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from efftune.errors import EfftuneError
 from efftune.files import read_tensors, refuse_pickle
 from efftune.linear import Linear, NoDelta
 from efftune.linear.delta.columns import Columns, above
+from efftune.linear.delta.entries import Entries
 from efftune.linear.picks import columns_of, entries_of
 from efftune.structure import is_linear
 
@@ -130,7 +131,8 @@ def parts_of(layer: Linear) -> Parts:
 
     if isinstance(layer.delta, Columns):
         return {"columns": part("columns", "columns", "original", "values")}
-    parts = {"entries": part("entries", "indices", "original", "values")}
+    where, original, values = part("entries", "indices", "original", "values")
+    parts = {"entries": (where, original, cast(Entries, layer.delta).change_of(original, values))}
     if len(p["left"]):
         kind = "left" if layer.delta.in_place else "left_changes"
         parts[kind] = part(kind, "left", "left_original", "left_values")
@@ -148,6 +150,7 @@ def entries_as(
     if not layer.delta.in_place:
         return found | {"left_values": left_change}
     original, left_original = at(layer, "entries", where), at(layer, "entries", left)
+    found["values"] = cast(Entries, layer.delta).values_of(original, change)
     left_values = (left_original + left_change).to(left_original.dtype)
     return found | {"original": original, "left_original": left_original, "left_values": left_values}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def columns_of(module: Any) -> bool:
 
 @torch.no_grad()
 def repick(layer: Linear, picks: Tensor, forget: bool = False) -> Tensor:
-    """Lets other entries of the layer train; what they learn starts from 0, or where they left off.
+    """Lets other entries of the layer train; what they learn starts anew, or from the weights they were left with.
 
     Args:
         picks: (S,) integers, sorted and distinct.   forget: entries that leave the picks become what they were.
@@ -33,24 +33,30 @@ def repick(layer: Linear, picks: Tensor, forget: bool = False) -> Tensor:
     """
     check_indices(picks, (layer.out_features, layer.in_features))
     picks = picks.to(device=layer.indices.device, dtype=torch.int32)
-    p = dict(zip(layer.delta.names, layer.added(), strict=True))
+    delta, p = cast(Entries, layer.delta), dict(zip(layer.delta.names, layer.added(), strict=True))
     old, values, left, left_values = p["indices"], p["values"], p["left"], p["left_values"]
     known, order = torch.cat([old, left]).sort()  # all that ever trained
-    at, gone, in_place = _find(known, picks), _find(picks, known) < 0, layer.delta.in_place
-    left_change = left_values.to(values.dtype) - p["left_original"] if in_place else left_values
-    change = torch.cat([values, left_change])[order]
-    begins = torch.where(at >= 0, change[at], 0)
-    if in_place:
-        last = torch.cat([(p["original"] + values).to(left_values.dtype), left_values])[order]
+    at, gone = _find(known, picks), (_find(picks, known) < 0) & (not forget)
+
+    def learnt(left_values: Tensor, begin: Tensor) -> Tensor:
+        return torch.where(at >= 0, torch.cat([values, left_values])[order][at], begin) if len(known) else begin
+
+    if delta.in_place:
+        original, left_original = p["original"], p["left_original"]
+        last = torch.cat([(original + delta.change_of(original, values)).to(original.dtype), left_values])[order]
         w = layer.take_back()
         plain = layer.base.rows(w, 0, w.shape[0], w.dtype).flatten()
-        gone &= (last != plain[known]) & (not forget)  # what has not changed need not be remembered
-        p = (picks, plain[picks], begins, known[gone], plain[known[gone]], last[gone])
+        gone &= last != plain[known]  # what has not changed need not be remembered
+        again = delta.values_of(left_original, left_values.to(values.dtype) - left_original)
+        begin = delta.values_of(plain[picks], torch.zeros_like(plain[picks], dtype=values.dtype))
+        made = picks, plain[picks], learnt(again, begin), known[gone], plain[known[gone]], last[gone]
     else:
-        gone &= (change != 0) & (not forget)
-        p = (picks, begins, known[gone], change[gone])
+        last = torch.cat([values, left_values])[order]
+        gone &= last != 0
+        made = picks, learnt(left_values, values.new_zeros(len(picks))), known[gone], last[gone]
     place = _find(old, picks)
-    layer.replace(p)
+    layer.replace(made)
+    layer.values.grad = None  # of the old ones, and as many as they were
     return place
 
 

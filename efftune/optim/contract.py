@@ -142,3 +142,12 @@ def _begin(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
             g = -g if group.get("maximize") else g
             for name, value, beta in zip(("exp_avg", "exp_avg_sq"), (g, g * g), group["betas"], strict=True):
                 state[name][fresh] = ((1 - beta**age) * value).to(state[name].dtype)
+
+
+def restart(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> None:
+    """Lets `p` be new to the optimizer: its next step is a first one."""
+    state = optimizer.state.pop(p, None)
+    if state is not None and isinstance(optimizer, torch.optim.Adagrad):  # which makes its state before the first step
+        group = next(group for group in optimizer.param_groups if any(p is q for q in group["params"]))
+        value = group["initial_accumulator_value"]
+        optimizer.state[p] = {"step": torch.zeros_like(state["step"]), "sum": torch.full_like(p, value)}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from efftune.errors import EfftuneError
+from efftune.linear import Linear
 from efftune.linear.module import room_for, take_back
 from efftune.optim.contract import uncast
 from efftune.random_state import generator_states, restore_generators
@@ -20,12 +21,16 @@ BUFFER = "buffer:"  # prefix of a buffer among the trained tensors
 def base_fingerprint(model: torch.nn.Module, trained: set[str]) -> str:
     """Returns a sha256 over names, shapes and dtypes of all, and a sample of the bytes of what is frozen.
 
-    What is trained is in the checkpoint whole, so its values cannot be wrong.
+    What is trained is in the checkpoint whole, so its values cannot be wrong, and neither can a length that the run
+    decides.
     """
     take_back(model)
     digest = hashlib.sha256()
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, Linear)]
+    resized = {f"{path}.{name}" for path, layer in layers for name in layer.delta.resizes}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        shape = "any" if name in resized else tuple(tensor.shape)
+        digest.update(f"{name} {shape} {tensor.dtype}\n".encode())
         if name not in trained and tensor.numel():
             digest.update(sample(tensor))
     return digest.hexdigest()

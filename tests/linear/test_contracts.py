@@ -12,7 +12,7 @@ from torch import nn
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Exact, Int8, LoRA, NoDelta, Trained
 from efftune.linear.contracts import Call, Need
-from efftune.linear.delta import dora, tiled, trained
+from efftune.linear.delta import dora, masked, tiled, trained
 from efftune.linear.delta.columns import AddedColumns, Columns
 from efftune.linear.delta.dora import DoRA
 from efftune.linear.delta.entries import AddedEntries, Entries
@@ -29,7 +29,7 @@ M, K, N = 24, 32, 16
 BASES = [*toys.BASES, Dense(transposed=True), Int8(group=8)]
 DELTAS = [
     Trained(), NoDelta(), LoRA(r=4, dtype=None), DoRA(r=4, lora_alpha=6, dtype=None), HiRA(r=4, dtype=None),
-    Entries(0.08), AddedEntries(0.08), Columns(5), AddedColumns(5),
+    Entries(0.08), AddedEntries(0.08), masked.Masked(0.08, threshold=0.0), Columns(5), AddedColumns(5),
     *toys.DELTAS,
 ]  # fmt: skip
 KEEPS = [Quantized(4, 8), Sampled(0.5, min_rows=2), Sampled(0.5, min_rows=2, at="backward")]
@@ -42,6 +42,8 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
     for name in ("lora_b", "hira_b", "one_b", "u", "kron_p", "values"):  # those that begin at zero
         if name in layer._parameters and not getattr(layer, name).any():
             nn.init.normal_(getattr(layer, name))
+    if isinstance(delta, masked.Masked):
+        nn.init.normal_(layer.values)  # about half of the entries are off
     return layer
 
 
@@ -87,6 +89,9 @@ def formula(layer, x, w, p):
         return F.linear(x, w.detach() + torch.zeros(N * K, dtype=w.dtype).index_put((p[0].long(),), p[1]).view(N, K))
     if isinstance(delta, AddedColumns):
         return F.linear(x, w.detach().index_add(1, p[0], p[1]))
+    if isinstance(delta, masked.Masked):
+        straight = p[1] * ((p[2] > delta.threshold) + p[2] - p[2].detach())
+        return F.linear(x, w.detach().flatten().index_put((p[0].long(),), straight).view(N, K))
     if isinstance(delta, Entries):
         return F.linear(x, w.detach().flatten().index_put((p[0].long(),), p[1] + p[2]).view(N, K))
     if isinstance(delta, Columns):

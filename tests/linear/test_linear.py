@@ -15,6 +15,7 @@ from efftune.linear.delta.columns import AddedColumns, Columns
 from efftune.linear.delta.dora import DoRA
 from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.delta.hira import HiRA
+from efftune.linear.delta.masked import Masked
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.keep.sampled import Sampled
 from efftune.linear.picks import repick
@@ -29,7 +30,8 @@ DELTAS = [
     Trained(), NoDelta(), LoRA(r=4), LoRA(r=4, dtype=None), LoRA(r=8, lora_alpha=24, use_rslora=True),
     LoRA(r=3, lora_dropout=0.3), LoRA(r=4, freeze_a=True),
     DoRA(r=4), DoRA(r=3, lora_alpha=5, lora_dropout=0.3, dtype=None),
-    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None), Entries(0.05), AddedEntries(0.05), Columns(6), AddedColumns(6),
+    HiRA(r=4), HiRA(r=3, hira_dropout=0.3, dtype=None), Entries(0.05), AddedEntries(0.05), Masked(0.05), Columns(6),
+    AddedColumns(6),
 ]  # fmt: skip
 KEEPS = [Exact(), Nothing()]  # those that give the exact gradient
 DRAWING = [Quantized(group=16), Sampled(0.5, min_rows=1)]
@@ -114,6 +116,8 @@ def oracle(layer, x, dtype, rounded=lambda t: t):
         columns, values = layer.columns, rounded(layer.values.detach().to(dtype))
         y, dx = y + x2[:, columns] @ values.t(), rounded(dx).index_add(1, columns, rounded(dy @ values))
         grads = [rounded((dy.t() @ x2)[:, columns])]
+    elif isinstance(layer.delta, Masked):
+        grads = [(dy.t() @ x2).flatten()[layer.indices] * layer.original.to(dtype)]
     elif isinstance(layer.delta, Entries):
         grads = [(dy.t() @ x2).flatten()[layer.indices]]
     elif isinstance(layer.delta, Columns):
@@ -218,6 +222,8 @@ def test_gradcheck(base, delta, keep):
     names = [n for n, p in layer.named_parameters() if p.requires_grad]
     if isinstance(delta, DoRA):  # what it takes for the gradients of A and B is none: the norm counts as a constant
         names = ["lora_magnitude_vector"]
+    if isinstance(delta, Masked):  # of scores it is the straight-through one, of a function in steps
+        names = []
     leaves = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
     x = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
 

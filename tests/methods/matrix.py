@@ -42,6 +42,12 @@ RECIPES = {
     "spiel(density=0.05, every=4, accumulate=2, criterion='ma')": (3e-2, 12, 0.97),
     "saft(density=0.02)": (3e-2, 12, 0.97),
     "s2ft(ratio=0.3)": (1e-1, 12, 0.97),
+    "sara(density=0.2, again=4, renew=3)": (3e-2, 12, 0.97),
+    "sara(threshold=0.005, again=0, nuclear=0) + mezo": (1e-3, 30, 1.0),
+    "sara(density=0.2, again=0) + ferret(local_steps=4)": (1e-2, 12, 1.0),
+    "ltsft(density=0.05, after=2)": (3e-2, 12, 0.97),
+    "mft(density=0.05)": (2e-3, 12, 0.99),
+    "ramt(density=0.5, drop=0.2)": (2e-3, 12, 0.99),
     "int8(group=16) + lora(r=4)": (1e-2, 12, 0.95),
     "lora(r=4) + int8": (1e-2, 12, 0.95),
     "int8(group=16) + peqa": (1e-3, 12, 0.97),
@@ -81,6 +87,9 @@ SETTINGS = {
     "spiel": "density=0.05, every=5, accumulate=2",
     "saft": "density=0.05",
     "s2ft": "ratio=0.3",
+    "sara": "again=5, renew=2",
+    "ltsft": "after=2",
+    "ramt": "density=0.5",
     "wtacrs": "ratio=0.5, min_rows=4",
     "vcas": "interval=3",
     "lisa": "layers=2, interval=3",
@@ -98,6 +107,10 @@ LEARNING_RATES = {
     "spiel": 1e-2,
     "saft": 1e-2,
     "s2ft": 1e-1,
+    "sara": 1e-2,
+    "ltsft": 1e-2,
+    "mft": 2e-3,
+    "ramt": 2e-3,
 }  # else 3e-3
 NONE = ""
 AXES = "base", "delta", "keep", "estimator", "schedule"

@@ -18,6 +18,8 @@ REFUSED = {
     "full + lora(r=4)": "already trained as full",
     "lora(r=4) + full": "already trained as LoRA",
     "lora(r=4) + lora(r=8)": "already trained as LoRA",
+    "lift(rank=4) + ltsft": "already trained as Entries(density=0.05) by lift, so that ltsft cannot",
+    "shira(seed=1) + shira(seed=2)": "by shira, so that shira cannot train it",
     "mezo + mezo": "mezo and mezo each bring their own backward",
     "int8 + mezo": "stores integers",
     "lora(r=4, target_modules='nothing')": "no linear layer of LlamaForCausalLM; its linear layers end in: down_proj",

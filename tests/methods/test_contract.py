@@ -66,7 +66,7 @@ class Run:
     trained: list[str]
     in_optimizer: bool  # it has exactly what trains
     summary: str
-    count: int  # of what trains
+    count: int  # of what trains at first
     losses: list[float]
     first: dict[str, Tensor]  # what trains after FIRST steps
     moved: list[str]
@@ -110,6 +110,7 @@ def run(case, tmp_path_factory) -> Run:
     lr, steps, _ = RECIPES[recipe]
     tuner = prepared(contract_model(), recipe, device)
     applied, summary = logits(tuner.model), tuner.summary()
+    count = sum(p.numel() for p in tuner.named_trained().values())
     optimizer, trained = tuner.optimizer(lr=lr), tuner.named_trained()
     registered = {id(p) for group in optimizer.param_groups for p in group["params"]}
     in_place = {n: m for n, m in tuner.model.named_modules() if isinstance(m, Linear) and m.delta.in_place}
@@ -132,7 +133,7 @@ def run(case, tmp_path_factory) -> Run:
     free = {*trained, *statistics(tuner.model), *beside}
     facts = dict(
         trained=list(trained), in_optimizer=registered == {id(p) for p in trained.values()}, summary=summary,
-        count=sum(p.numel() for p in trained.values()), moved=[n for n in moved if n in trained],
+        count=count, moved=[n for n in moved if n in trained],
         frozen_moved=[n for n in moved if n not in free], frozen_grads=[n for n in grads if n not in trained],
         batches=int(tuner.model.model.norm[1].num_batches_tracked), name=tuner.recipe,
     )  # fmt: skip

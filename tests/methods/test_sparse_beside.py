@@ -10,26 +10,14 @@ from torch import nn
 import efftune
 from efftune.linear.delta.columns import AddedColumns
 from efftune.linear.delta.entries import AddedEntries, Entries
-from efftune.linear.picks import columns_of, entries_of, repick
-from efftune.train.state import restore_tensors
-from tests.methods.models import batch, llama, loss_fn
+from efftune.linear.picks import repick
+from tests.methods.models import batch, llama
+from tests.methods.test_sparse import goes_on, layers, run
 
 INT8 = "int8(group=16) + "
 RECIPES = [
     "shira(density=0.05)", "lift(rank=4, every=3)", "spiel(density=0.05, every=3, accumulate=1)", "s2ft(ratio=0.2)",
 ]  # fmt: skip
-
-
-def layers(model):
-    return {name: m for name, m in model.named_modules() if entries_of(m) or columns_of(m)}
-
-
-def run(tuner, optimizer, steps):
-    for step in steps:
-        optimizer.zero_grad()
-        torch.manual_seed(step)
-        tuner.backward(batch(step), loss_fn)
-        optimizer.step()
 
 
 def rounded(dtype=torch.float32):
@@ -67,22 +55,10 @@ def test_steps_over_codes_are_those_in_place_over_what_they_stand_for(recipe):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_is_saved_resumed_merged_and_removed(recipe, dtype, tmp_path):
+def test_what_is_saved_merged_and_removed(recipe, dtype, tmp_path):
     tuner = efftune.apply(llama(dtype=dtype), INT8 + recipe)
-    optimizer, held = tuner.optimizer(lr=1e-2), {}
-    for step in range(7):
-        if step in (2, 4):
-            held[step] = copy.deepcopy((tuner.named_saved(), optimizer.state_dict()))
-        run(tuner, optimizer, [step])
+    run(tuner, tuner.optimizer(lr=1e-2), range(7))
     trained = tuner.model(batch(9)).logits
-    for at, (tensors, state) in held.items():
-        again = efftune.apply(llama(dtype=dtype), INT8 + recipe)
-        resumed = again.optimizer(lr=1e-2)
-        restore_tensors(again, tensors)
-        resumed.load_state_dict(state)
-        run(again, resumed, range(at, 7))
-        for name, tensor in tuner.named_saved().items():
-            assert torch.equal(tensor, again.named_saved()[name]), (at, name)
     tuner.save(tmp_path)
     loaded = efftune.load(llama(dtype=dtype), tmp_path)
     assert torch.equal(loaded.model(batch(9)).logits, trained)
@@ -95,6 +71,11 @@ def test_what_is_saved_resumed_merged_and_removed(recipe, dtype, tmp_path):
         torch.testing.assert_close(merged(batch(9)).logits, trained, rtol=1e-4, atol=1e-5)
     for (name, p), plain in zip(loaded.remove().named_parameters(), rounded(dtype).parameters(), strict=True):
         assert torch.equal(p, plain), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_goes_on_bit_for_bit(recipe):
+    goes_on(INT8 + recipe, (2, 4))
 
 
 def test_what_left_the_picks_is_in_the_file_and_stays_what_it_became(tmp_path):

@@ -227,7 +227,7 @@ def test_a_loop_without_tuner_backward_grows_entries_too(recwarn):
     [
         ("spiel(criterion='sm3')", r"criterion is 'ag' \(accumulated gradients\) or 'ma'"),
         ("spiel(until=0)", "replacements end at a step after the first, not until=0; None: they do not"),
-        ("spiel(scorer='gradient')", "scorer is one of magnitude, small, random, low_rank, not 'gradient'"),
+        ("spiel(scorer='gradient')", "scorer is one of magnitude, small, random, low_rank, file, not 'gradient'"),
         ("spiel(criterion='ma') + mezo", "each bring their own optimizer; a recipe takes one of them"),
         ("spiel(criterion='ma') + ferret", "other entries train as time goes on, and ferret"),
     ],

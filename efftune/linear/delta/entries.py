@@ -68,8 +68,18 @@ class Entries(Delta):
         n, k = weight.shape
         indices = torch.arange(self.count((n, k)), dtype=torch.int32, device=weight.device)
         original = weight.reshape(-1)[: len(indices)].clone()
-        values = torch.zeros_like(original, dtype=torch.promote_types(weight.dtype, torch.float32))
+        values = self.values_of(
+            original, torch.zeros_like(original, dtype=torch.promote_types(weight.dtype, torch.float32))
+        )
         return weight, (indices, original, values, indices[:0].clone(), original[:0].clone(), original[:0].clone())
+
+    def change_of(self, original: Tensor, values: Tensor) -> Tensor:
+        """W - original at the picks, as their values say it: (S,), in the dtype of values."""
+        return values
+
+    def values_of(self, original: Tensor, change: Tensor) -> Tensor:
+        """Values that say this change. They need not be those that it was made by."""
+        return change
 
     def refuse(self, p, shape):
         for name, beside in (("indices", ("original", "values")), ("left", ("left_original", "left_values"))):
@@ -84,7 +94,7 @@ class Entries(Delta):
     def put(self, c):
         indices, original, values, left, _, left_values = c.p
         c.base.put(c.w, left, left_values)
-        c.base.put(c.w, indices, original + values)
+        c.base.put(c.w, indices, original + self.change_of(original, values))
 
     def take_back(self, c):
         indices, original, _, left, left_original, _ = c.p

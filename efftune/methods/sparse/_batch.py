@@ -41,18 +41,19 @@ class Picks(Method):
     modules_to_save: tuple[str, ...] | None
 
     of_batch: ClassVar[tuple[str, ...]] = (GRADIENT,)  # scorers beside those of the weight
+    of_file: ClassVar[tuple[str, ...]] = ()
     what: ClassVar[str]  # that is picked
     instead: ClassVar[tuple[str, str]]  # what to use where a batch may not decide, and where picks may not change
 
     def __post_init__(self):
-        known = *SCORERS, *self.of_batch
+        known = *SCORERS, *self.of_batch, *self.of_file
         if self.scorer not in known:
             raise EfftuneError(f"scorer is one of {', '.join(known)}, not {self.scorer!r}.")
         if self.rank < 1:
             raise EfftuneError(f"the rank of the approximation is at least 1, not {self.rank}.")
 
-    def adapt(self, plan: Plan, delta: Callable[[Layer], Entries | Columns]) -> None:
-        """Wishes the delta of each of the method's layers: in place, where the weight can be written to.
+    def adapt(self, plan: Plan, delta: Callable[[Layer], Entries | Columns]) -> list[Layer]:
+        """Wishes the delta of each of the method's layers, in place where the weight can be written to. Returns them.
 
         Raises: EfftuneError for layers that the scorer cannot score.
         """
@@ -61,12 +62,14 @@ class Picks(Method):
             found = delta(layer)
             return found if plan.writable(layer) else found.beside()
 
-        for layer in plan.adapt(self, fitting, self.target_modules, self.modules_to_save):
+        targets = plan.adapt(self, fitting, self.target_modules, self.modules_to_save)
+        for layer in targets:
             if self.scorer == "low_rank" and self.rank > min(layer.shape):
                 raise EfftuneError(
                     f"{layer.name}: rank={self.rank} exceeds min(N, K) = {min(layer.shape)} of a layer of "
                     f"{layer.shape}; choose a smaller rank or other layers."
                 )
+        return targets
 
     @property
     def by_batch(self) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from efftune.linear import Linear
+from efftune.ops.entries_grad import entries_grad
+from efftune.ops.entries_linear import entries_linear, entries_linear_t
 from efftune.ops.topk_entries import topk_entries
 
 TILE = 2**22  # entries of W in float32 at once
@@ -33,6 +35,11 @@ class Matrix:
         return self.layer.out_features, self.layer.in_features
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors that W is multiplied by."""
+        return torch.float32
+
+    @property
     def device(self) -> torch.device:
         return self.layer.stored().tensors[0].device
 
@@ -50,6 +57,27 @@ class Matrix:
         for a, b in tiles(self.shape):
             made.addmm_(self.rows(a, b).t(), left[a:b])
         return made
+
+
+@dataclass(frozen=True)
+class Picked(Matrix):
+    """W at the entries that are picked, as it is now, and 0 elsewhere: of that, products alone."""
+
+    @property
+    def dtype(self):
+        return self.layer.values.dtype
+
+    @property
+    def values(self) -> Tensor:
+        return at(lambda a, b: self.layer.weight_rows(a, b, self.dtype), self.shape, self.layer.indices)
+
+    def times(self, right):
+        y = right.new_zeros(right.shape[1], self.shape[0])
+        return entries_linear(y, right.t().contiguous(), self.layer.indices, self.values).t()
+
+    def t_times(self, left):
+        x = left.new_zeros(left.shape[1], self.shape[1])
+        return entries_linear_t(x, left.t().contiguous(), self.layer.indices, self.values).t()
 
 
 Rows = Callable[[int, int], Tensor]  # (a, b) -> the scores of rows a..b (b - a, K), float32
@@ -107,20 +135,35 @@ SCORERS: dict[str, Callable[[Matrix], Rows]] = {
 }
 
 
-def truncated(matrix: Matrix) -> tuple[Tensor, Tensor]:
-    """U (N, r) and V (r, K) with U·V ≈ W_r, the nearest matrix of rank r.
+def polar(matrix: Picked) -> Tensor:
+    """(U·Vᵀ) at the picks, (S,), of the singular vectors with the r largest singular values: the gradient of their sum,
+    and of the nuclear norm where r is min(N, K). See `svd`."""
+    u, s, vh = svd(matrix)
+    u = torch.where(s > torch.finfo(s.dtype).eps * max(matrix.shape) * s.max(), u, 0)  # those of 0 are any
+    return entries_grad(u.t().contiguous(), vh.contiguous(), matrix.layer.indices)
 
-    Numerics: float32; W is projected on the block Krylov space of STEPS products with WWᵀ, which finds the picks of W_r
-        where singular values have no gap; plain power iteration needs many more products.
+
+def truncated(matrix: Matrix) -> tuple[Tensor, Tensor]:
+    """U (N, r) and V (r, K) with U·V ≈ W_r, the nearest matrix of rank r. See `svd`."""
+    u, s, vh = svd(matrix)
+    return u * s, vh
+
+
+def svd(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """U (N, r), s (r,) and Vᵀ (r, K) with U·diag(s)·Vᵀ ≈ W_r, the nearest matrix of rank r, or of less where W has
+    fewer rows or columns.
+
+    Numerics: `matrix.dtype`; W is projected on the block Krylov space of STEPS products with WWᵀ, which finds the picks
+        of W_r where singular values have no gap; plain power iteration needs many more products.
     Source: Musco and Musco 2015, arXiv:1504.05477.
     """
     n, k = matrix.shape
     width = min(matrix.r + OVERSAMPLE, n, k)
     draw = torch.Generator().manual_seed(matrix.seed)
-    block = matrix.times(torch.randn(k, width, generator=draw).to(matrix.device))
+    block = matrix.times(torch.randn(k, width, generator=draw).to(matrix.device, matrix.dtype))
     blocks = [torch.linalg.qr(block).Q]
     while len(blocks) <= STEPS and len(blocks) * width < min(n, k):
         blocks.append(torch.linalg.qr(matrix.times(matrix.t_times(blocks[-1]))).Q)
     q = torch.linalg.qr(torch.cat(blocks, 1)).Q
     u, s, vh = torch.linalg.svd(matrix.t_times(q).t(), full_matrices=False)
-    return q @ (u[:, : matrix.r] * s[: matrix.r]), vh[: matrix.r]
+    return q @ u[:, : matrix.r], s[: matrix.r], vh[: matrix.r]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
+from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.delta.entries import Entries
 from efftune.linear.picks import repick
 from efftune.methods._base import Micro, Run
 from efftune.methods.sparse._batch import GRADIENT, Picks
+from efftune.methods.sparse._file import Weights
 from efftune.methods.sparse._scores import SCORERS, Matrix, largest
 from efftune.methods.sparse._watch import gradient, gradients
 from efftune.optim.contract import move, refuse_move
 from efftune.plan import ALL_LINEAR
+
+FILE = "file"  # the scorer of what another run wrote
 
 
 @dataclass(frozen=True)
@@ -26,24 +31,46 @@ class Sparse(Picks):
     scorer: str = "magnitude"
     rank: int = 64
     seed: int = 0
+    file: str | None = None
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     modules_to_save: tuple[str, ...] | None = None
 
+    of_file = (FILE,)
     what = "entries"
     instead = "shira or lift with a scorer of the weight", "shira, or lift(every=0)"
 
     def __post_init__(self):
         self.delta()  # raises on a value out of range
         super().__post_init__()
+        if self.scorer == FILE and not self.file:
+            raise EfftuneError(
+                "scorer='file' picks what another run changed, and no run is given; add file='runs/full', the folder "
+                "of a run of full."
+            )
+        if self.scorer != FILE and self.file is not None:
+            raise EfftuneError(
+                f"scorer={self.scorer!r} reads no file; use scorer='file', or leave file={self.file!r} out."
+            )
 
     def delta(self) -> Entries:
         return Entries(self.density)
 
     def plan(self, plan):
-        self.adapt(plan, lambda _: self.delta())
+        targets = self.adapt(plan, lambda _: self.delta())
+        if self.file is not None and plan.begins:
+            weights = Weights(self.file)
+            for layer in targets:
+                if not layer.base.trains:
+                    raise EfftuneError(
+                        f"{layer.name}: {layer.base} rounds the weight that {self.file} is compared with; pick by the "
+                        "file without it, or by another scorer."
+                    )
+                module = plan.model.get_submodule(layer.name)
+                weights.check(layer.name, module, layer.shape, cast(Tensor, module.weight).dtype)
+        return targets
 
     def install(self, run):
-        if self.scorer != GRADIENT:
+        if self.scorer != GRADIENT and run.plan.begins:
             self.pick(run)
 
     def before_step(self, run):
@@ -53,9 +80,17 @@ class Sparse(Picks):
     def pick(self, run: Run) -> None:
         """Lets the entries of the largest scores train."""
         for name, layer in self.layers(run).items():
-            matrix = Matrix(layer, self.rank, zlib.crc32(f"{self.seed}:{name}".encode()))
-            rows = SCORERS[self.scorer](matrix)
-            self.take(run, layer, largest(rows, matrix.shape, self.delta().count(matrix.shape)))
+            matrix = Matrix(layer, self.rank, self.seed_of(name))
+            self.take(run, layer, self.picks(name, matrix))
+
+    def picks(self, name: str, matrix: Matrix) -> Tensor:
+        """The entries of the largest scores of a layer, (S,) sorted."""
+        rows = Weights(self.file).changed(matrix, name) if self.file else SCORERS[self.scorer](matrix)
+        return largest(rows, matrix.shape, self.delta().count(matrix.shape))
+
+    def seed_of(self, name: str) -> int:
+        """Of what is drawn for a layer."""
+        return zlib.crc32(f"{self.seed}:{name}".encode())
 
     def look(self, micro: Micro) -> None:
         """Lets the entries of the largest gradients of this micro-batch train."""
