@@ -50,7 +50,7 @@ def made(base, delta, keep=None, bias=True, dtype=torch.float64):
 @pytest.fixture
 def several_tiles(monkeypatch):
     for module in (trained, tiled, dora):
-        monkeypatch.setattr(module, "TILE", 3 * K)
+        monkeypatch.setattr(module, "TILE", 6 * K)
 
 
 def inputs():

@@ -92,7 +92,7 @@ SETTINGS = {
     "ramt": "density=0.5",
     "wtacrs": "ratio=0.5, min_rows=4",
     "vcas": "interval=3",
-    "lisa": "layers=2, interval=3",
+    "lisa": "layers=1, interval=3",
     "ferret": "local_steps=3",
     "fedkseed": "k=64",
     "stagefilter": "window=40",  # steps, in which all rows train: the loss of those that are hard later does not fall
@@ -108,7 +108,7 @@ LEARNING_RATES = {
     "saft": 1e-2,
     "s2ft": 1e-1,
     "sara": 1e-2,
-    "ltsft": 1e-2,
+    "ltsft": 3e-2,
     "mft": 2e-3,
     "ramt": 2e-3,
 }  # else 3e-3

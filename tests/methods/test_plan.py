@@ -33,7 +33,7 @@ def table(methods):
     return layers, set(plan.parameters), plan.again, {name: keep for name, (keep, _) in plan.in_blocks.items()}
 
 
-@pytest.mark.parametrize("others", ["", "lora(r=4)", "int8(group=16) + lora(r=4)", "full"])
+@pytest.mark.parametrize("others", ["", "lora(r=4)", "int8(group=16) + lora(r=4)"])
 def test_the_order_of_terms_changes_nothing(others):
     """For every two terms, alone and beside others: the same plan, or refused in both orders."""
     accepted, rest = 0, parse(others) if others else []
@@ -41,7 +41,7 @@ def test_the_order_of_terms_changes_nothing(others):
         methods = [*parse(one), *parse(other), *rest]
         expected = table(methods)
         accepted += expected is not None
-        for order in (methods[::-1], [*methods[1:], methods[0]]):
+        for order in (methods[::-1], [*methods[1:], methods[0]])[: len(methods) - 1]:  # of two, both are one
             assert table(order) == expected, order
     assert accepted > 20
 

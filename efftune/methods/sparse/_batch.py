@@ -110,6 +110,13 @@ class Picks(Method):
         """Whether a part is picked before this step."""
         return step == 0
 
+    def overrides(self, hook):
+        # What is picked once, by the weight, leaves nothing to do in a step, which then can be captured.
+        idle = not self.by_batch and not self.picks_again and type(self).missed is Picks.missed
+        return super().overrides(hook) and not (
+            idle and getattr(type(self), hook) in (Picks.backward, Picks.after_step)
+        )
+
     def look(self, micro: Micro) -> None:
         """Picks by this micro-batch."""
         raise NotImplementedError
