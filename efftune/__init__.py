@@ -9,7 +9,8 @@ from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.ops._op import use_backend
 from efftune.ops.perturb import perturb, perturb_
-from efftune.tuner import Tuner, apply, load
+from efftune.saved import load
+from efftune.tuner import Tuner, apply
 
 __version__ = "0.1.0"
 __all__ = ["EfftuneError", "Linear", "Tuner", "apply", "load", "perturb", "perturb_", "use_backend"]
