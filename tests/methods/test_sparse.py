@@ -245,6 +245,16 @@ def test_spiel_replaces_what_moved_least_by_what_would_move_most():
     assert "fresh" not in next(iter(optimizer.state.values()))
 
 
+def test_two_spiels_replace_the_entries_of_their_own_layers():
+    settings = "density=0.05, every=2, accumulate=1"
+    recipe = f"spiel({settings}, target_modules='q_proj') + spiel({settings}, target_modules='down_proj')"
+    tuner = efftune.apply(llama(), recipe)
+    before = {name: layer.indices.clone() for name, layer in layers(tuner.model).items()}
+    run(tuner, tuner.optimizer(lr=1e-3), range(1))
+    for name, layer in layers(tuner.model).items():
+        assert not torch.equal(layer.indices, before[name]), name
+
+
 def llama_applied():
     return efftune.apply(llama(), "shira").model
 

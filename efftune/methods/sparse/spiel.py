@@ -26,7 +26,7 @@ class State(_base.State):
 
     candidates: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    replaced: int = -1  # the last step before which entries were
+    replaced: dict[str, int] = field(default_factory=dict)  # by layer: the last step before which entries were
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class Spiel(Sparse):
                 )
             for layer in self.layers(run).values():
                 run.optimizer.cover(layer.values, layer.indices, (layer.out_features, layer.in_features))
-        if share and state.replaced != run.step:  # else a run goes on before the step that it has replaced for
-            for name, layer in self.layers(run).items():
+        for name, layer in self.layers(run).items() if share else ():
+            if state.replaced.get(name) != run.step:  # else a run goes on before the step that it has replaced for
                 self.replace(run, layer, share, *self.grown(run, name, layer, share))
-            state.replaced = run.step
+                state.replaced[name] = run.step
 
     def grown(self, run: Run, name: str, layer: Linear, share: float) -> tuple[Tensor, Tensor]:
         """The entries that may be grown, (C,), none of which trains, and their scores."""
