@@ -304,6 +304,25 @@ def test_what_is_saved_loaded_removed_and_merged(recipe, dtype, tmp_path):
         assert torch.equal(loaded.model.get_parameter(name), p), name
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "shira(density=0.05, scorer='gradient')", "lift(rank=4, every=2)", "saft(density=0.05)",
+        "spiel(density=0.05, every=4, accumulate=2, rate=0)",
+        "spiel(density=0.05, every=4, accumulate=2, rate=0, criterion='ma')", "sara(density=0.2, again=2)",
+        "ltsft(after=2)", "s2ft(ratio=0.2, scorer='gradient')", "s2ft(ratio=0.2, scorer='activation')", "mft",
+    ],
+)  # fmt: skip
+def test_what_is_loaded_goes_on_from_what_it_has_learnt(recipe, tmp_path):
+    tuner = efftune.apply(llama(layers=2), recipe)
+    run(tuner, tuner.optimizer(lr=1e-2), range(3))
+    tuner.save(tmp_path)
+    y = tuner.model(batch(9)).logits
+    loaded = efftune.load(llama(layers=2), tmp_path)
+    run(loaded, loaded.optimizer(lr=0.0), range(3))
+    assert torch.equal(loaded.model(batch(9)).logits, y)
+
+
 def goes_on(recipe, steps):
     """Whether a run goes on bit for bit from the states that it has before these steps."""
     whole = efftune.apply(llama(), recipe)
