@@ -119,6 +119,18 @@ def test_a_sum_of_what_is_left(tmp_path):
     assert all(torch.equal(w, other[name]) for name, w in one.items())
 
 
+def test_a_weight_that_others_read_is_left_as_it_is(tmp_path):
+    """An adapter beside a tied head says nothing of the embedding."""
+    tuner = efftune.apply(llama(tie=True), "shira(density=0.05, target_modules='lm_head|q_proj')")
+    tuner.save(tmp_path)
+    model = llama(tie=True)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(EfftuneError, match="lm_head shares its weight .*embed_tokens.weight"):
+        compose(model, [tmp_path])
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in before.items())
+    assert len(tuned(model, total(model, [tmp_path])).model.lm_head.indices)
+
+
 def _left(tensors):
     tensors[f"{NAME}.left.gaps"] = tensors[f"{NAME}.entries.gaps"].clone()
     tensors[f"{NAME}.left.values"] = torch.zeros(int((tensors[f"{NAME}.left.gaps"] < 255).sum()), dtype=torch.bfloat16)
