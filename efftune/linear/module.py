@@ -321,9 +321,19 @@ class Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
-        """`.to()` and its like: what the base calls fixed moves and keeps its dtype, and W takes the new one."""
+        """`.to()` and its like: what the base calls fixed moves and keeps its dtype, W takes the new one, and what the
+        delta calls wide takes no narrower one than float32."""
         fixed = {name: cast(Tensor, self._buffers.pop(name)) for name in self.base.fixed}
-        super()._apply(fn, recurse)
+        parameters = [cast(Tensor, getattr(self, name)) for name in self.delta.wide]
+        wide = {id(tensor) for p in parameters for tensor in (p, p.grad)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) not in wide or moved.dtype.itemsize >= 4:
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        super()._apply(move, recurse)
         for name, tensor in fixed.items():
             moved = fn(tensor)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
