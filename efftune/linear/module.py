@@ -183,7 +183,8 @@ class Linear(nn.Module):
 
         Raises: ValueError, before anything is changed, for tensors that the delta refuses.
         """
-        self.delta.refuse(given, self._shape)
+        own = dict(zip(self.delta.names, self.added(), strict=True))
+        self.delta.refuse(own | dict(given), self._shape)  # a part of them has to fit the rest
         before = []
         self.take_back()  # first: it reads what is resized below
         for name in self.delta.resizes:
