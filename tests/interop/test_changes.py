@@ -149,6 +149,12 @@ def _signs(tensors):
     tensors |= {f"{NAME}.entries.signs": torch.zeros(1, dtype=torch.uint8), f"{NAME}.entries.scale": torch.ones(1)}
 
 
+def _truth(tensors):
+    size = len(tensors.pop(f"{NAME}.entries.values"))
+    tensors[f"{NAME}.entries.signs"] = torch.zeros(-(-size // 8), dtype=torch.uint8)
+    tensors[f"{NAME}.entries.scale"] = torch.ones(1, dtype=torch.bool)
+
+
 def _many(tensors):
     tensors[f"{NAME}.entries.gaps"] = torch.full((2**31 // 255 + 2,), 255, dtype=torch.uint8)
     tensors[f"{NAME}.entries.gaps"][-1] = 0  # beyond what int32 holds
@@ -157,7 +163,8 @@ def _many(tensors):
 @pytest.mark.parametrize(
     "change, words",
     [(_left, "an entry is in it twice"), (_integers, "values are torch.int32"), (_half, "values are torch.float16"),
-     (_signs, "its signs are not those of 20 entries"), (_many, "place 2147483775 is outside of a weight")],
+     (_signs, "its signs are not those of 20 entries"), (_truth, "its signs are not those of 20 entries"),
+     (_many, "place 2147483775 is outside of a weight")],
 )  # fmt: skip
 @pytest.mark.parametrize("use", ["load", "compose"])
 def test_a_damaged_file_is_refused(change, words, use, tmp_path):
