@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from efftune.errors import EfftuneError
 from efftune.files import ADAPTER, refuse_pickle
 from efftune.interop.sparse import FILE, Changes, at, read_changes
+from efftune.structure import parameter_names
 
 Edit = Callable[[Changes], Changes]
 
@@ -27,8 +28,8 @@ def compose(
         add, subtract: folders that `Tuner.save` has written, or of finished runs.
         edit: what each of them goes through first: `masked`, `ternary`, or a function of one's own.
     Numerics: summed up in float64 and rounded once to W's dtype.
-    Raises: EfftuneError, before anything is changed, for a folder that has more than a sparse delta, and for weights
-        that the runs did not begin with.
+    Raises: EfftuneError, before anything is changed, for a folder that has more than a sparse delta, for weights that
+        the runs did not begin with, and for one that others read.
     """
     return put(model, total(model, add, subtract, edit))
 
@@ -36,6 +37,13 @@ def compose(
 @torch.no_grad()
 def put(model: nn.Module, changes: dict[str, Changes]) -> nn.Module:
     """Adds to the weights of `model`, in place, what `total` gave of them, rounded once to W's dtype."""
+    tied = parameter_names(model)
+    for name, changed in changes.items():
+        if len(shared := tied.get(id(changed.layer.stored().tensors[0]), [])) > 1:
+            raise EfftuneError(
+                f"{name} shares its weight ({', '.join(shared)}), which the run left as it was, and a sum would change "
+                "the others too; write it as a sparse file, or load the adapter."
+            )
     for layer, where, original, change in changes.values():
         w = layer.stored()
         device = w.tensors[0].device

@@ -93,7 +93,12 @@ def _signs(change: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _of_signs(signs: Tensor, scale: Tensor, count: int) -> Tensor:
-    if signs.dtype != torch.uint8 or signs.shape != (-(-count // 8),) or scale.shape != (1,):
+    if (
+        signs.dtype != torch.uint8
+        or signs.shape != (-(-count // 8),)
+        or scale.shape != (1,)
+        or scale.dtype == torch.bool
+    ):
         raise ValueError(f"its signs are not those of {count} entries")
     return torch.from_numpy(np.unpackbits(signs.numpy(), count=count)).to(scale.dtype).mul_(2).sub_(1).mul_(scale)
 

@@ -250,6 +250,7 @@ class Delta(Axis):
     trains: ClassVar[bool] = True
     random: ClassVar[bool] = False  # draws in training mode (may be a property)
     resizes: ClassVar[tuple[str, ...]] = ()  # of p, those whose length a run decides
+    wide: ClassVar[tuple[str, ...]] = ()  # of p, those that have at least 32 bits, whatever dtype the layer is moved to
 
     def __init_subclass__(cls, **settings: Any) -> None:
         # A kind that computes one layer in its own way does not inherit how another kind computes several.

@@ -183,7 +183,8 @@ class Linear(nn.Module):
 
         Raises: ValueError, before anything is changed, for tensors that the delta refuses.
         """
-        self.delta.refuse(given, self._shape)
+        own = dict(zip(self.delta.names, self.added(), strict=True))
+        self.delta.refuse(own | dict(given), self._shape)  # a part of them has to fit the rest
         before = []
         self.take_back()  # first: it reads what is resized below
         for name in self.delta.resizes:
@@ -321,9 +322,19 @@ class Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
-        """`.to()` and its like: what the base calls fixed moves and keeps its dtype, and W takes the new one."""
+        """`.to()` and its like: what the base calls fixed moves and keeps its dtype, W takes the new one, and what the
+        delta calls wide takes no narrower one than float32."""
         fixed = {name: cast(Tensor, self._buffers.pop(name)) for name in self.base.fixed}
-        super()._apply(fn, recurse)
+        parameters = [cast(Tensor, getattr(self, name)) for name in self.delta.wide]
+        wide = {id(tensor) for p in parameters for tensor in (p, p.grad)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) not in wide or moved.dtype.itemsize >= 4:
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        super()._apply(move, recurse)
         for name, tensor in fixed.items():
             moved = fn(tensor)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -89,7 +89,8 @@ def move_state(optimizer: torch.optim.Optimizer, p: nn.Parameter, index: Tensor,
     for name in names:
         padded = state[name] if before else state[name].new_zeros(1)
         state[name] = torch.where(known, padded[at], padded.new_zeros(()))
-    if MOMENTS <= state.keys() and not known.all():
+    group = next((group for group in optimizer.param_groups if any(p is q for q in group["params"])), {})
+    if MOMENTS <= state.keys() and len(group.get("betas", ())) == 2 and not known.all():
         state[FRESH] = ~known | state.get(FRESH, ~known).bool()
         begin_new_entries(optimizer)
 

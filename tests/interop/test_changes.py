@@ -119,6 +119,18 @@ def test_a_sum_of_what_is_left(tmp_path):
     assert all(torch.equal(w, other[name]) for name, w in one.items())
 
 
+def test_a_weight_that_others_read_is_left_as_it_is(tmp_path):
+    """An adapter beside a tied head says nothing of the embedding."""
+    tuner = efftune.apply(llama(tie=True), "shira(density=0.05, target_modules='lm_head|q_proj')")
+    tuner.save(tmp_path)
+    model = llama(tie=True)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(EfftuneError, match="lm_head shares its weight .*embed_tokens.weight"):
+        compose(model, [tmp_path])
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in before.items())
+    assert len(tuned(model, total(model, [tmp_path])).model.lm_head.indices)
+
+
 def _left(tensors):
     tensors[f"{NAME}.left.gaps"] = tensors[f"{NAME}.entries.gaps"].clone()
     tensors[f"{NAME}.left.values"] = torch.zeros(int((tensors[f"{NAME}.left.gaps"] < 255).sum()), dtype=torch.bfloat16)
@@ -137,6 +149,12 @@ def _signs(tensors):
     tensors |= {f"{NAME}.entries.signs": torch.zeros(1, dtype=torch.uint8), f"{NAME}.entries.scale": torch.ones(1)}
 
 
+def _truth(tensors):
+    size = len(tensors.pop(f"{NAME}.entries.values"))
+    tensors[f"{NAME}.entries.signs"] = torch.zeros(-(-size // 8), dtype=torch.uint8)
+    tensors[f"{NAME}.entries.scale"] = torch.ones(1, dtype=torch.bool)
+
+
 def _many(tensors):
     tensors[f"{NAME}.entries.gaps"] = torch.full((2**31 // 255 + 2,), 255, dtype=torch.uint8)
     tensors[f"{NAME}.entries.gaps"][-1] = 0  # beyond what int32 holds
@@ -145,7 +163,8 @@ def _many(tensors):
 @pytest.mark.parametrize(
     "change, words",
     [(_left, "an entry is in it twice"), (_integers, "values are torch.int32"), (_half, "values are torch.float16"),
-     (_signs, "its signs are not those of 20 entries"), (_many, "place 2147483775 is outside of a weight")],
+     (_signs, "its signs are not those of 20 entries"), (_truth, "its signs are not those of 20 entries"),
+     (_many, "place 2147483775 is outside of a weight")],
 )  # fmt: skip
 @pytest.mark.parametrize("use", ["load", "compose"])
 def test_a_damaged_file_is_refused(change, words, use, tmp_path):

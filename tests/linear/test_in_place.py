@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import efftune
 from efftune import EfftuneError, Linear
 from efftune.linear import Dense, Int8, LoRA
+from efftune.linear.delta.columns import AddedColumns, Columns
 from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.keep.quantized import Quantized
 from efftune.linear.picks import repick
@@ -51,7 +52,7 @@ def made(delta=None, base=None, dtype=torch.float64, bias=True):
 
 def trained(layer, seed=1):
     with torch.no_grad():
-        layer.values.copy_(torch.randn(len(layer.values), generator=torch.Generator().manual_seed(seed)))
+        layer.values.copy_(torch.randn(layer.values.shape, generator=torch.Generator().manual_seed(seed)))
     return layer
 
 
@@ -325,6 +326,22 @@ def test_another_dtype(seen):
     half.to(torch.bfloat16)
     assert half.stored().dtype == torch.bfloat16
     assert torch.equal(half.remove().weight, before.float().bfloat16())
+
+
+@pytest.mark.parametrize("delta", [Entries(COUNT), AddedEntries(COUNT), Columns(3), AddedColumns(3)], ids=str)
+def test_a_narrower_dtype_leaves_the_differences_wide(delta):
+    """An update far below an ulp of bfloat16 is not lost after `.to`."""
+    layer = made(delta, dtype=torch.float32)
+    trained(layer, 8)
+    layer(inputs(torch.float32)).sum().backward()
+    before, grad = layer.values.detach().clone(), layer.values.grad.clone()
+    layer.to(torch.bfloat16)
+    assert layer.stored().dtype == torch.bfloat16 and all(layer._parameters[n].dtype.itemsize == 4 for n in delta.wide)
+    assert torch.equal(layer.values, before) and torch.equal(layer.values.grad, grad)
+    with torch.no_grad():
+        layer.values.add_(1e-6)
+    assert (layer.values != before).all()
+    layer(inputs(torch.bfloat16)).sum().backward()
 
 
 def made_again(layer):

@@ -85,6 +85,16 @@ def test_a_weight_that_comes_without_what_was_written_into_it_is_refused():
     assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("name", ["indices", "original", "values", "left", "left_original", "left_values"])
+def test_a_part_that_does_not_fit_the_rest_is_refused(name):
+    layer, x = made(), inputs()
+    y = layer(x)
+    part = torch.arange(3, dtype=torch.int32) if name in ("indices", "left") else torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(EfftuneError, match="is not one for each of"):
+        layer.load_state_dict({name: part}, strict=False)
+    assert torch.equal(layer(x), y)
+
+
 def repicked(model):
     for seed, layer in enumerate(m for m in model.modules() if isinstance(m, Linear)):
         repick(layer, picks(seed, len(layer.indices)))

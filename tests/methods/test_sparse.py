@@ -245,6 +245,16 @@ def test_spiel_replaces_what_moved_least_by_what_would_move_most():
     assert "fresh" not in next(iter(optimizer.state.values()))
 
 
+def test_two_spiels_replace_the_entries_of_their_own_layers():
+    settings = "density=0.05, every=2, accumulate=1"
+    recipe = f"spiel({settings}, target_modules='q_proj') + spiel({settings}, target_modules='down_proj')"
+    tuner = efftune.apply(llama(), recipe)
+    before = {name: layer.indices.clone() for name, layer in layers(tuner.model).items()}
+    run(tuner, tuner.optimizer(lr=1e-3), range(1))
+    for name, layer in layers(tuner.model).items():
+        assert not torch.equal(layer.indices, before[name]), name
+
+
 def llama_applied():
     return efftune.apply(llama(), "shira").model
 
@@ -292,6 +302,25 @@ def test_what_is_saved_loaded_removed_and_merged(recipe, dtype, tmp_path):
     loaded.remove()
     for name, p in llama(dtype=dtype).named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), p), name
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "shira(density=0.05, scorer='gradient')", "lift(rank=4, every=2)", "saft(density=0.05)",
+        "spiel(density=0.05, every=4, accumulate=2, rate=0)",
+        "spiel(density=0.05, every=4, accumulate=2, rate=0, criterion='ma')", "sara(density=0.2, again=2)",
+        "ltsft(after=2)", "s2ft(ratio=0.2, scorer='gradient')", "s2ft(ratio=0.2, scorer='activation')", "mft",
+    ],
+)  # fmt: skip
+def test_what_is_loaded_goes_on_from_what_it_has_learnt(recipe, tmp_path):
+    tuner = efftune.apply(llama(layers=2), recipe)
+    run(tuner, tuner.optimizer(lr=1e-2), range(3))
+    tuner.save(tmp_path)
+    y = tuner.model(batch(9)).logits
+    loaded = efftune.load(llama(layers=2), tmp_path)
+    run(loaded, loaded.optimizer(lr=0.0), range(3))
+    assert torch.equal(loaded.model(batch(9)).logits, y)
 
 
 def goes_on(recipe, steps):

@@ -74,6 +74,18 @@ def test_all_of_torchs_follow(make):
     assert all(optimizer.state[p][name].tolist() == [0, 0] for name in moved)
 
 
+def test_moments_without_two_betas_begin_at_0():
+    """They are not Adam's, though they have its names."""
+    from transformers.optimization import Adafactor
+
+    p, optimizer = stepped(Adafactor, beta1=0.9, relative_step=False, scale_parameter=False)
+    move(optimizer, p, torch.tensor([3, -1, 19]), before=20)
+    assert optimizer.state[p]["exp_avg"][1] == optimizer.state[p]["exp_avg_sq"][1] == 0
+    p.data, p.grad = p.data[:3], torch.ones(3)
+    optimizer.step()
+    assert p.isfinite().all()
+
+
 def block_wise():
     return stepped(BlockWise)
 

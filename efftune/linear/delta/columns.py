@@ -35,7 +35,7 @@ class Columns(Delta):
     count: int
 
     names = ("columns", "original", "values")
-    learns = ("values",)
+    learns = wide = ("values",)
 
     def __post_init__(self):
         if self.count < 1:

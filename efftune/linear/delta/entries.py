@@ -39,6 +39,7 @@ class Entries(Delta):
     names = ("indices", "original", "values", "left", "left_original", "left_values")
     learns = ("values",)
     resizes = names
+    wide = ("values",)
 
     def __post_init__(self):
         if not 0 < self.density <= 1:
@@ -125,6 +126,7 @@ class AddedEntries(Entries):
 
     names = ("indices", "values", "left", "left_values")
     resizes = names
+    wide = ("values", "left_values")
 
     put, take_back = Delta.put, Delta.take_back
 

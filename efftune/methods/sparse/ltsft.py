@@ -69,8 +69,9 @@ class Ltsft(Sparse):
         if self.file is None:
             for layer in self.layers(run).values():
                 count = layer.out_features * layer.in_features
-                if run.step < self.after and len(layer.indices) < count:
-                    self.take(run, layer, torch.arange(count))  # here and not before: what is loaded has no first phase
+                if run.step < self.after and len(layer.indices) < count and not layer.values.any():
+                    # Here and not before: what is loaded has no first phase, and goes on from what it has learnt.
+                    self.take(run, layer, torch.arange(count))
                 elif run.step == self.after and len(layer.indices) == count:
                     self.rewind(run, layer)
 

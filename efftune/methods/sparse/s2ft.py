@@ -86,7 +86,9 @@ class S2ft(Picks):
             self.pick(run, layers, scores)
 
     def look(self, micro):
-        layers, scores = self.layers(micro.run), dict[str, Tensor]()
+        # An adapter that was loaded goes on with its columns: others would begin with W as it was stored.
+        layers = {name: layer for name, layer in self.layers(micro.run).items() if not layer.values.any()}
+        scores = dict[str, Tensor]()
 
         def add(name: str, x: Tensor) -> None:
             squares = torch.linalg.vector_norm(x, dim=0, dtype=above(x.dtype)).double().square()

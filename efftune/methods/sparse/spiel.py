@@ -26,7 +26,9 @@ class State(_base.State):
 
     candidates: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    replaced: int = -1  # the last step before which entries were
+    begun: bool = True  # with random entries, all of which make room before step `accumulate`; not if it was loaded
+    replaced: dict[str, int] = field(default_factory=dict)  # by layer: the last step before which entries were
+    _called: bool = False  # backward, in this process
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Spiel(Sparse):
     """Trains a few entries of each linear layer's weight, and now and then replaces those that moved least by those
     with the largest gradients.
 
-    Entries are random at first. Before step `accumulate` all of them are replaced, then, before every `every`-th step,
+    Entries are random at first. Before step `accumulate` all of them are replaced (not those of an adapter that was
+    loaded, which have learnt), then, before every `every`-th step,
     a share that falls linearly from `rate` to 0 at step `until`. Those with the smallest |δ| are dropped, and are what
     they were before. Entries that stay keep their optimizer state, and new ones begin with none.
 
@@ -97,11 +100,15 @@ class Spiel(Sparse):
         return SM3(groups, **defaults) if self.criterion == MA else None
 
     def looked(self, run):
-        return bool(run.state(self).sums)
+        return run.state(self)._called
 
-    def share(self, step: int) -> float:
+    def install(self, run):
+        super().install(run)
+        run.state(self).begun = run.plan.begins
+
+    def share(self, step: int, begun: bool) -> float:
         """Of the entries, those that are replaced before this step."""
-        if step == self.accumulate:
+        if begun and step == self.accumulate:
             return 1.0
         if step < self.every or step % self.every:
             return 0.0
@@ -111,7 +118,8 @@ class Spiel(Sparse):
         return False
 
     def before_step(self, run):
-        state, share = run.state(self), self.share(run.step)
+        state = run.state(self)
+        share = self.share(run.step, state.begun)
         if self.criterion == MA and run.optimizer is not None:
             if not isinstance(run.optimizer, SM3):
                 raise EfftuneError(
@@ -120,10 +128,10 @@ class Spiel(Sparse):
                 )
             for layer in self.layers(run).values():
                 run.optimizer.cover(layer.values, layer.indices, (layer.out_features, layer.in_features))
-        if share and state.replaced != run.step:  # else a run goes on before the step that it has replaced for
-            for name, layer in self.layers(run).items():
+        for name, layer in self.layers(run).items() if share else ():
+            if state.replaced.get(name) != run.step:  # else a run goes on before the step that it has replaced for
                 self.replace(run, layer, share, *self.grown(run, name, layer, share))
-            state.replaced = run.step
+                state.replaced[name] = run.step
 
     def grown(self, run: Run, name: str, layer: Linear, share: float) -> tuple[Tensor, Tensor]:
         """The entries that may be grown, (C,), none of which trains, and their scores."""
@@ -151,11 +159,11 @@ class Spiel(Sparse):
             self.take(run, layer, torch.cat([old[stay], candidates[grow]]).sort().values, forget=True)
 
     def backward(self, micro, inner):
-        run = micro.run
-        soon = any(self.share(run.step + i) for i in range(1, self.accumulate + 1))
+        run, state = micro.run, micro.run.state(self)
+        state._called = True
+        soon = any(self.share(run.step + i, state.begun) for i in range(1, self.accumulate + 1))
         if self.criterion == MA or not soon:
             return inner(micro)
-        state = run.state(self)
 
         def see(name: str, g: Tensor, z: Tensor) -> None:
             if name not in state.sums:
