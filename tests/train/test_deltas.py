@@ -92,7 +92,9 @@ def test_folders_are_added_and_subtracted(folder, model_folder, tmp_path, capsys
         ("--model ./nowhere", "nowhere"),
         ("--model OTHER", "_proj: it was trained on other weights"),
         ("--as lora --rank 0", "a rank of at least 1, not 0"),
-        ("--out A", "is not empty"),
+        ("--alpha 2", "--alpha is a setting of --ternary; add that"),
+        ("--rank 4", "--rank is a setting of --as lora; add that"),
+        ("--out A", "is not empty; give another folder."),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(changed, words, folder, model_folder, tmp_path, capsys):
