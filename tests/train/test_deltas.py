@@ -48,9 +48,9 @@ def test_a_sparse_run_is_exported_and_thinned_out(options, model_folder, tmp_pat
     assert cli.main(arguments(options | {"recipe": "shira(density=0.1)", "steps": 2, "dtype": "float32"})) == 0
     merged = efftune.load(load(base, torch.float32), run).merge()
     ours = logits(merged)
-    for kind in ("shira", "lora"):
+    for kind, settings in (("shira", []), ("lora", ["--rank", "32"])):
         capsys.readouterr()
-        assert cli.main(["export", run, "--as", kind, "--rank", "32", "--out", str(tmp_path / kind)]) == 0
+        assert cli.main(["export", run, "--as", kind, *settings, "--out", str(tmp_path / kind)]) == 0
         printed = capsys.readouterr().out
         theirs = logits(peft.PeftModel.from_pretrained(load(base, torch.float32), tmp_path / kind))
         if kind == "shira":
