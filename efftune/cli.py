@@ -9,12 +9,15 @@ import inspect
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efftune.errors import EfftuneError
 
 if TYPE_CHECKING:
     from efftune.methods import Method
+
+
+RANK = 16  # of --as lora
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
                 help="a PEFT adapter of the entries or columns that trained, or of the nearest matrices of a low rank, "
                 "and how near they are",
             )
-            command.add_argument("--rank", type=int, default=16, metavar="R", help="of --as lora [16]")
+            command.add_argument("--rank", type=int, metavar="R", help="of --as lora [16]")
 
     delta = commands.add_parser(
         "delta",
@@ -123,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="make each change sign * alpha * the standard deviation of all changes of its layer: one bit in the file",
     )
-    delta.add_argument("--alpha", type=float, default=1.0, metavar="X", help="of --ternary [1]")
+    delta.add_argument("--alpha", type=float, metavar="X", help="of --ternary [1]")
     delta.add_argument(
         "--as",
         dest="kind",
@@ -131,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         help="write a sparse folder again, a whole model, or an adapter of PEFT's [of one folder: sparse; of several, "
         "or with --subtract: model]",
     )
-    delta.add_argument("--rank", type=int, default=16, metavar="R", help="of --as lora [16]")
+    delta.add_argument("--rank", type=int, metavar="R", help="of --as lora [16]")
     delta.set_defaults(run=_delta)
 
     replay = commands.add_parser("replay", help="make the model that a seed log describes, from its base model")
@@ -244,16 +247,24 @@ def _export(arguments: argparse.Namespace) -> None:
         if left:
             print(f"The last {left} steps are not in it: training ended before their round did.")
         return
-    out = rundir.choose(arguments.out, resume=False)
+    out = rundir.choose(arguments.out, resume=False, kind="export")
+    rank = _setting(arguments.rank, RANK, arguments.kind == "lora", "--rank", "--as lora")
     tuner, _ = run.finished(arguments.source)
     with rundir.writing(out):
         if arguments.kind == "lora":
             from efftune.interop.svd import save_lora
 
-            print(_errors(save_lora(tuner, out, arguments.rank)))
+            print(_errors(save_lora(tuner, out, rank)))
         else:
             tuner.save(out, arguments.kind)
     print(f"{out} holds what {arguments.source} trained ({tuner.recipe}).")
+
+
+def _setting(value: Any, default: Any, asked: bool, name: str, of: str) -> Any:
+    """What an option gives that another one has to go with. Raises: EfftuneError where it stands alone."""
+    if value is not None and not asked:
+        raise EfftuneError(f"{name} is a setting of {of}; add that, or leave {name} out.")
+    return default if value is None else value
 
 
 def _errors(errors: dict[str, float]) -> str:
@@ -264,10 +275,12 @@ def _errors(errors: dict[str, float]) -> str:
 def _delta(arguments: argparse.Namespace) -> None:
     from efftune.train import deltas, rundir
 
-    out = rundir.choose(arguments.out, resume=False)
+    out = rundir.choose(arguments.out, resume=False, kind="delta")
     kind = arguments.kind or ("sparse" if len(arguments.folders) == 1 and not arguments.subtract else "model")
-    edit = deltas.Edit(arguments.keep, arguments.drop_largest, arguments.alpha if arguments.ternary else None)
-    about = deltas.delta(arguments.model, arguments.folders, arguments.subtract, edit, out, kind, arguments.rank)
+    alpha = _setting(arguments.alpha, 1.0, arguments.ternary, "--alpha", "--ternary")
+    rank = _setting(arguments.rank, RANK, kind == "lora", "--rank", "--as lora")
+    edit = deltas.Edit(arguments.keep, arguments.drop_largest, alpha if arguments.ternary else None)
+    about = deltas.delta(arguments.model, arguments.folders, arguments.subtract, edit, out, kind, rank)
     if about.errors:
         print(_errors(about.errors))
     print(f"{out} holds {about.entries:,} changes of {about.layers} layers of {arguments.model}, as {WRITTEN[kind]}.")
@@ -285,7 +298,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from efftune.train import run, rundir
     from efftune.train.models import quiet
 
-    out = rundir.choose(arguments.out, resume=False)
+    out = rundir.choose(arguments.out, resume=False, kind="merge")
     tuner, tokenizer = run.finished(arguments.source)
     with rundir.writing(out), quiet():
         tuner.merge().save_pretrained(out)
@@ -297,7 +310,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     from efftune.train import rundir
     from efftune.train.replay import replay
 
-    out = rundir.choose(arguments.out, resume=False)
+    out = rundir.choose(arguments.out, resume=False, kind="replay")
     about = replay(arguments.base, arguments.log, out)
     done, count = about["replayed"], about["count"]
     cut = "" if done == count else f" The log is cut short: it had {count:,} when it was written."

@@ -158,7 +158,7 @@ class Plan:
             endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.layers}))
             raise EfftuneError(
                 f"target_modules={target_modules!r} matches no linear layer of {kind}; "
-                f"its linear layers end in: {endings}."
+                f"its linear layers end in: {endings}; give target_modules of these."
             )
         return [self.layers[name] for name in chosen]
 

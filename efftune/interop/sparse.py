@@ -210,7 +210,10 @@ class Sparse:
         about, held = _read(file)
         if about.keys() != layers.keys():
             first = sorted(about.keys() ^ layers.keys())[0]
-            raise EfftuneError(f"{file} and the recipe do not train the same layers (first at {first}).")
+            raise EfftuneError(
+                f"{file} and the recipe do not train the same layers (first at {first}); "
+                "load the model and the recipe that it was saved with."
+            )
         for name, layer in layers.items():
             parts = _parts(file, name, layer, about[name], held)
             kind = "columns" if isinstance(layer.delta, Columns) else "entries"

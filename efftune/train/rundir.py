@@ -92,7 +92,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def choose(out: str | None, resume: bool, kind: str = "train") -> Path:
-    """The run directory that is meant.
+    """The run directory that is meant, or the folder that a command of another `kind` writes.
 
     Raises: EfftuneError for a folder with something in it and no --resume, and for --resume without a run.
     """
@@ -111,7 +111,12 @@ def choose(out: str | None, resume: bool, kind: str = "train") -> Path:
     if resume and not path.is_dir():
         raise EfftuneError(f"--resume finds no run at {out}; check --out, or start the run without --resume.")
     if not resume and path.is_dir() and any(path.iterdir()):
-        raise EfftuneError(f"{out} is not empty; add --resume to continue the run in it, or give another --out.")
+        remedy = (
+            "add --resume to continue the run in it, or give another --out"
+            if kind == "train"
+            else "give another folder"
+        )
+        raise EfftuneError(f"{out} is not empty; {remedy}.")
     return path
 
 

@@ -48,9 +48,9 @@ def test_a_sparse_run_is_exported_and_thinned_out(options, model_folder, tmp_pat
     assert cli.main(arguments(options | {"recipe": "shira(density=0.1)", "steps": 2, "dtype": "float32"})) == 0
     merged = efftune.load(load(base, torch.float32), run).merge()
     ours = logits(merged)
-    for kind in ("shira", "lora"):
+    for kind, settings in (("shira", []), ("lora", ["--rank", "32"])):
         capsys.readouterr()
-        assert cli.main(["export", run, "--as", kind, "--rank", "32", "--out", str(tmp_path / kind)]) == 0
+        assert cli.main(["export", run, "--as", kind, *settings, "--out", str(tmp_path / kind)]) == 0
         printed = capsys.readouterr().out
         theirs = logits(peft.PeftModel.from_pretrained(load(base, torch.float32), tmp_path / kind))
         if kind == "shira":
@@ -92,7 +92,9 @@ def test_folders_are_added_and_subtracted(folder, model_folder, tmp_path, capsys
         ("--model ./nowhere", "nowhere"),
         ("--model OTHER", "_proj: it was trained on other weights"),
         ("--as lora --rank 0", "a rank of at least 1, not 0"),
-        ("--out A", "is not empty"),
+        ("--alpha 2", "--alpha is a setting of --ternary; add that"),
+        ("--rank 4", "--rank is a setting of --as lora; add that"),
+        ("--out A", "is not empty; give another folder."),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(changed, words, folder, model_folder, tmp_path, capsys):

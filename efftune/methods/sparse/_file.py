@@ -57,7 +57,7 @@ class Weights:
         """Raises EfftuneError, naming the layer, where it has no such weight, or one that is not finite."""
         transposed, why = stores_transposed(module), None
         if f"{layer}.weight" not in self.file:
-            why = "has no weight of it; give a run of full, or the merged checkpoint that efftune export writes"
+            why = "has no weight of it; give a run of full, or the merged checkpoint that efftune merge writes"
         else:
             first = self.rows(layer, 0, 1, transposed)
             found = self._shape(layer, transposed)
