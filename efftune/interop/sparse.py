@@ -238,7 +238,8 @@ def about_layer(layer: Linear, parts: Parts) -> dict[str, Any]:
     """What a file says about a weight: it fits no other one."""
     originals = [original for _, original, _ in parts.values()]
     dtype = str(originals[0].dtype).removeprefix("torch.")
-    return {"shape": [layer.out_features, layer.in_features], "dtype": dtype, "sha256": _hash(*originals)}
+    about = {"shape": [layer.out_features, layer.in_features], "dtype": dtype, "sha256": _hash(*originals)}
+    return about if layer.base.trains else about | {"base": str(layer.base)}
 
 
 def read_changes(model: nn.Module, file: Path) -> dict[str, Changes]:
@@ -303,6 +304,12 @@ def check_weight(layer: Linear, about: dict[str, Any]) -> None:
         raise ValueError(f"it was saved of a weight of {tuple(about['shape'])}, and this one is {shape}")
     if about["dtype"] != str(dtype).removeprefix("torch."):
         raise ValueError(f"it is of weights in {about['dtype']}, and these are {dtype}; load them in that dtype")
+    base, own = about.get("base"), None if layer.base.trains else str(layer.base)
+    if base != own:
+        kinds = [kind or "a dense weight" for kind in (base, own)]
+        raise ValueError(
+            f"it was trained over {kinds[0]}, and this is {kinds[1]}; merge the run, or load it by its recipe"
+        )
 
 
 def check_original(about: dict[str, Any], originals: list[Tensor]) -> None:

@@ -81,6 +81,23 @@ def test_a_parameter_is_new_to_the_optimizer_again(make):
     assert torch.equal(old, new)
 
 
+def test_a_run_that_ends_in_its_first_phase_says_so():
+    tuner = efftune.apply(llama(), "ltsft(density=0.05, after=3)")
+    optimizer, said = tuner.optimizer(lr=1e-3), []
+    for step in range(5):
+        shared.run(tuner, optimizer, [step])
+        said.append(tuner.reports())
+    assert all("which is rewound; train longer" in reports[0] for reports in said[:3]) and not said[4]
+
+
+def test_the_models_own_weights_pick_nothing(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(
+        efftune.EfftuneError, match="has the very weights that the model has; give a run that changed them"
+    ):
+        efftune.apply(llama(), f"ltsft(file='{tmp_path}')")
+
+
 def test_a_run_goes_on_bit_for_bit_from_either_phase():
     shared.goes_on("ltsft(density=0.05, after=3)", (2, 3, 5))
 

@@ -400,6 +400,11 @@ def test_columns_cost_no_bytes_where_backward_makes_the_input_again(blocks):
         ("shira(density=0)", r"density of entries that train lies in \(0, 1\], not 0"),
         ("lift(density=1.5)", r"lies in \(0, 1\], not 1.5"),
         ("shira(r=0)", "r of at least 1"),
+        (
+            "shira(r=17)",
+            r"r=17 asks for more entries, r·\(N \+ K\), than the 32 x 32 that there are; choose a smaller r",
+        ),
+        ("s2ft(ratio=1e-3)", "ratio=0.001 is less than one of its 32 columns; use a larger ratio"),
         ("shira(density=1e-5)", "self_attn.q_proj: density=1e-05 is less than one entry of 32 x 32; use a larger"),
         ("lift(rank=33)", r"rank=33 exceeds min\(N, K\) = 32 of a layer of \(32, 32\); choose a smaller rank"),
         ("shira(scorer='best')", "scorer is one of magnitude, small, random, low_rank, gradient, file, not 'best'"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import efftune
+from efftune.interop.changes import compose
 from efftune.linear.delta.columns import AddedColumns
 from efftune.linear.delta.entries import AddedEntries, Entries
 from efftune.linear.picks import repick
@@ -96,6 +97,12 @@ def test_what_left_the_picks_is_in_the_file_and_stays_what_it_became(tmp_path):
         assert torch.equal(made.values, change) and not len(made.left)
     repick(layer, torch.arange(7, 7 + len(old)), forget=True)
     assert not len(layer.left) and not layer.values[~torch.isin(layer.indices, old)].any()
+
+
+def test_a_file_of_codes_is_not_summed_up_with_weights(tmp_path):
+    efftune.apply(llama(), INT8 + "shira(density=0.02)").save(tmp_path)
+    with pytest.raises(efftune.EfftuneError, match=r"trained over Int8\(group=16\), and this is a dense weight; merge"):
+        compose(llama(), [tmp_path])
 
 
 @pytest.mark.parametrize("recipe", ["shira(density=0.05, target_modules='lm_head')", "s2ft(target_modules='lm_head')"])

@@ -50,12 +50,14 @@ class Entries(Delta):
     def count(self, shape: tuple[int, int]) -> int:
         """S for a layer of (N, K)."""
         n, k = shape
-        return min(n * k, self.r * (n + k)) if self.r is not None else round(self.density * n * k)
+        return self.r * (n + k) if self.r is not None else round(self.density * n * k)
 
     def why_not(self, base, keep, shape):
         n, k = shape
         if n * k >= 2**31:
             return f"{n} x {k} entries are too many for indices of 32 bits; train this layer by an adapter"
+        if self.count(shape) > n * k:
+            return f"r={self.r} asks for more entries, r·(N + K), than the {n} x {k} that there are; choose a smaller r"
         if self.count(shape) < 1:
             return f"density={self.density} is less than one entry of {n} x {k}; use a larger density or other layers"
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,13 @@ class Weights:
         with safe_open(self.file[f"{layer}.weight"], "pt") as opened:
             shape = tuple(opened.get_slice(f"{layer}.weight").get_shape())
         return shape[::-1] if transposed else shape
+
+    def differs(self, layer: str, module: nn.Module, shape: tuple[int, int]) -> bool:
+        """Whether it has another weight of a layer that passed `check`."""
+        weight, transposed = cast(Tensor, module.weight), stores_transposed(module)
+        weight = weight.t() if transposed else weight
+        parts = ((self.rows(layer, a, b, transposed), weight[a:b]) for a, b in tiles(shape))
+        return weight.is_meta or any(not torch.equal(there, own.to("cpu", there.dtype)) for there, own in parts)
 
     def changed(self, matrix: Matrix, name: str) -> Rows:
         """|θ₁ - θ₀| of the layer `name`, where θ₀ is W as it was stored."""

@@ -67,6 +67,10 @@ class Sparse(Picks):
                     )
                 module = plan.model.get_submodule(layer.name)
                 weights.check(layer.name, module, layer.shape, cast(Tensor, module.weight).dtype)
+            if not any(weights.differs(t.name, plan.model.get_submodule(t.name), t.shape) for t in targets):
+                raise EfftuneError(
+                    f"{self.file} has the very weights that the model has; give a run that changed them."
+                )
         return targets
 
     def install(self, run):

@@ -75,6 +75,14 @@ class Ltsft(Sparse):
                 elif run.step == self.after and len(layer.indices) == count:
                     self.rewind(run, layer)
 
+    def report(self, run):
+        if self.file is None and run.step <= self.after:
+            return (
+                f"ltsft picks entries after {self.after} steps, and there were {run.step}: what trained so far is of "
+                "the first phase, which is rewound; train longer, or give after=."
+            )
+        return None
+
     def rewind(self, run, layer):
         shape = layer.out_features, layer.in_features
         moved = layer.values.detach().view(shape)

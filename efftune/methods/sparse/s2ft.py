@@ -74,7 +74,11 @@ class S2ft(Picks):
                 "columns one by one."
             )
         if (heads := round(self.ratio * k / size)) < 1:
-            size, heads = 1, max(1, round(self.ratio * k))
+            size, heads = 1, round(self.ratio * k)
+        if heads < 1:
+            raise EfftuneError(
+                f"{name}: ratio={self.ratio} is less than one of its {k} columns; use a larger ratio or other layers."
+            )
         return size, size * heads
 
     def install(self, run):
