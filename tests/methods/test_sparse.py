@@ -323,6 +323,33 @@ def test_what_is_loaded_goes_on_from_what_it_has_learnt(recipe, tmp_path):
     assert torch.equal(loaded.model(batch(9)).logits, y)
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "shira(scorer='magnitude')", "lift(rank=4)", "lift(scorer='small')", "sara", "mft",
+        "s2ft(scorer='low_rank', rank=4)",
+    ],
+)  # fmt: skip
+def test_a_weight_that_is_not_finite_is_refused_before_the_model_is_touched(recipe):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.inf
+    with pytest.raises(EfftuneError, match="layers.1.mlp.down_proj: its weight has NaN or Inf, by which"):
+        efftune.apply(model, recipe)
+    assert not layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["lift(rank=4, every=2)", "sara(renew=1)"])
+def test_a_run_that_diverges_is_refused_in_words(recipe):
+    tuner = efftune.apply(llama(layers=1), recipe)
+    optimizer = tuner.optimizer(lr=1e-3)
+    with torch.no_grad(), pytest.raises(EfftuneError, match="has NaN or Inf, and no approximation of rank"):
+        for layer in layers(tuner.model).values():
+            layer.values[0] = torch.nan
+        with torch.enable_grad():
+            run(tuner, optimizer, range(2))
+
+
 def goes_on(recipe, steps):
     """Whether a run goes on bit for bit from the states that it has before these steps."""
     whole = efftune.apply(llama(), recipe)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+from torch import Tensor
+
 from efftune.errors import EfftuneError
 from efftune.linear import Linear
+from efftune.linear.base.dense import is_matrix
 from efftune.linear.contracts import Delta
 from efftune.linear.delta.columns import Columns
 from efftune.linear.delta.entries import Entries
@@ -69,7 +72,19 @@ class Picks(Method):
                     f"{layer.name}: rank={self.rank} exceeds min(N, K) = {min(layer.shape)} of a layer of "
                     f"{layer.shape}; choose a smaller rank or other layers."
                 )
+            if plan.begins and self.of_weight and layer.plain and not layer.foreign:
+                weight = cast(Tensor, plan.model.get_submodule(layer.name).weight)
+                if is_matrix(weight) and not weight.is_meta and not _finite(weight):
+                    raise EfftuneError(
+                        f"{layer.name}: its weight has NaN or Inf, by which {self.what} cannot be picked; look where "
+                        "it was loaded from, or choose other layers."
+                    )
         return targets
+
+    @property
+    def of_weight(self) -> bool:
+        """Whether the first ones are picked by the numbers of the weight."""
+        return self.scorer in SCORERS and self.scorer != "random"
 
     @property
     def by_batch(self) -> bool:
@@ -151,3 +166,7 @@ class Picks(Method):
         if self.picks_again and run.optimizer is not None:
             for layer in layers.values():
                 refuse_move(run.optimizer, layer.values)  # now, and not when the first entries move
+
+
+def _finite(weight: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in weight.split(1024))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.ops.entries_grad import entries_grad
 from efftune.ops.entries_linear import entries_linear, entries_linear_t
@@ -165,5 +166,11 @@ def svd(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     while len(blocks) <= STEPS and len(blocks) * width < min(n, k):
         blocks.append(torch.linalg.qr(matrix.times(matrix.t_times(blocks[-1]))).Q)
     q = torch.linalg.qr(torch.cat(blocks, 1)).Q
-    u, s, vh = torch.linalg.svd(matrix.t_times(q).t(), full_matrices=False)
+    projected = matrix.t_times(q).t()
+    if not bool(projected.isfinite().all()):
+        raise EfftuneError(
+            f"A weight of {matrix.shape} has NaN or Inf, and no approximation of rank {matrix.r}; train with a lower "
+            "learning rate, or look where it was loaded from."
+        )
+    u, s, vh = torch.linalg.svd(projected, full_matrices=False)
     return q @ u[:, : matrix.r], s[: matrix.r], vh[: matrix.r]
