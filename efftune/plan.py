@@ -34,6 +34,7 @@ from efftune.structure import (
     linear_layers,
     matches,
     output_head,
+    overlaps,
     parameter_names,
     places,
     read_without_a_call,
@@ -106,7 +107,7 @@ class Plan:
         self.again: dict[str, tuple[float | None, str]] = {}
         # Attribute of norms, activations and attention (KEEP, ROWS) -> its value, and the method that says so.
         self.in_blocks: dict[str, tuple[Keep, Method]] = {}
-        self._names = parameter_names(model)
+        self._names, self._overlaps = parameter_names(model), overlaps(model)
         self._plain: dict[int, list[Layer]] = {}  # id of a weight -> the plain layers that have it
         for name, module in linear_layers(model).items():
             layer = self.layers[name] = self._row(name, module)
@@ -198,7 +199,12 @@ class Plan:
 
     def writable(self, layer: Layer) -> bool:
         """Whether a delta can write into the layer's weight: any number can stand there, and nobody else reads it."""
-        return layer.base.puts and not self.shared(layer)
+        return layer.base.puts and not self._readers(layer)
+
+    def _readers(self, layer: Layer) -> list[str]:
+        """The names of whatever reads the memory of the layer's weight besides."""
+        own = [self.model.get_parameter(layer.parameters[n]) for n in layer.base.names if n in layer.parameters]
+        return self.shared(layer) + [name for parameter in own for name in self._overlaps.get(id(parameter), ())]
 
     def blocks(self) -> tuple[str, list[str]]:
         """The name of the stack of alike blocks, and of each block. Raises: EfftuneError if the model has none."""
@@ -409,7 +415,7 @@ class Plan:
         for name, layer in self.layers.items():
             if layer.plain and not layer.is_replaced:
                 continue
-            shared = self.shared(layer)
+            shared = self._readers(layer)
             if shared and layer.delta.in_place:
                 raise EfftuneError(
                     f"{name} would write {layer.delta} into a weight that others read ({', '.join(shared)}); choose "
@@ -441,6 +447,7 @@ class Plan:
         for name, (ratio, _) in self.again.items():
             run_again(model.get_submodule(name), ratio)
         self.model = model
+        self._overlaps.clear()
         self._names.clear()  # ids of tensors that are no more
         self._plain.clear()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from efftune.errors import EfftuneError
@@ -79,6 +80,29 @@ def parameter_names(model: nn.Module) -> dict[int, list[str]]:
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             names.setdefault(id(parameter), []).append(name)
     return names
+
+
+def overlaps(model: nn.Module) -> dict[int, list[str]]:
+    """id(parameter) -> the names of other tensors of the model that lie, or may lie, in its memory: a tie that only the
+    addresses tell of, as `a.weight.data = b.weight.data` makes it. Parameters without are left out."""
+    spans: dict[int, tuple[int, int, str]] = {}
+    found: dict[int, list[str]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta:
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            if tensor.numel():
+                first = tensor.data_ptr()
+                spans[id(tensor)] = first, first + (last + 1) * tensor.element_size(), name
+                if any(n > 1 and not stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                    found[id(tensor)] = [name]  # expanded: its entries lie in each other's memory
+    active: list[tuple[int, int, str]] = []  # that may reach beyond the start of the next one
+    for one, (first, end, name) in sorted(spans.items(), key=lambda item: item[1]):
+        active = [other for other in active if other[1] > first]
+        for other, _, before in active:
+            found.setdefault(one, []).append(before)
+            found.setdefault(other, []).append(name)
+        active.append((one, end, name))
+    return found
 
 
 def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

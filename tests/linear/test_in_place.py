@@ -387,6 +387,25 @@ def test_a_weight_that_others_read_is_refused():
     efftune.apply(model, [Picks(target_modules=("2",))])
 
 
+@pytest.mark.parametrize("tie", ["data", "buffer", "expanded", "columns"])
+def test_a_tie_that_only_the_addresses_tell_of(tie):
+    model = network()
+    if tie == "data":
+        model[4].weight.data = model[0].weight.data
+    elif tie == "buffer":
+        model[2].register_buffer("seen", model[0].weight.data[3:5])
+    elif tie == "expanded":
+        model[0].weight = nn.Parameter(torch.randn(1, K).double().expand(N, K))
+    else:  # they interleave, and have no entry in common: left alone as well
+        both = torch.randn(N, 2 * K, dtype=torch.float64)
+        model[0].weight, model[4].weight = (nn.Parameter(part) for part in both.split(K, 1))
+    with pytest.raises(EfftuneError, match=r"would write Entries\(.*\) into a weight that others read"):
+        efftune.apply(model, [Picks()])
+    efftune.apply(model, [Picks(target_modules=("2",))])
+    tuner = efftune.apply(model, parse("shira(density=0.1, target_modules=['0'])"))
+    assert isinstance(tuner.model[0].delta, AddedEntries)
+
+
 @pytest.mark.parametrize("name", ["values", "original"])
 def test_a_part_of_the_weight_itself_is_refused(name):
     """torch's fused AdamW writes beside a strided tensor, and W would take its own original along."""
