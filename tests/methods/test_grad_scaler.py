@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 import efftune
+from efftune import EfftuneError, Linear
 from efftune.methods import Method
 from efftune.methods._base import State
 from efftune.recipe import parse
 from efftune.tuner import CLOCK
 from tests.devices import devices
+from tests.methods.models import batch, llama, loss_fn
 
 
 @dataclass
@@ -62,3 +64,29 @@ def test_a_step_that_is_skipped_is_none(kind, fused, unscaled, device):
         assert tuner.step == taken
     assert told == ["after 0", 1, "after 1", 2]
     assert optimizer.state_dict()[CLOCK]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "shira(density=0.05, scorer='gradient')", "saft(density=0.02)", "s2ft(ratio=0.2, scorer='gradient')",
+        "spiel(density=0.05, every=4, accumulate=2)",
+    ],
+)  # fmt: skip
+def test_picks_by_a_gradient_that_overflows_wait_for_one_that_does_not(recipe):
+    picks = []
+    for overflows in (False, True):
+        tuner = efftune.apply(llama(layers=1), recipe)
+        optimizer = tuner.optimizer(lr=1e-3)
+        for step in range(2):
+            if overflows:  # a scaler takes no step
+                tuner.backward(batch(7), lambda model, data: loss_fn(model, data) * 2.0**126, scale=2.0**127)
+                optimizer.zero_grad()
+            tuner.backward(batch(step), loss_fn, scale=8.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        picks.append([layer.added()[0] for layer in tuner.model.modules() if isinstance(layer, Linear)])
+    assert all(map(torch.equal, *picks))
+    with pytest.raises(EfftuneError, match="NaN or Inf"):
+        fresh = efftune.apply(llama(layers=1), recipe)
+        fresh.backward(batch(7), lambda model, data: loss_fn(model, data) * torch.inf)

@@ -19,6 +19,7 @@ from efftune.linear.picks import columns_of, entries_of
 from efftune.methods import _base
 from efftune.methods._base import ESTIMATES, TRAINS, Method, Micro, Run
 from efftune.methods.sparse._scores import SCORERS
+from efftune.methods.sparse._watch import NotFinite, overflows
 from efftune.optim.contract import refuse_move
 from efftune.plan import ALL_LINEAR, Layer, Plan
 from efftune.structure import matches
@@ -141,8 +142,12 @@ class Picks(Method):
         if self.by_batch and self.is_due(run.step):
             layers, picked = self.layers(run), run.state(self).picked
             if any(picked.get(name) != run.step for name in layers):
-                self.look(micro)
-                picked.update(dict.fromkeys(layers, run.step))
+                try:
+                    self.look(micro)
+                    picked.update(dict.fromkeys(layers, run.step))
+                except NotFinite:
+                    if not overflows(micro):
+                        raise
         return inner(micro)
 
     def looked(self, run: Run) -> bool:

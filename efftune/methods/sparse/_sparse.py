@@ -16,7 +16,7 @@ from efftune.methods._base import Micro, Run
 from efftune.methods.sparse._batch import GRADIENT, Picks
 from efftune.methods.sparse._file import Weights
 from efftune.methods.sparse._scores import SCORERS, Matrix, largest
-from efftune.methods.sparse._watch import gradient, gradients
+from efftune.methods.sparse._watch import finite_gradient, gradients
 from efftune.optim.contract import move, refuse_move
 from efftune.plan import ALL_LINEAR
 
@@ -102,7 +102,7 @@ class Sparse(Picks):
 
         def see(name: str, g: Tensor, z: Tensor) -> None:
             shape = g.shape[1], z.shape[1]
-            picks[name] = largest(gradient(g, z), shape, self.delta().count(shape))
+            picks[name] = largest(finite_gradient(g, z), shape, self.delta().count(shape))
 
         gradients(micro, layers, see)
         for name, found in picks.items():

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from efftune.errors import EfftuneError
 from efftune.linear import Linear
 from efftune.linear.contracts import Call, Delta, Keep, product_t
 from efftune.linear.delta.columns import Columns
@@ -143,6 +144,29 @@ def inputs(micro: Micro, layers: dict[str, Linear], see: Callable[[str, Tensor],
         micro.loss(micro.model, micro.batch)
 
 
+class NotFinite(EfftuneError):
+    """What a micro-batch shows is NaN or Inf."""
+
+
+def overflows(micro: Micro) -> bool:
+    """Whether what is not finite may be due to the scale of the loss: a GradScaler lowers it then and skips the step,
+    so that the next micro-batch is the step's first one."""
+    return micro.scale > 1
+
+
 def gradient(g: Tensor, z: Tensor) -> Rows:
     """|gᵀ·z|, by rows."""
     return lambda a, b: product_t(g[:, a:b], z).float().abs_()
+
+
+def finite_gradient(g: Tensor, z: Tensor) -> Rows:
+    """The same. Raises: NotFinite."""
+    gradients = gradient(g, z)
+
+    def rows(a: int, b: int) -> Tensor:
+        scores = gradients(a, b)
+        if not bool(scores.isfinite().all()):
+            raise NotFinite("A gradient that entries are picked by is NaN or Inf; look for it in weights and batch.")
+        return scores
+
+    return rows

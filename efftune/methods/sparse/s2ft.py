@@ -15,7 +15,7 @@ from efftune.linear.picks import choose
 from efftune.methods._base import Run
 from efftune.methods.sparse._batch import ACTIVATION, GRADIENT, Picks
 from efftune.methods.sparse._scores import SCORERS, Matrix, Rows, tiles
-from efftune.methods.sparse._watch import gradient, gradients, inputs
+from efftune.methods.sparse._watch import NotFinite, gradient, gradients, inputs
 from efftune.structure import matches
 
 HEADS = r"o_proj|out_proj|attn\.c_proj|(attention|self)\.output\.dense|self_attention\.dense"  # read what heads give
@@ -113,7 +113,7 @@ class S2ft(Picks):
         first is picked, for scores that are no numbers."""
         wrong = [name for name, found in scores.items() if not bool(found.isfinite().all())]
         if wrong:
-            raise EfftuneError(
+            raise NotFinite(
                 f"{wrong[0]}: a column's score by {self.scorer!r} is NaN or Inf; look for it in the weights and the "
                 "batch."
             )

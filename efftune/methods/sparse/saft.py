@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efftune.methods.sparse._scores import at, largest
 from efftune.methods.sparse._sparse import Sparse
-from efftune.methods.sparse._watch import gradient, gradients
+from efftune.methods.sparse._watch import finite_gradient, gradients
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Saft(Sparse):
         best: list[Tensor] = []  # scores, places of the layer among all, entries: of the `count` best so far
 
         def see(name: str, g: Tensor, z: Tensor) -> None:
-            shape, rows = (g.shape[1], z.shape[1]), gradient(g, z)
+            shape, rows = (g.shape[1], z.shape[1]), finite_gradient(g, z)
             found = largest(rows, shape, min(count, shape[0] * shape[1]))
             parts = [at(rows, shape, found), torch.full_like(found, names.index(name)), found]
             parts[0][parts[0].argmax()] = torch.inf  # no layer is left without

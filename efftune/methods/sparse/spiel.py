@@ -13,7 +13,7 @@ from efftune.methods import _base
 from efftune.methods._base import Run
 from efftune.methods.sparse._scores import Rows, at, largest
 from efftune.methods.sparse._sparse import Sparse
-from efftune.methods.sparse._watch import gradient, watching
+from efftune.methods.sparse._watch import NotFinite, finite_gradient, overflows, watching
 from efftune.ops.entries_grad import entries_grad
 from efftune.optim.sm3 import SM3
 
@@ -168,11 +168,21 @@ class Spiel(Sparse):
         def see(name: str, g: Tensor, z: Tensor) -> None:
             if name not in state.sums:
                 shape = g.shape[1], z.shape[1]
-                state.candidates[name] = largest(gradient(g, z), shape, self.delta().count(shape))
+                state.candidates[name] = largest(finite_gradient(g, z), shape, self.delta().count(shape))
                 state.sums[name] = torch.zeros_like(state.candidates[name], dtype=torch.float32)
-            state.sums[name] += entries_grad(g, z, state.candidates[name].to(g.device)).to(state.sums[name])
+            found = entries_grad(g, z, state.candidates[name].to(g.device)) / max(1.0, micro.scale)
+            if not bool(found.isfinite().all()):
+                raise NotFinite("A gradient that entries grow by is NaN or Inf; look for it in weights and batch.")
+            state.sums[name] += found.to(state.sums[name])
 
-        with watching(self.layers(run), see):
+        def see_finite(name: str, g: Tensor, z: Tensor) -> None:
+            try:
+                see(name, g, z)
+            except NotFinite:
+                if not overflows(micro):
+                    raise
+
+        with watching(self.layers(run), see_finite):
             return inner(micro)
 
 
