@@ -92,9 +92,7 @@ def test_a_run_that_ends_in_its_first_phase_says_so():
 
 def test_the_models_own_weights_pick_nothing(tmp_path):
     llama().save_pretrained(tmp_path)
-    with pytest.raises(
-        efftune.EfftuneError, match="has the very weights that the model has; give a run that changed"
-    ):
+    with pytest.raises(efftune.EfftuneError, match="has the very weights that the model has; give a run that changed"):
         efftune.apply(llama(), f"ltsft(file='{tmp_path}')")
 
 
