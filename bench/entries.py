@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from bench.harness import Job, measure, on_backend, parsed, parser, run
+from bench.harness import Job, dtypes, measure, on_backend, parsed, parser, run
 from efftune.linear import Linear
 from efftune.methods.sparse._scores import Matrix, truncated
 from efftune.ops._available import dtype_name
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     jobs = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes(args.device):
         for n in (1024, 2048) if args.device == "cpu" else (2048, 4096):
             for density in (0.001, 0.01, 0.05):
                 parts = {"gradient": gradient_rows, "linear": linear_rows}

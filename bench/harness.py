@@ -53,6 +53,12 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
     return args
 
 
+def dtypes(device: str) -> list[torch.dtype]:
+    """Those that the device multiplies in units of its own: times of bfloat16 without them say nothing."""
+    units = device != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return [torch.float32, torch.bfloat16] if units else [torch.float32]
+
+
 def kind(device: str) -> str:
     """ "cpu" or "cuda": whose jobs, shapes and backends these are. A dry run has those of a GPU."""
     return "cpu" if device == "cpu" else "cuda"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import efftune
-from bench.harness import Job, measure, parsed, parser, print_table, run
+from bench.harness import Job, dtypes, measure, parsed, parser, print_table, run
 from efftune import Linear
 from efftune.linear import Dense, Int8, LoRA, Trained
 from efftune.linear.delta.columns import Columns
@@ -119,7 +119,7 @@ def rows(device: str, dtype: torch.dtype, m: int, n: int, k: int, repeats: int, 
 def main(argv: list[str] | None = None) -> None:
     args = parsed(parser(__doc__), argv)
     if args.device == "cpu":
-        shapes = [(torch.float32, 2048, 2048, 2048, 7), (torch.bfloat16, 256, 512, 512, 7)]
+        shapes = [(dtype, 2048, 2048, 2048, 7) for dtype in dtypes("cpu")]
     else:
         shapes = [(torch.bfloat16, m, n, k, 30) for m, n, k in ((8192, 4096, 4096), (2048, 4096, 4096))]
     jobs = [
@@ -127,8 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         for dtype, *rest in shapes
         for adamw in (False, True)
     ]
-    models = [(torch.float32, "d 256, 4 layers, MLP 1024"), (torch.bfloat16, "d 512, 4 layers, MLP 1408")]
-    for dtype, name in models if args.device == "cpu" else models[1:]:
+    models = {torch.float32: "d 256, 4 layers, MLP 1024", torch.bfloat16: "d 512, 4 layers, MLP 1408"}
+    for dtype in dtypes("cpu") if args.device == "cpu" else [torch.bfloat16]:
+        name = models[dtype]
         jobs.append(Job(f"step {name} {dtype_name(dtype)}", partial(model_rows, args.device, dtype, name, 7)))
     measure(args, "sparse", jobs, print_table)
 
